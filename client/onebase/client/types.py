@@ -1,0 +1,347 @@
+"""What the client takes and gives: frozen dataclasses and numpy arrays, never protobuf.
+
+Shapes: a sequence has a prompt and a completion of t tokens; every per-token array is float32 of shape [t], the
+number that belongs to each completion token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence as SequenceABC
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Tokens: TypeAlias = "NDArray[np.integer[object]] | SequenceABC[int]"
+Content: TypeAlias = "str | NDArray[np.integer[object]] | SequenceABC[int]"
+"""A text, or token ids of the base model."""
+
+Floats: TypeAlias = "NDArray[np.float32]"
+
+AdapterKind: TypeAlias = Literal["policy", "reward", "reference"]
+FinishReason: TypeAlias = Literal["eos", "stop_string", "stop_token", "length"]
+ScoreOutput: TypeAlias = Literal["logprobs", "reference_logprobs", "values", "rewards", "entropy"]
+
+BASE = "base"
+"""The name that means the base with no adapter."""
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A prompt and what followed it, as text or token ids."""
+
+    prompt: Content
+    completion: Content
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How completions are drawn; filters apply in the order temperature, top_k, top_p, min_p."""
+
+    max_new_tokens: int = 64
+    """Most tokens to write."""
+    n: int = 1
+    """Completions per prompt."""
+    temperature: float = 1.0
+    """Softmax temperature; 0 is greedy."""
+    top_k: int = 0
+    """Keep the k most probable tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the fewest tokens whose mass reaches top_p."""
+    min_p: float = 0.0
+    """Drop tokens less probable than min_p times the best."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end a completion, besides the model's own."""
+    seed: int | None = None
+    """A completion depends only on weights, prompt, these parameters, the seed and its indexes; None draws one."""
+    ignore_eos: bool = False
+    """Go on after an end-of-sequence token."""
+    min_new_tokens: int = 0
+    """Tokens before which no end-of-sequence or stop token is drawn."""
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """The shape of a LoRA adapter, in PEFT's words."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    target_modules: tuple[str, ...] = ("all-linear",)
+    use_rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AdapterVersion:
+    """An adapter and the version that answered."""
+
+    name: str
+    version: int
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter on the server, at one moment."""
+
+    name: str
+    kind: AdapterKind
+    version: int
+    lora: LoraSpec
+    value_head: bool
+    num_labels: int
+    parameter_count: int
+    weights_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    old_version_bytes: int
+    leased: bool
+    pending_gradients: int
+    create_time: float
+    source: str
+
+    @property
+    def total_bytes(self) -> int:
+        """Device memory in bytes: weights, gradients, moments and old versions."""
+        return self.weights_bytes + self.gradient_bytes + self.optimizer_bytes + self.old_version_bytes
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished completion of one prompt."""
+
+    prompt_index: int
+    completion_index: int
+    text: str
+    tokens: NDArray[np.int32]  # [t]
+    logprobs: Floats | None  # [t], at temperature 1
+    values: Floats | None  # [t]
+    finish_reason: FinishReason
+    adapter: AdapterVersion
+    seed: int
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class CompletionChunk:
+    """A piece of a completion as it is written; the last one has a finish_reason."""
+
+    prompt_index: int
+    completion_index: int
+    text: str
+    tokens: NDArray[np.int32]
+    logprobs: Floats | None
+    values: Floats | None
+    finish_reason: FinishReason | None
+    adapter: AdapterVersion
+    seed: int
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """Logprobs of one sequence's completion."""
+
+    logprobs: Floats  # [t]
+    entropy: Floats | None  # [t], nats
+    values: Floats | None  # [t]
+    completion_tokens: NDArray[np.int32] | None  # [t], where the completion was given as text
+    adapter: AdapterVersion
+
+
+@dataclass(frozen=True)
+class Reward:
+    """Scores of one sequence."""
+
+    scores: Mapping[str, float]
+    """Score at the last real token, by reward adapter."""
+    token_scores: Mapping[str, Floats] | None
+    """Score at every token of prompt and completion, by reward adapter, if asked for."""
+    tokens: int
+    eos_appended: bool
+    versions: Mapping[str, int]
+
+    @property
+    def score(self) -> float:
+        """The only score; ValueError if several reward adapters answered."""
+        if len(self.scores) != 1:
+            raise ValueError(f"{len(self.scores)} reward adapters answered ({', '.join(self.scores)}); use .scores")
+        return next(iter(self.scores.values()))
+
+
+@dataclass(frozen=True)
+class Score:
+    """PPO's numbers for one sequence; what was not asked for is None."""
+
+    logprobs: Floats | None  # [t], policy
+    reference_logprobs: Floats | None  # [t]
+    values: Floats | None  # [t]
+    entropy: Floats | None  # [t], nats
+    scores: Mapping[str, float]  # raw, by reward adapter
+    reward: float  # weighted sum of the scores
+    completion_tokens: NDArray[np.int32] | None
+    eos_appended: bool
+    policy: AdapterVersion
+    reference: AdapterVersion
+
+
+@dataclass(frozen=True)
+class TrainingSequence:
+    """A sequence to train on; arrays have one number per completion token."""
+
+    prompt: Tokens
+    completion: Tokens
+    old_logprobs: Floats
+    old_values: Floats
+    advantages: Floats
+    returns: Floats
+    mask: NDArray[np.bool_] | None = None
+
+
+@dataclass(frozen=True)
+class PpoLoss:
+    """Settings of the clipped PPO loss, with TRL 0.11.4's defaults."""
+
+    cliprange: float = 0.2
+    cliprange_value: float = 0.2
+    vf_coef: float = 0.1
+    ratio_threshold: float = 10.0
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Settings of one AdamW step (Loshchilov and Hutter 2019); weight_decay 0 is Adam."""
+
+    learning_rate: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class ForwardBackward:
+    """What a forward and backward pass gave."""
+
+    adapter: AdapterVersion
+    metrics: Mapping[str, float]
+    """TRL's names without "ppo/": loss/policy, loss/value, loss/total, policy/entropy, policy/approxkl, …"""
+    logprobs: tuple[Floats, ...]
+    values: tuple[Floats, ...]
+    ratio_threshold_exceeded: bool
+    pending_gradients: int
+
+
+@dataclass(frozen=True)
+class OptimStep:
+    """What an optimizer step gave."""
+
+    adapter: AdapterVersion
+    grad_norm: float
+    gradients_applied: int
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """Where an adapter was written."""
+
+    path: str
+    adapter: AdapterVersion
+    bytes: int
+
+
+@dataclass(frozen=True)
+class SessionInfo:
+    """A session as the server knows it."""
+
+    session_id: str
+    ppo_adapter_name: str
+    label: str
+    leases: tuple[str, ...]
+    ttl_seconds: float
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The base model of a server."""
+
+    model: str
+    architecture: str
+    fingerprint: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    max_context: int
+    dtype: str
+    device: str
+    parameter_count: int
+    weights_bytes: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None
+    bos_token_id: int | None
+
+
+@dataclass(frozen=True)
+class ServerLimits:
+    """Limits that a request must keep."""
+
+    max_sequences_per_request: int
+    max_tokens_per_request: int
+    max_queued_requests: int
+    max_queued_requests_per_session: int
+    max_rank: int
+    max_message_bytes: int
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """What does not change while a server runs."""
+
+    version: str
+    base: BaseModel
+    limits: ServerLimits
+    reward_adapters: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SessionStatus:
+    """A session as everybody may see it."""
+
+    label: str
+    ppo_adapter_name: str
+    leases: tuple[str, ...]
+    requests_in_flight: int
+    age_seconds: float
+    idle_seconds: float
+
+
+@dataclass(frozen=True)
+class QueueStatus:
+    """Requests of one kind of work."""
+
+    work: str
+    waiting: int
+    running: int
+
+
+@dataclass(frozen=True)
+class ServerStatus:
+    """What a server is doing now."""
+
+    uptime_seconds: float
+    sessions: tuple[SessionStatus, ...]
+    adapters: tuple[Adapter, ...]
+    queues: tuple[QueueStatus, ...]
+    generated_tokens_per_second: float
+    scored_tokens_per_second: float
+    trained_tokens_per_second: float
+    engine_steps: int
+    rss_bytes: int
+    peak_rss_bytes: int
+    base_bytes: int
+    kv_cache_bytes: int
+    kv_slots_used: int
+    kv_slots: int

@@ -1,0 +1,86 @@
+"""What can go wrong, in the server's own words.
+
+    OnebaseError
+    ├── InvalidArgument      the request itself is wrong
+    ├── NotFound             no such adapter, session or file
+    ├── AlreadyExists        the name or path is taken
+    ├── PermissionDenied     another session's adapter, or a path outside the roots
+    ├── FailedPrecondition   the request is fine, the state is not
+    ├── Aborted              a version or a lease moved on
+    ├── ResourceExhausted    a queue or a limit is full
+    ├── DeadlineExceeded     the client's deadline passed
+    ├── Cancelled            the client went away
+    ├── Unavailable          the server drains
+    ├── DataLoss             a file is not what its hash says
+    └── Internal             a bug; the message shown is an opaque id
+
+These classes know nothing of gRPC: `status` gives each its code, in one total table.
+"""
+
+from __future__ import annotations
+
+
+class OnebaseError(Exception):
+    """An error to be told to a client.
+
+    Args:
+        reason: UPPER_SNAKE, stable, for programs.
+        message: for people: what is wrong, with the value, and the way out.
+        field: path of the request's field that is to blame, as the proto names it ("sequences[3].prompt"), or "".
+        retry_after: seconds after which a retry may succeed, or None.
+    """
+
+    def __init__(self, reason: str, message: str, *, field: str = "", retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.field = field
+        self.retry_after = retry_after
+
+
+class InvalidArgument(OnebaseError):
+    """The request itself is wrong; sending it again cannot help."""
+
+
+class NotFound(OnebaseError):
+    """No such adapter, session or file."""
+
+
+class AlreadyExists(OnebaseError):
+    """The name or the path is taken."""
+
+
+class PermissionDenied(OnebaseError):
+    """The thing is there, and this client may not do that with it."""
+
+
+class FailedPrecondition(OnebaseError):
+    """The request is fine, but the state it needs is not there."""
+
+
+class Aborted(OnebaseError):
+    """A version or a lease moved on; look again and repeat."""
+
+
+class ResourceExhausted(OnebaseError):
+    """A queue, a limit or the memory is full."""
+
+
+class DeadlineExceeded(OnebaseError):
+    """The client's deadline passed before the work was done."""
+
+
+class Cancelled(OnebaseError):
+    """The client cancelled, or its connection is gone."""
+
+
+class Unavailable(OnebaseError):
+    """The server does not take work now."""
+
+
+class DataLoss(OnebaseError):
+    """A file does not hold what its manifest says."""
+
+
+class Internal(OnebaseError):
+    """A bug. The message holds an id under which the log has the story."""

@@ -1,0 +1,393 @@
+"""What travels inside the server, between the RPC edge and the worker: plain data, no protobuf and no tensor.
+
+An adapter is meant by its `uid`, which is never used twice, so a job keeps meaning the adapter that it was
+admitted with even if the name is deleted and given away again while the job waits. `BASE` means no adapter.
+
+Arrays are numpy: token ids int64 of shape [T], numbers float32. In a row of T tokens whose first `start` are the
+prompt, the completion has t = T - start tokens, and every per-token array has t entries: the number that belongs
+to each completion token, computed at the position before it.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+BASE = 0
+"""The uid of the base with no adapter."""
+
+Tokens = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+
+class AdapterKind(enum.Enum):
+    """What an adapter is for."""
+
+    POLICY = "policy"
+    REWARD = "reward"
+    REFERENCE = "reference"
+
+
+class Work(enum.Enum):
+    """Kinds of work, in the order of their priority."""
+
+    ADMIN = "admin"
+    INTERACTIVE = "interactive"
+    GENERATE = "generate"
+    SCORE = "score"
+    TRAIN = "train"
+
+
+class FinishReason(enum.Enum):
+    """Why a completion ended."""
+
+    EOS = "eos"
+    STOP_STRING = "stop_string"
+    STOP_TOKEN = "stop_token"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """The shape of a LoRA adapter, in PEFT's words."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    target_modules: tuple[str, ...] = ("all-linear",)
+    use_rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AdapterMemory:
+    """Device memory that an adapter holds, in bytes."""
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    old_versions: int = 0
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """What the engine knows of an adapter, at one moment."""
+
+    uid: int
+    kind: AdapterKind
+    version: int
+    lora: LoraSpec
+    value_head: bool
+    num_labels: int
+    parameter_count: int
+    memory: AdapterMemory
+    pending_gradients: int
+
+
+# ---------------------------------------------------------------------------------------------------- results
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """Numbers of one scored row; what was not asked for is None. t completion tokens, T tokens in all."""
+
+    logprobs: Floats | None = None  # [t]
+    entropy: Floats | None = None  # [t], nats
+    values: Floats | None = None  # [t]
+    score: float | None = None  # at the last token
+    token_scores: Floats | None = None  # [T]
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """One result per row, and the version of every adapter that was read."""
+
+    rows: tuple[RowResult, ...]
+    versions: Mapping[int, int]
+
+
+@dataclass(frozen=True)
+class CompletionChunk:
+    """The next tokens of one completion."""
+
+    prompt_index: int
+    completion_index: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    values: tuple[float, ...]
+    text: str
+    version: int
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True)
+class ForwardBackwardResult:
+    """Metrics of the pass, and the numbers under the current weights, one array per row."""
+
+    version: int
+    metrics: Mapping[str, float]
+    logprobs: tuple[Floats, ...]
+    values: tuple[Floats, ...]
+    ratio_threshold_exceeded: bool
+    facts: AdapterFacts
+
+
+@dataclass(frozen=True)
+class OptimStepResult:
+    """The new version, and the gradients' global norm before clipping."""
+
+    version: int
+    grad_norm: float
+    gradients_applied: int
+    facts: AdapterFacts
+
+
+@dataclass(frozen=True)
+class SaveResult:
+    """Where an adapter was written."""
+
+    path: Path
+    version: int
+    bytes: int
+
+
+# ------------------------------------------------------------------------------------------------------- rows
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """A sequence to score under one adapter; set what to compute. `start` is the number of prompt tokens."""
+
+    adapter: int
+    tokens: Tokens
+    start: int = 0
+    logprobs: bool = False
+    entropy: bool = False
+    values: bool = False
+    score: bool = False
+    token_scores: bool = False
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn. Filters apply in the order temperature, top_k, top_p, min_p."""
+
+    max_new_tokens: int
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int = 0
+    ignore_eos: bool = False
+    min_new_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class TrainRow:
+    """A sequence to train on. All arrays have t entries; `mask` is True where a token counts."""
+
+    tokens: Tokens
+    start: int
+    old_logprobs: Floats
+    old_values: Floats
+    advantages: Floats
+    returns: Floats
+    mask: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class PpoLoss:
+    """Settings of the clipped PPO loss, with TRL's defaults."""
+
+    cliprange: float = 0.2
+    cliprange_value: float = 0.2
+    vf_coef: float = 0.1
+    ratio_threshold: float = 10.0
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Settings of one AdamW step."""
+
+    learning_rate: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+
+# ------------------------------------------------------------------------------------------------------- jobs
+
+R = TypeVar("R")
+
+
+@dataclass(eq=False, kw_only=True)
+class Job(Generic[R]):
+    """A request on its way through the worker. `done` gets the result or an OnebaseError, exactly once."""
+
+    session: str = ""  # whose queue it stands in; "" is everybody without a session
+    deadline: float | None = None  # on time.monotonic's clock
+    done: Future[R] = field(default_factory=Future, repr=False)
+    _cancelled: threading.Event = field(default_factory=threading.Event, repr=False)
+
+    work = Work.ADMIN
+
+    def cancel(self) -> None:
+        """Asks the worker to drop the job at its next engine step. Any thread may call this."""
+        self._cancelled.set()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether cancel() was called."""
+        return self._cancelled.is_set()
+
+
+@dataclass(eq=False, kw_only=True)
+class ScoreJob(Job[ScoreResult]):
+    """Rows to score, of any adapters. Interactive ones go first."""
+
+    rows: Sequence[ScoreRow]
+    versions: Mapping[int, int] = field(default_factory=dict)  # uid -> the version that must answer
+    interactive: bool = False
+
+    @property
+    def work(self) -> Work:  # type: ignore[override]
+        """Interactive or bulk."""
+        return Work.INTERACTIVE if self.interactive else Work.SCORE
+
+
+@dataclass(eq=False, kw_only=True)
+class GenerateJob(Job[None]):
+    """Prompts to complete, n times each. `emit` is called on the worker's thread; `done` resolves after the last."""
+
+    adapter: int
+    prompts: Sequence[Tokens]
+    sampling: Sampling
+    emit: Callable[[CompletionChunk], None]
+    n: int = 1
+    version: int | None = None
+    return_logprobs: bool = False
+    return_values: bool = False
+    stream_tokens: bool = False
+
+    work = Work.GENERATE
+
+
+@dataclass(eq=False, kw_only=True)
+class ForwardBackwardJob(Job[ForwardBackwardResult]):
+    """Rows to train one adapter on. `denominator` None is the number of tokens that count."""
+
+    adapter: int
+    rows: Sequence[TrainRow]
+    loss: PpoLoss
+    denominator: float | None = None
+    expected_version: int | None = None
+
+    work = Work.TRAIN
+
+
+@dataclass(eq=False, kw_only=True)
+class OptimStepJob(Job[OptimStepResult]):
+    """One AdamW step of one adapter."""
+
+    adapter: int
+    adamw: AdamW
+    max_grad_norm: float = 0.0  # 0 does not clip
+    expected_version: int | None = None
+
+    work = Work.TRAIN
+
+
+@dataclass(eq=False, kw_only=True)
+class CreateAdapterJob(Job[AdapterFacts]):
+    """Makes a fresh policy under a new uid."""
+
+    uid: int
+    name: str  # for messages only
+    lora: LoraSpec
+    value_head: bool
+    seed: int = 0
+
+
+@dataclass(eq=False, kw_only=True)
+class LoadAdapterJob(Job[AdapterFacts]):
+    """Reads an adapter from a directory under a new uid; `version` is the least version it may get."""
+
+    uid: int
+    name: str  # for messages only
+    kind: AdapterKind
+    path: Path
+    value_head: bool = False
+    with_optimizer: bool = False
+    seed: int = 0
+    least_version: int = 0
+
+
+@dataclass(eq=False, kw_only=True)
+class SaveAdapterJob(Job[SaveResult]):
+    """Writes an adapter as a PEFT directory."""
+
+    adapter: int
+    path: Path
+    with_optimizer: bool = False
+    overwrite: bool = False
+
+
+@dataclass(eq=False, kw_only=True)
+class DeleteAdapterJob(Job[None]):
+    """Forgets an adapter. Completions under way keep the version they read."""
+
+    adapter: int
+
+
+@dataclass(eq=False, kw_only=True)
+class DescribeAdaptersJob(Job[Mapping[int, AdapterFacts]]):
+    """Facts of all adapters."""
+
+
+# ------------------------------------------------------------------------------------------ what the worker tells
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """What the engine knows of the base."""
+
+    model: str
+    architecture: str
+    fingerprint: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    max_context: int
+    dtype: str
+    device: str
+    parameter_count: int
+    weights_bytes: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None
+    bos_token_id: int | None
+
+
+@dataclass(frozen=True)
+class WorkerStatus:
+    """What the worker is doing, at one moment."""
+
+    waiting: Mapping[Work, int]
+    running: Mapping[Work, int]
+    generated_tokens_per_second: float
+    scored_tokens_per_second: float
+    trained_tokens_per_second: float
+    engine_steps: int
+    kv_cache_bytes: int
+    kv_slots_used: int
+    kv_slots: int
