@@ -1,0 +1,102 @@
+"""The server's settings: frozen, checked once, each problem named by its key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names it, its value and the way out."""
+
+
+def _require(fine: bool, key: str, value: object, way_out: str) -> None:
+    if not fine:
+        raise ConfigError(f"{key} is {value!r}: {way_out}")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The base model and the device."""
+
+    model: str
+    """A hub id or a directory."""
+    device: str = "auto"
+    """auto, cpu, cuda, or cuda:N; auto takes CUDA where there is one."""
+    dtype: str = "auto"
+    """auto, float32, bfloat16 or float16; auto is what the model was saved in."""
+    threads: int = 0
+    """CPU threads of the engine; 0 is half the cores: other programs share them, and small matrices gain nothing."""
+    max_context: int = 0
+    """Longest sequence in tokens; 0 is the model's own."""
+    kv_slots: int = 32
+    """Most completions that run at once."""
+    step_tokens: int = 2048
+    """Most tokens of prompts and scored rows in one engine step; a longer row makes a step of its own."""
+    trust_remote_code: bool = False
+    """Run Python that comes with the model."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.model), "model", self.model, "give a hub id or a directory")
+        _require(
+            self.device in ("auto", "cpu", "cuda") or self.device.removeprefix("cuda:").isdigit(),
+            "device",
+            self.device,
+            "use auto, cpu, cuda or cuda:N",
+        )
+        dtypes = ("auto", "float32", "bfloat16", "float16")
+        _require(self.dtype in dtypes, "dtype", self.dtype, f"use one of {', '.join(dtypes)}")
+        _require(self.threads >= 0, "threads", self.threads, "use 0 or more")
+        _require(self.max_context >= 0, "max_context", self.max_context, "use 0 or more")
+        _require(self.kv_slots >= 1, "kv_slots", self.kv_slots, "use 1 or more")
+        _require(self.step_tokens >= 16, "step_tokens", self.step_tokens, "use 16 or more")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request, a session and the whole queue may ask for."""
+
+    max_sequences_per_request: int = 1024
+    max_tokens_per_request: int = 1_048_576
+    max_queued_requests: int = 1024
+    max_queued_requests_per_session: int = 64
+    max_rank: int = 512
+    max_message_bytes: int = 64 * 2**20
+
+    def __post_init__(self) -> None:
+        for key, value in vars(self).items():
+            _require(value >= 1, key, value, "use 1 or more")
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """An adapter to have from the start: NAME, or NAME=PATH."""
+
+    name: str
+    path: Path | None
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Everything `onebase serve` needs."""
+
+    engine: EngineConfig
+    host: str = "127.0.0.1"
+    port: int = 7070
+    """0 takes a free port, which is printed and written to `port_file`."""
+    port_file: Path | None = None
+    rewards: tuple[AdapterSource, ...] = ()
+    policies: tuple[AdapterSource, ...] = ()
+    references: tuple[AdapterSource, ...] = ()
+    roots: tuple[Path, ...] = ()
+    """Directories under which adapters may be loaded and saved; relative paths mean the first."""
+    limits: Limits = Limits()
+    drain_seconds: float = 30.0
+    """How long work in flight may go on after SIGTERM."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.port < 65536, "port", self.port, "use 0 to 65535")
+        _require(self.drain_seconds >= 0, "drain_seconds", self.drain_seconds, "use 0 or more")
+        names = [source.name for source in (*self.rewards, *self.policies, *self.references)]
+        for name in names:
+            _require(names.count(name) == 1, "adapter", name, "give each adapter a name of its own")
