@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 from trl import PPOConfig, PPOTrainer
 from trl.core import masked_mean
+from trl.trainer.utils import RunningMoments
 
 QUERY_LENGTHS = (2, 3, 5, 4, 8, 6, 2, 7)
 RESPONSE_LENGTHS = (5, 9, 3, 12, 1, 7, 10, 4)
@@ -48,14 +49,26 @@ class Scenario:
 ONE_UPDATE = {"ppo_epochs": 1, "mini_batch_size": 8}
 FOUR_UPDATES = {"ppo_epochs": 2, "mini_batch_size": 4}
 OTHER = {"gamma": 0.95, "lam": 0.8, "cliprange": 0.02, "cliprange_value": 0.05, "vf_coef": 0.5, "init_kl_coef": 0.05}
+SCALED = {"use_score_scaling": True, "use_score_norm": True, "score_clip": 1.0, "whiten_rewards": True}
 
 SCENARIOS = (
     Scenario("ppo_step", config=ONE_UPDATE),
     Scenario("ppo_skipped", config={**ONE_UPDATE, "ratio_threshold": 0.5}),
     Scenario("ppo_loop", steps=2, config={**FOUR_UPDATES, "target": 1.0, "horizon": 100}),
     Scenario("ppo_loop_clipped", steps=2, clip_every_update=True, config={**FOUR_UPDATES, "max_grad_norm": 0.5}),
-    Scenario("ppo_other_settings", steps=2, config={**FOUR_UPDATES, **OTHER}),
+    Scenario("ppo_loop_accumulated", steps=2, config={**FOUR_UPDATES, "gradient_accumulation_steps": 2}),
+    Scenario("ppo_other_settings", steps=2, config={**FOUR_UPDATES, **OTHER, "kl_penalty": "mse"}),
+    Scenario(
+        "ppo_scaled_scores", steps=2, config={**FOUR_UPDATES, **SCALED, "kl_penalty": "abs", "adap_kl_ctrl": False}
+    ),
     Scenario("ppo_early_stop", config={**FOUR_UPDATES, "early_stopping": True, "target_kl": 1e-6}),
+)
+
+SETTINGS = (
+    *("learning_rate", "batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs", "max_grad_norm"),
+    *("adap_kl_ctrl", "init_kl_coef", "kl_penalty", "target", "horizon", "gamma", "lam", "whiten_rewards"),
+    *("cliprange", "cliprange_value", "vf_coef", "ratio_threshold", "early_stopping", "target_kl"),
+    *("use_score_scaling", "use_score_norm", "score_clip"),
 )
 
 
@@ -95,6 +108,25 @@ class WatchedTrainer(PPOTrainer):
         self.accelerator.backward = measured
 
 
+class TensorMoments:
+    """TRL's RunningMoments, with mean and std as the tensors that PPOTrainer.step calls `.to` on.
+
+    TRL 0.11.4 keeps floats there, so its score scaling ends in an AttributeError; the numbers are its own.
+    """
+
+    def __init__(self, moments: RunningMoments) -> None:
+        self.update = moments.update
+        self._moments = moments
+
+    @property
+    def mean(self) -> torch.Tensor:
+        return torch.tensor(self._moments.mean)
+
+    @property
+    def std(self) -> torch.Tensor:
+        return torch.tensor(self._moments.std)
+
+
 def _ragged(mask: torch.Tensor, **arrays: torch.Tensor) -> dict[str, Any]:
     """The entries that count, row by row: one number per response token."""
     return {
@@ -127,16 +159,13 @@ def _train(base: str, policy: str, scenario: Scenario, padding_side: str) -> tup
     trainer = WatchedTrainer(config, load_policy(base, policy), ref_model=None, tokenizer=tokenizer)
     if scenario.clip_every_update:
         trainer.model_params = list(trainer.model_params)
-    trainer.watch()
+    trainer.running = TensorMoments(trainer.running)
     trainer.watch_gradients()
     generator = random.Random(scenario.name)
     steps = [_step(trainer, generator) for _ in range(scenario.steps)]
-    names = ("learning_rate", "batch_size", "mini_batch_size", "ppo_epochs", "gamma", "lam", "cliprange", "vf_coef")
-    names += ("cliprange_value", "init_kl_coef", "target", "horizon", "ratio_threshold", "max_grad_norm")
-    names += ("early_stopping", "target_kl")
     weights = get_peft_model_state_dict(trainer.model.pretrained_model) | trainer.model.state_dict()
     weights = {name: tensor.detach().clone().contiguous() for name, tensor in weights.items()}
-    return {"policy": policy, "config": {name: getattr(config, name) for name in names}, "steps": steps}, weights
+    return {"policy": policy, "config": {name: getattr(config, name) for name in SETTINGS}, "steps": steps}, weights
 
 
 def _step(trainer: WatchedTrainer, generator: random.Random) -> dict[str, Any]:

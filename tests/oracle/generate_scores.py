@@ -43,7 +43,7 @@ def pad(sequences: list[list[int]], left: bool = False) -> dict[str, torch.Tenso
 
 
 def score_oracle(base: str, rewards: list[str], policies: list[str]) -> dict[str, Any]:
-    """Everything that needs no training, for one base. Sequences are `prompt_lengths[i]` tokens of prompt, then completion."""
+    """Everything that needs no training, for one base. A sequence begins with `prompt_lengths[i]` tokens of prompt."""
     generator = random.Random(f"{base} 2")
     sequences = [random_ids(generator, length) for length in LENGTHS]
     sequences[3][-1] = EOS  # one ends as a finished completion does
@@ -102,7 +102,7 @@ def _policy(base: str, policy: str, sequences: list[list[int]], prompts: list[li
 
 
 def load_policy(base: str, policy: str, **options: Any) -> AutoModelForCausalLMWithValueHead:
-    """TRL's model of a policy adapter and its value head, ready to train. No dropout: its draws would be TRL's alone."""
+    """TRL's model of a policy adapter and its value head, ready to train. No dropout: nobody could repeat its draws."""
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), policy, is_trainable=True)
     model = AutoModelForCausalLMWithValueHead.from_pretrained(adapted, summary_dropout_prob=0.0, **options)
     head = load_file(Path(policy) / "value_head.safetensors")
