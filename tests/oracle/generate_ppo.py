@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,13 +43,15 @@ class Scenario:
     steps: int = 1
     clip_every_update: bool = False
     """TRL clips only once, because it keeps its parameters in an iterator; a list there makes it clip each time."""
+    padded: bool = True
+    """Whether rows differ in length."""
     config: dict[str, Any] = field(default_factory=dict)
 
 
 ONE_UPDATE = {"ppo_epochs": 1, "mini_batch_size": 8}
 FOUR_UPDATES = {"ppo_epochs": 2, "mini_batch_size": 4}
 OTHER = {"gamma": 0.95, "lam": 0.8, "cliprange": 0.02, "cliprange_value": 0.05, "vf_coef": 0.5, "init_kl_coef": 0.05}
-SCALED = {"use_score_scaling": True, "use_score_norm": True, "score_clip": 1.0, "whiten_rewards": True}
+SCALED = {"use_score_scaling": True, "use_score_norm": True, "score_clip": 1.0}
 
 SCENARIOS = (
     Scenario("ppo_step", config=ONE_UPDATE),
@@ -61,6 +63,9 @@ SCENARIOS = (
     Scenario(
         "ppo_scaled_scores", steps=2, config={**FOUR_UPDATES, **SCALED, "kl_penalty": "abs", "adap_kl_ctrl": False}
     ),
+    # TRL whitens rewards without masking the result, so that padding after a response becomes reward of the response;
+    # its whitening is determined only where nothing is padded.
+    Scenario("ppo_whitened_rewards", padded=False, config={**FOUR_UPDATES, "whiten_rewards": True}),
     Scenario("ppo_early_stop", config={**FOUR_UPDATES, "early_stopping": True, "target_kl": 1e-6}),
 )
 
@@ -162,14 +167,15 @@ def _train(base: str, policy: str, scenario: Scenario, padding_side: str) -> tup
     trainer.running = TensorMoments(trainer.running)
     trainer.watch_gradients()
     generator = random.Random(scenario.name)
-    steps = [_step(trainer, generator) for _ in range(scenario.steps)]
+    query_lengths = QUERY_LENGTHS if scenario.padded else [13 - length for length in RESPONSE_LENGTHS]
+    steps = [_step(trainer, generator, query_lengths) for _ in range(scenario.steps)]
     weights = get_peft_model_state_dict(trainer.model.pretrained_model) | trainer.model.state_dict()
     weights = {name: tensor.detach().clone().contiguous() for name, tensor in weights.items()}
     return {"policy": policy, "config": {name: getattr(config, name) for name in SETTINGS}, "steps": steps}, weights
 
 
-def _step(trainer: WatchedTrainer, generator: random.Random) -> dict[str, Any]:
-    queries = [random_ids(generator, length) for length in QUERY_LENGTHS]
+def _step(trainer: WatchedTrainer, generator: random.Random, query_lengths: Sequence[int]) -> dict[str, Any]:
+    queries = [random_ids(generator, length) for length in query_lengths]
     responses = [random_ids(generator, length) for length in RESPONSE_LENGTHS]
     responses[1][-1] = EOS
     scores = [round(generator.gauss(0.5, 1.5), 3) for _ in queries]
