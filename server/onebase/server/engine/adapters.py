@@ -1,0 +1,202 @@
+"""Adapters on the device: parameters by version, gradients, AdamW state.
+
+A `Weights` is one version of one adapter. Whoever reads it over several engine steps (a completion, a long score job)
+is counted as a reader. An optimizer step writes in place while nobody reads, and into a copy otherwise, so a version's
+numbers never change under a reader, and publishing a new version costs nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from peft import LoraConfig
+from torch.optim.adamw import adamw
+
+from onebase.server.engine.lora import LoraPair
+from onebase.server.errors import FailedPrecondition
+from onebase.server.jobs import AdamW, AdapterFacts, AdapterKind, AdapterMemory, LoraSpec
+
+_serials = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear layer on the last hidden state: a value head or a score head."""
+
+    weight: torch.Tensor  # [labels, hidden]
+    bias: torch.Tensor | None  # [labels]
+
+
+@dataclass(eq=False)
+class Weights:
+    """One version of one adapter."""
+
+    version: int
+    lora: dict[str, LoraPair]
+    value_head: Head | None = None
+    score_head: Head | None = None
+    readers: int = 0
+    serial: int = field(default_factory=_serials.__next__)  # orders adapters inside a batch
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """Every tensor by a name that is stable over versions."""
+        found: dict[str, torch.Tensor] = {}
+        for name, pair in self.lora.items():
+            found[f"{name}.lora_A.weight"] = pair.a
+            found[f"{name}.lora_B.weight"] = pair.b
+        for name, head in (("value_head", self.value_head), ("score", self.score_head)):
+            if head is not None:
+                found[f"{name}.weight"] = head.weight
+                if head.bias is not None:
+                    found[f"{name}.bias"] = head.bias
+        return found
+
+    def copy(self) -> Weights:
+        """The same numbers in tensors of their own, with no reader."""
+
+        def own(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+        def head(old: Head | None) -> Head | None:
+            return old and Head(own(old.weight), None if old.bias is None else own(old.bias))
+
+        lora = {name: replace(pair, a=own(pair.a), b=own(pair.b)) for name, pair in self.lora.items()}
+        return Weights(self.version, lora, head(self.value_head), head(self.score_head))
+
+
+@dataclass(eq=False)
+class Moments:
+    """AdamW's state, by parameter."""
+
+    step: int
+    exp_avg: dict[str, torch.Tensor]
+    exp_avg_sq: dict[str, torch.Tensor]
+
+    @classmethod
+    def zeros(cls, parameters: Mapping[str, torch.Tensor]) -> Moments:
+        """The state before the first step."""
+        return cls(
+            0,
+            {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()},
+            {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()},
+        )
+
+
+@dataclass(eq=False)
+class Adapter:
+    """A named adapter, as the engine holds it. No state in here is shared with any other adapter."""
+
+    uid: int
+    name: str  # for messages only
+    kind: AdapterKind
+    config: LoraConfig
+    weights: Weights
+    moments: Moments | None = None
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    pending: int = 0  # passes whose gradients wait for a step
+    old: list[Weights] = field(default_factory=list)  # versions that still had readers when a step came
+
+    def facts(self) -> AdapterFacts:
+        """What is true of it now."""
+        parameters = self.weights.parameters()
+        self.old = [weights for weights in self.old if weights.readers]
+        moments = self.moments
+        return AdapterFacts(
+            uid=self.uid,
+            kind=self.kind,
+            version=self.weights.version,
+            lora=spec_of(self.config),
+            value_head=self.weights.value_head is not None,
+            num_labels=0 if self.weights.score_head is None else self.weights.score_head.weight.shape[0],
+            parameter_count=sum(p.numel() for p in parameters.values()),
+            memory=AdapterMemory(
+                weights=_bytes(parameters),
+                gradients=_bytes(self.gradients),
+                optimizer=0 if moments is None else _bytes(moments.exp_avg) + _bytes(moments.exp_avg_sq),
+                old_versions=sum(_bytes(weights.parameters()) for weights in self.old),
+            ),
+            pending_gradients=self.pending,
+        )
+
+    def add_gradients(self, gradients: Mapping[str, torch.Tensor]) -> None:
+        """Adds a pass's gradients to the pending ones."""
+        if self.gradients:
+            for name, gradient in gradients.items():
+                self.gradients[name].add_(gradient)
+        else:
+            self.gradients = dict(gradients)
+        self.pending += 1
+
+    def step(self, settings: AdamW, max_grad_norm: float) -> tuple[float, int]:
+        """One AdamW step (Loshchilov and Hutter 2019, algorithm 2) over this adapter's parameters alone.
+
+        Returns:
+            The gradients' global norm before clipping, and how many passes they came from.
+
+        Raises:
+            FailedPrecondition: without gradients, or if their norm is not finite; then they are dropped, and weights
+                and moments stay as they were, bit for bit.
+        """
+        if not self.pending:
+            raise FailedPrecondition("NO_GRADIENTS", f"adapter {self.name!r} has no gradients: call ForwardBackward")
+        gradients, applied = self.gradients, self.pending
+        self.gradients, self.pending = {}, 0
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()]))
+        if not torch.isfinite(norm):
+            raise FailedPrecondition(
+                "NONFINITE_GRADIENT",
+                f"the gradients of adapter {self.name!r} have norm {norm.item()}: they were dropped and no step was "
+                "made; lower the learning rate or the rewards' scale",
+            )
+        if max_grad_norm > 0:
+            scale = torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_
+            torch._foreach_mul_(list(gradients.values()), scale)
+        if self.weights.readers:
+            self.old.append(self.weights)
+            self.weights = self.weights.copy()
+        self._adamw(settings, gradients)
+        self.weights.version += 1
+        return norm.item(), applied
+
+    def _adamw(self, settings: AdamW, gradients: Mapping[str, torch.Tensor]) -> None:
+        parameters = self.weights.parameters()
+        if self.moments is None:
+            self.moments = Moments.zeros(parameters)
+        moments, names = self.moments, list(parameters)
+        with torch.no_grad():
+            adamw(
+                [parameters[name] for name in names],
+                [gradients[name] for name in names],
+                [moments.exp_avg[name] for name in names],
+                [moments.exp_avg_sq[name] for name in names],
+                [],
+                [torch.tensor(float(moments.step)) for _ in names],
+                amsgrad=False,
+                beta1=settings.beta1,
+                beta2=settings.beta2,
+                lr=settings.learning_rate,
+                weight_decay=settings.weight_decay,
+                eps=settings.eps,
+                maximize=False,
+            )
+        moments.step += 1
+
+
+def spec_of(config: LoraConfig) -> LoraSpec:
+    """PEFT's configuration in our words."""
+    targets = config.target_modules
+    return LoraSpec(
+        rank=config.r,
+        alpha=float(config.lora_alpha),
+        target_modules=(targets,) if isinstance(targets, str) else tuple(sorted(targets or ())),
+        use_rslora=bool(config.use_rslora),
+        rank_pattern=dict(config.rank_pattern or {}),
+        alpha_pattern={name: float(alpha) for name, alpha in (config.alpha_pattern or {}).items()},
+    )
+
+
+def _bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors.values())

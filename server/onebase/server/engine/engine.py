@@ -1,0 +1,276 @@
+"""The engine: one base, any adapters, one step at a time.
+
+A step is one flat batch of rows through the base: prompts, tokens to decode and sequences to score, of any adapters,
+side by side. A training pass goes through the same layers with gradients, rows of several policies in one batch.
+Nothing here knows of requests, sessions or queues; and only one thread may call it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from onebase.server.engine.adapters import Adapter, Weights
+from onebase.server.engine.batch import Batch, Route, Row, flatten
+from onebase.server.engine.formats import Formats
+from onebase.server.engine.heads import LmHead, linear_head, token_logprobs
+from onebase.server.engine.kv import KVCache
+from onebase.server.engine.sampling import draw
+from onebase.server.engine.text import Text
+from onebase.server.errors import Aborted, FailedPrecondition, NotFound
+from onebase.server.jobs import BASE, AdapterFacts, BaseFacts, Floats, RowResult, Sampling, ScoreRow
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """A row to score, with the version that it reads."""
+
+    row: ScoreRow
+    weights: Weights | None
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One token to draw: for which completion, and which tokens may not come yet."""
+
+    sampling: Sampling
+    place: tuple[int, int, int]  # prompt index, completion index, position in the completion
+    banned: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Tokens to run, and the draws from what comes after the last of them (several when completions share a prompt)."""
+
+    row: Row
+    draws: tuple[Draw, ...]
+    value: bool = False
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A token, its logprob at temperature 1 with nothing banned, and the value before it (nan if not asked for).
+
+    Not finite logits give a nan logprob; then the token means nothing.
+    """
+
+    token: int
+    logprob: float
+    value: float
+
+
+class Engine:
+    """The base with its adapters on the device.
+
+    Args:
+        model: the causal LM with MultiLoraLinear layers and our attention.
+        route: what those layers share.
+        head: its output embedding.
+        formats: reads and writes adapters for this base.
+        text: its tokenizer.
+        facts: what it is.
+        kv: a place per running completion.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        route: Route,
+        head: LmHead,
+        formats: Formats,
+        text: Text,
+        facts: BaseFacts,
+        kv: KVCache,
+    ) -> None:
+        self.text = text
+        self.facts = facts
+        self.kv = kv
+        self.head = head
+        self.adapters: dict[int, Adapter] = {}
+        self._model = model
+        self._route = route
+        self._formats = formats
+        self._device = torch.device(facts.device)
+
+    # ------------------------------------------------------------------------------------------------ adapters
+
+    def add(self, adapter: Adapter) -> AdapterFacts:
+        """Takes an adapter in."""
+        self.adapters[adapter.uid] = adapter
+        return adapter.facts()
+
+    def adapter(self, uid: int) -> Adapter:
+        """The adapter; NotFound if it was deleted while the request waited."""
+        adapter = self.adapters.get(uid)
+        if adapter is None:
+            raise NotFound("ADAPTER_NOT_FOUND", "the adapter was deleted while the request waited")
+        return adapter
+
+    def delete(self, uid: int) -> None:
+        """Forgets an adapter; versions with readers live on until the last of them is done."""
+        self.adapter(uid)
+        del self.adapters[uid]
+
+    @property
+    def formats(self) -> Formats:
+        """Reads and writes adapters."""
+        return self._formats
+
+    def bind(self, uid: int, version: int | None = None) -> Weights | None:
+        """Begins to read an adapter: its newest version, which now cannot change. Give it back with `release`.
+
+        Raises:
+            NotFound: it is gone.
+            Aborted: it has another version than the one asked for.
+        """
+        if uid == BASE:
+            return None
+        weights = self.adapter(uid).weights
+        check_version(self.adapters[uid], version)
+        weights.readers += 1
+        return weights
+
+    def release(self, weights: Weights | None) -> None:
+        """Ends what `bind` began."""
+        if weights is not None:
+            weights.readers -= 1
+
+    # --------------------------------------------------------------------------------------------------- steps
+
+    def forward(self, rows: Sequence[Row]) -> tuple[Batch, torch.Tensor]:
+        """Runs rows through the base: the batch, and the last hidden states [N, hidden] after the final norm."""
+        batch = flatten(rows, self._device)
+        self._route.batch, self._route.kv = batch, self.kv
+        try:
+            out = self._model.base_model(
+                input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None, use_cache=False
+            )
+        finally:
+            self._route.batch = self._route.kv = None
+        return batch, out.last_hidden_state[0]
+
+    @torch.no_grad()
+    def step(
+        self, scorings: Sequence[Scoring], decodings: Sequence[Decoding]
+    ) -> tuple[list[RowResult], list[list[Drawn]]]:
+        """One step without gradients: numbers for each scoring, and a list of drawn tokens for each decoding."""
+        rows = [Row(s.weights, _needed(s.row)) for s in scorings]
+        _, hidden = self.forward([*rows, *(d.row for d in decodings)])
+        scored = self._score(scorings, rows, hidden)
+        return scored, self._draw(decodings, hidden) if decodings else []
+
+    def _score(self, scorings: Sequence[Scoring], rows: Sequence[Row], hidden: torch.Tensor) -> list[RowResult]:
+        spans = [_completion_span(s.row, row) for s, row in zip(scorings, rows, strict=True)]
+        wanted = [i for i, s in enumerate(scorings) if s.row.logprobs or s.row.entropy]
+        logprobs: dict[int, Floats] = {}
+        entropies: dict[int, Floats] = {}
+        if wanted:
+            targets = torch.from_numpy(
+                np.concatenate([scorings[i].row.tokens[scorings[i].row.start :] for i in wanted])
+            )
+            index = torch.cat([torch.arange(*spans[i]) for i in wanted])
+            lengths = [spans[i][1] - spans[i][0] for i in wanted]
+            entropy = any(scorings[i].row.entropy for i in wanted)
+            lp, ent = token_logprobs(
+                self.head, hidden[index.to(self._device)], targets.to(self._device), entropy=entropy
+            )
+            logprobs = dict(zip(wanted, _split(lp, lengths), strict=True))
+            entropies = {} if ent is None else dict(zip(wanted, _split(ent, lengths), strict=True))
+        results = []
+        for i, (scoring, row) in enumerate(zip(scorings, rows, strict=True)):
+            want = scoring.row
+            tokens = _score_head(scoring, hidden[row.start : row.stop], every=want.token_scores)
+            results.append(
+                RowResult(
+                    logprobs=logprobs[i] if want.logprobs else None,
+                    entropy=entropies[i] if want.entropy else None,
+                    values=_values(scoring.weights, hidden[slice(*spans[i])]) if want.values else None,
+                    score=float(tokens[-1]) if tokens is not None and want.score else None,
+                    token_scores=tokens if want.token_scores else None,
+                )
+            )
+        return results
+
+    def _draw(self, decodings: Sequence[Decoding], hidden: torch.Tensor) -> list[list[Drawn]]:
+        last = torch.tensor([d.row.stop - 1 for d in decodings], device=self._device)
+        states = hidden[last]
+        logits = self.head.logits(states)  # [D, vocabulary]
+        totals = torch.logsumexp(logits, dim=-1)
+        owners = [i for i, d in enumerate(decodings) for _ in d.draws]
+        draws = [one for d in decodings for one in d.draws]
+        allowed = logits[owners]
+        for i, one in enumerate(draws):
+            if one.banned:
+                allowed[i, list(one.banned)] = -torch.inf
+        tokens = draw(allowed, [one.sampling for one in draws], [one.place for one in draws])
+        chosen = torch.tensor(tokens, device=self._device)
+        logprobs = (logits[owners, chosen] - totals[owners]).tolist()
+        values = [
+            float(_values(d.row.weights, states[i : i + 1])[0]) if d.value else float("nan")
+            for i, d in enumerate(decodings)
+        ]
+        drawn: list[list[Drawn]] = [[] for _ in decodings]
+        for owner, token, logprob in zip(owners, tokens, logprobs, strict=True):
+            drawn[owner].append(Drawn(token, logprob, values[owner]))
+        return drawn
+
+
+def check_version(adapter: Adapter, version: int | None) -> None:
+    """Aborted unless the adapter has the version, if one is asked for."""
+    if version is not None and version != adapter.weights.version:
+        raise Aborted(
+            "VERSION_MISMATCH",
+            f"adapter {adapter.name!r} has version {adapter.weights.version}, not {version}: look again and repeat",
+        )
+
+
+def require_value_head(adapter: Adapter) -> None:
+    """FailedPrecondition unless the adapter carries a value head."""
+    if adapter.weights.value_head is None:
+        raise FailedPrecondition(
+            "NO_VALUE_HEAD",
+            f"adapter {adapter.name!r} has no value head: create or load it with value_head, or do not ask for values",
+        )
+
+
+def _needed(row: ScoreRow) -> list[int]:
+    """The tokens that must be run: the last one only matters to a score."""
+    tokens: list[int] = row.tokens.tolist()
+    return tokens if row.score or row.token_scores else tokens[:-1]
+
+
+def _completion_span(want: ScoreRow, row: Row) -> tuple[int, int]:
+    """Flat places before each completion token."""
+    return row.start + want.start - 1, row.start + len(want.tokens) - 1
+
+
+def _split(flat: torch.Tensor, lengths: Iterable[int]) -> list[Floats]:
+    array: Floats = flat.float().cpu().numpy()
+    return [part.copy() for part in np.split(array, np.cumsum(list(lengths))[:-1])]
+
+
+def _values(weights: Weights | None, hidden: torch.Tensor) -> Floats:
+    if weights is None or weights.value_head is None:
+        raise FailedPrecondition("NO_VALUE_HEAD", "this adapter has no value head: create or load it with value_head")
+    values: Floats = linear_head(weights.value_head, hidden)[:, 0].float().cpu().numpy()
+    return values
+
+
+def _score_head(scoring: Scoring, hidden: torch.Tensor, *, every: bool) -> Floats | None:
+    if not (scoring.row.score or scoring.row.token_scores):
+        return None
+    if scoring.weights is None or scoring.weights.score_head is None:
+        raise FailedPrecondition("NO_SCORE_HEAD", "this adapter has no score head: name a reward adapter")
+    scores: Floats = (
+        linear_head(scoring.weights.score_head, hidden if every else hidden[-1:])[:, 0].float().cpu().numpy()
+    )
+    return scores
+
+
+def all_facts(adapters: Mapping[int, Adapter]) -> dict[int, AdapterFacts]:
+    """Facts of all adapters, by uid."""
+    return {uid: adapter.facts() for uid, adapter in adapters.items()}

@@ -1,0 +1,159 @@
+"""An adapter's files: read with every check before a tensor is made, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from onebase.server.errors import AlreadyExists, DataLoss, InvalidArgument, NotFound
+
+ADAPTER = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+MANIFEST = "onebase.json"
+
+
+class SavedFiles:
+    """The files of one adapter directory.
+
+    Raises:
+        NotFound: there is no such directory, or no adapter in it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_dir():
+            raise NotFound(
+                "PATH_NOT_FOUND", f"{path} is not a directory: give one that PEFT's save_pretrained wrote", field="path"
+            )
+        self._hashes: dict[str, str] = self.manifest().get("sha256", {})
+
+    def manifest(self) -> dict[str, Any]:
+        """onebase.json; empty where PEFT wrote the directory."""
+        return self._json(MANIFEST) if (self.path / MANIFEST).exists() else {}
+
+    def config(self) -> dict[str, Any]:
+        """adapter_config.json."""
+        if not (self.path / CONFIG).exists():
+            raise NotFound("CONFIG_NOT_FOUND", f"{self.path} has no {CONFIG}: it is no PEFT adapter", field="path")
+        return self._json(CONFIG)
+
+    def adapter(self) -> Path:
+        """The adapter's safetensors file.
+
+        Raises:
+            InvalidArgument: there is only a pickle file, which is never opened.
+        """
+        path = self.path / ADAPTER
+        if path.exists():
+            return path
+        pickles = sorted(p.name for p in self.path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        if pickles:
+            raise InvalidArgument(
+                "PICKLE_ADAPTER",
+                f"{self.path} holds {pickles[0]}, a pickle file, which can run code and is never opened: "
+                "save it again with safe_serialization=True",
+                field="path",
+            )
+        raise NotFound("WEIGHTS_NOT_FOUND", f"{self.path} has no {ADAPTER}", field="path")
+
+    def tensors(self, path: Path) -> dict[str, torch.Tensor]:
+        """A safetensors file's tensors, after its hash was compared with the manifest's.
+
+        Raises:
+            DataLoss: the hash does not match.
+            InvalidArgument: it is not a whole safetensors file.
+        """
+        wanted = self._hashes.get(path.name)
+        if wanted is not None and sha256(path) != wanted:
+            raise DataLoss(
+                "HASH_MISMATCH", f"{path} is not what {MANIFEST} says it is: load another checkpoint", field="path"
+            )
+        try:
+            found: dict[str, torch.Tensor] = load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise InvalidArgument("BAD_SAFETENSORS", f"{path} cannot be read: {error}", field="path") from error
+        return found
+
+    def _json(self, name: str) -> dict[str, Any]:
+        try:
+            found = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InvalidArgument("BAD_JSON", f"{self.path / name} is not JSON: {error}", field="path") from error
+        if not isinstance(found, dict):
+            raise InvalidArgument("BAD_JSON", f"{self.path / name} is not a JSON object", field="path")
+        return found
+
+
+def sha256(path: Path) -> str:
+    """A file's SHA-256 in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_directory(
+    path: Path,
+    config: LoraConfig,
+    files: Mapping[str, Mapping[str, torch.Tensor]],
+    manifest: Mapping[str, Any],
+    *,
+    overwrite: bool,
+) -> int:
+    """Writes an adapter's directory beside its place, makes it durable, and puts it there in one rename.
+
+    Returns:
+        Bytes written.
+
+    Raises:
+        AlreadyExists: the path is taken and `overwrite` is not set.
+    """
+    if path.exists() and not overwrite:
+        raise AlreadyExists("PATH_TAKEN", f"{path} is taken: choose another, or set overwrite", field="path")
+    if path.exists() and not (path / CONFIG).exists():
+        raise AlreadyExists(
+            "PATH_TAKEN", f"{path} is not an adapter, and is left alone: choose another path", field="path"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    token = uuid.uuid4().hex
+    fresh, old = path.with_name(f".{path.name}.{token}.new"), path.with_name(f".{path.name}.{token}.old")
+    try:
+        fresh.mkdir()
+        config.save_pretrained(str(fresh))
+        for name, tensors in files.items():
+            save_file(
+                {key: t.detach().cpu().contiguous() for key, t in tensors.items()}, fresh / name, {"format": "pt"}
+            )
+        hashes = {file.name: sha256(file) for file in sorted(fresh.iterdir())}
+        (fresh / MANIFEST).write_text(json.dumps({**manifest, "sha256": hashes}, indent=2) + "\n", encoding="utf-8")
+        for file in fresh.iterdir():
+            _sync(file)
+        _sync(fresh)
+        if path.exists():
+            path.rename(old)
+        fresh.rename(path)
+        _sync(path.parent)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    return sum(file.stat().st_size for file in path.iterdir())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

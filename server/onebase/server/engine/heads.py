@@ -1,0 +1,88 @@
+"""From hidden states to numbers: logprobs and entropies without a full logits tensor, values, scores.
+
+Logits exist for at most CHUNK positions at a time and are reduced in float32: in bfloat16 a log-softmax errs by .06.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from onebase.server.engine.adapters import Head
+from onebase.server.engine.batch import MIN_ROWS
+
+CHUNK = 128
+"""Positions whose logits exist at once."""
+
+
+@dataclass(frozen=True)
+class LmHead:
+    """The base's output embedding and what the architecture does to its logits."""
+
+    embedding: nn.Module
+    finish: Callable[[torch.Tensor], torch.Tensor]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[M, hidden] to float32 [M, vocabulary]; M rows round the same for any M."""
+        rows = hidden.shape[0]
+        if rows < MIN_ROWS:
+            hidden = F.pad(hidden, (0, 0, 0, MIN_ROWS - rows))
+        return self.finish(self.embedding(hidden)[:rows].float())
+
+
+def token_logprobs(
+    head: LmHead, hidden: torch.Tensor, targets: torch.Tensor, *, entropy: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Logprobs of chosen tokens, and entropies in nats.
+
+    Args:
+        head: the output embedding.
+        hidden: [M, hidden], the states before each token.
+        targets: [M], the tokens.
+        entropy: whether to compute entropies too.
+
+    Returns:
+        float32 [M], and float32 [M] without gradients or None.
+    """
+    logprobs: list[torch.Tensor] = []
+    entropies: list[torch.Tensor] = []
+    for part, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
+        logits = head.logits(part)
+        total = torch.logsumexp(logits, dim=-1)
+        logprobs.append(logits.gather(1, wanted[:, None])[:, 0] - total)
+        if entropy:
+            with torch.no_grad():
+                entropies.append(total - (torch.softmax(logits, dim=-1) * logits).sum(-1))
+    return torch.cat(logprobs), torch.cat(entropies) if entropy else None
+
+
+def linear_head(head: Head, hidden: torch.Tensor) -> torch.Tensor:
+    """A value or score head in its own precision: [M, hidden] to [M, labels]; the same for any M."""
+    rows = hidden.shape[0]
+    if rows < MIN_ROWS:
+        hidden = F.pad(hidden, (0, 0, 0, MIN_ROWS - rows))
+    return F.linear(hidden.to(head.weight.dtype), head.weight, head.bias)[:rows]
+
+
+def logits_finish(config: object) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What an architecture does to its logits after the output embedding, read off its configuration.
+
+    Granite divides by `logits_scaling`, Cohere multiplies by `logit_scale`, Gemma 2 soft-caps. Whether this is all
+    that a model does is proven when it is loaded.
+    """
+    divide = float(getattr(config, "logits_scaling", None) or 1.0)
+    multiply = float(getattr(config, "logit_scale", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def finish(logits: torch.Tensor) -> torch.Tensor:
+        if divide != 1.0:
+            logits = logits / divide
+        if multiply != 1.0:
+            logits = logits * multiply
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    return finish

@@ -1,0 +1,169 @@
+"""From a hub id or a directory to an engine that was shown to be right for this very model."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import os
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from onebase.server.config import EngineConfig
+from onebase.server.engine import attention, lora
+from onebase.server.engine.batch import Route
+from onebase.server.engine.engine import Engine
+from onebase.server.engine.formats import Formats
+from onebase.server.engine.heads import LmHead, logits_finish
+from onebase.server.engine.kv import KVCache
+from onebase.server.engine.proof import prove
+from onebase.server.engine.text import Text
+from onebase.server.errors import FailedPrecondition, InvalidArgument, NotFound
+from onebase.server.jobs import BaseFacts
+
+log = logging.getLogger(__name__)
+
+
+def open_engine(config: EngineConfig) -> Engine:
+    """Loads the base and its tokenizer, puts our layers in, and proves that the engine computes what the model does.
+
+    Raises:
+        NotFound: there is no such model.
+        InvalidArgument: a setting does not fit the model or the machine.
+        FailedPrecondition: the engine cannot run this architecture right; the message says why.
+    """
+    torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 2) // 2))
+    device = _device(config.device)
+    settings, tokenizer = _describe(config)
+    dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
+    log.info("loading %s", config.model)
+    model = _load(config, settings, dtype).to(device)
+    model.eval().requires_grad_(False)
+    skeleton = _skeleton(model.config)
+    facts = _facts(config, model, tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    route = Route()
+    blocks = model.base_model
+    if blocks is model:
+        raise FailedPrecondition(
+            "ARCHITECTURE_NOT_SUPPORTED", f"{facts.architecture} has no base_model that gives its last hidden states"
+        )
+    wrapped = lora.install(model, blocks, route)
+    attention.install(model, route)
+    conv1d = any(not isinstance(layer.base, nn.Linear) for layer in wrapped.values())
+    engine = Engine(
+        model,
+        route,
+        LmHead(model.get_output_embeddings(), logits_finish(model.config)),
+        Formats(skeleton, set(wrapped), facts, conv1d=conv1d),
+        Text(tokenizer),
+        facts,
+        KVCache(config.kv_slots, facts.max_context),
+    )
+    prove(engine, model)
+    engine.kv = KVCache(config.kv_slots, facts.max_context)
+    return engine
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InvalidArgument(
+            "NO_CUDA", f"device is {name!r}, and torch sees no CUDA device: use --device cpu", field="device"
+        )
+    return torch.device(name)
+
+
+def _describe(config: EngineConfig) -> tuple[PreTrainedConfig, object]:
+    """The model's configuration and tokenizer."""
+    try:
+        settings = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise NotFound(
+            "MODEL_NOT_FOUND", f"cannot load {config.model!r} as a hub id or a directory: {first}", field="model"
+        ) from error
+    if getattr(settings, "is_encoder_decoder", False):
+        raise FailedPrecondition(
+            "ARCHITECTURE_NOT_SUPPORTED", f"{config.model!r} ({settings.model_type}) is not decoder-only", field="model"
+        )
+    return settings, tokenizer
+
+
+def _load(config: EngineConfig, settings: PreTrainedConfig, dtype: object) -> PreTrainedModel:
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            config.model, config=settings, dtype=dtype, trust_remote_code=config.trust_remote_code, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise FailedPrecondition(
+            "MODEL_NOT_LOADED",
+            f"{config.model!r} ({settings.model_type}) is no causal LM that can be loaded: {first}",
+            field="model",
+        ) from error
+    return model
+
+
+def _skeleton(settings: PreTrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(settings))
+    return skeleton
+
+
+def _facts(
+    config: EngineConfig, model: PreTrainedModel, pad: int | None, bos: int | None, eos: int | None
+) -> BaseFacts:
+    settings = model.config.get_text_config()
+    longest = int(getattr(settings, "max_position_embeddings", 0) or 0) or config.max_context
+    if not longest:
+        raise InvalidArgument(
+            "NO_CONTEXT", "the model does not say how long its context is: give max_context", field="max_context"
+        )
+    if config.max_context > longest:
+        raise InvalidArgument(
+            "CONTEXT_TOO_LONG",
+            f"max_context is {config.max_context}, and the model was made for {longest}",
+            field="max_context",
+        )
+    parameters = list(model.named_parameters())
+    return BaseFacts(
+        model=config.model,
+        architecture=type(model).__name__,
+        fingerprint=_fingerprint(model),
+        vocab_size=int(model.get_input_embeddings().weight.shape[0]),
+        hidden_size=int(settings.hidden_size),
+        num_layers=int(settings.num_hidden_layers),
+        max_context=config.max_context or longest,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(model.device),
+        parameter_count=sum(p.numel() for _, p in parameters),
+        weights_bytes=sum(p.numel() * p.element_size() for _, p in parameters),
+        eos_token_ids=_eos_ids(model, eos),
+        pad_token_id=pad,
+        bos_token_id=bos,
+    )
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer_eos: int | None) -> tuple[int, ...]:
+    """The ids that end a text: the tokenizer's first, then what the generation config adds."""
+    given = getattr(model.generation_config, "eos_token_id", None)
+    if given is None:
+        given = model.config.eos_token_id
+    more = given if isinstance(given, list) else [given]
+    ids = [i for i in [tokenizer_eos, *more] if i is not None]
+    return tuple(dict.fromkeys(ids))
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 over names, shapes and a sample of every weight, rounded to bfloat16, so that precision does not count."""
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16).view(torch.int16).cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,103 @@
+"""A proof by running: does the engine compute, for this very model, what transformers' own code computes?
+
+Before a server serves, the same random sequences go through the untouched model (eager attention, one sequence at a
+time, no cache) and through the engine: packed side by side, prefilled and decoded token by token, and continued in
+chunks. Where the numbers differ the model is refused by name; being refused is better than being wrong.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from onebase.server.engine import attention
+from onebase.server.engine.batch import Row
+from onebase.server.engine.engine import Engine
+from onebase.server.errors import FailedPrecondition
+
+LENGTHS = (23, 7, 40)
+"""Sequences of the proof, in tokens; a sliding window below the longest is gone beyond."""
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+"""Largest difference of logits that rounding explains, relative to their largest magnitude."""
+
+
+@torch.no_grad()
+def prove(engine: Engine, model: PreTrainedModel) -> float:
+    """Compares the engine with the model's own forward.
+
+    Returns:
+        The largest difference of logits, relative to their largest magnitude.
+
+    Raises:
+        FailedPrecondition: they differ, or the model asks for attention that the engine does not have.
+    """
+    name = type(model).__name__
+    random = torch.Generator().manual_seed(0)
+    lengths = [min(length, engine.facts.max_context) for length in LENGTHS]
+    texts = [torch.randint(0, engine.facts.vocab_size, (n,), generator=random).tolist() for n in lengths]
+    try:
+        model.set_attn_implementation("eager")
+        device = engine.facts.device
+        truth = [model(input_ids=torch.tensor([t], device=device), use_cache=False).logits[0].float() for t in texts]
+        model.set_attn_implementation(attention.NAME)
+        if model.config._attn_implementation != attention.NAME:
+            raise attention.UnsupportedAttention("it does not let its attention be replaced")
+        packed = _packed(engine, texts)
+        cached = _cached(engine, texts)
+    except attention.UnsupportedAttention as error:
+        raise _refusal(name, str(error)) from error
+    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, NotImplementedError) as error:
+        raise _refusal(name, f"its forward failed in a flat batch: {error}") from error
+    worst = 0.0
+    for way, found in (("packed", packed), ("cached", cached)):
+        difference = max(_relative(f, t) for f, t in zip(found, truth, strict=True))
+        if not difference <= TOLERANCE.get(model.dtype, 1e-4):
+            raise _refusal(name, f"{way} logits differ from transformers' own by {difference:.1e} of their magnitude")
+        worst = max(worst, difference)
+    return worst
+
+
+def _packed(engine: Engine, texts: list[list[int]]) -> list[torch.Tensor]:
+    """All sequences in one flat batch."""
+    rows = [Row(None, text) for text in texts]
+    _, hidden = engine.forward(rows)
+    return [engine.head.logits(hidden[row.start : row.stop]) for row in rows]
+
+
+def _cached(engine: Engine, texts: list[list[int]]) -> list[torch.Tensor]:
+    """Prefill of the first part, a chunk of two tokens, then one token at a time, all sequences side by side."""
+    slots = [engine.kv.take() for _ in texts] if engine.kv.free >= len(texts) else []
+    if not slots:
+        slots, texts = [engine.kv.take()], texts[:1]
+    done = [len(text) // 2 for text in texts]
+    rows = [Row(None, text[:n], 0, slot) for text, n, slot in zip(texts, done, slots, strict=True)]
+    found = [[] for _ in texts]  # type: list[list[torch.Tensor]]
+    step = 2
+    while rows:
+        _, hidden = engine.forward(rows)
+        for row in rows:
+            i = slots.index(row.slot or 0)
+            found[i].append(engine.head.logits(hidden[row.start : row.stop]))
+            done[i] = row.past + len(row.tokens)
+        rows = [
+            Row(None, text[n : n + step], n, slot)
+            for text, n, slot in zip(texts, done, slots, strict=True)
+            if n < len(text)
+        ]
+        step = 1
+    for slot in slots:
+        engine.kv.give_back(slot)
+    return [torch.cat(parts) for parts in found]
+
+
+def _relative(found: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((found - truth).abs().max() / truth.abs().max().clamp(min=1e-6))
+
+
+def _refusal(architecture: str, why: str) -> FailedPrecondition:
+    return FailedPrecondition(
+        "ARCHITECTURE_NOT_SUPPORTED",
+        f"{architecture} is refused, because the engine cannot be shown to run it right: {why}",
+        field="model",
+    )
