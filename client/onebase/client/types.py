@@ -6,7 +6,8 @@ number that belongs to each completion token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence as SequenceABC
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 

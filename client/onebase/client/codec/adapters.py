@@ -1,0 +1,105 @@
+"""AdapterService: making, loading, saving and deleting adapters."""
+
+from __future__ import annotations
+
+from onebase.client import types as t
+from onebase.client.codec.rpc import Call, Rpc
+from onebase.client.codec.values import KINDS, build, decode_adapter, decode_version, encode_lora, encode_name
+from onebase.v1 import adapters_pb2 as pb
+from onebase.v1 import types_pb2
+
+CREATE = Rpc("AdapterService/CreateAdapter", pb.CreateAdapterRequest, types_pb2.Adapter, repeatable=True)
+GET = Rpc("AdapterService/GetAdapter", pb.GetAdapterRequest, types_pb2.Adapter, repeatable=True)
+LIST = Rpc("AdapterService/ListAdapters", pb.ListAdaptersRequest, pb.ListAdaptersResponse, repeatable=True)
+DELETE = Rpc("AdapterService/DeleteAdapter", pb.DeleteAdapterRequest, pb.DeleteAdapterResponse, repeatable=True)
+LOAD = Rpc("AdapterService/LoadAdapter", pb.LoadAdapterRequest, types_pb2.Adapter, repeatable=True)
+SAVE = Rpc("AdapterService/SaveAdapter", pb.SaveAdapterRequest, pb.SaveAdapterResponse, repeatable=True)
+
+
+def create(
+    name: str, lora: t.LoraSpec, *, value_head: bool, seed: int, request_id: str, session_id: str = ""
+) -> Call[t.Adapter]:
+    """CreateAdapter."""
+    request = build(
+        pb.CreateAdapterRequest,
+        session_id=session_id,
+        request_id=request_id,
+        name=name,
+        lora=encode_lora(lora),
+        value_head=value_head,
+        seed=seed,
+    )
+    return CREATE.call(request, decode_adapter)
+
+
+def get(name: str) -> Call[t.Adapter]:
+    """GetAdapter."""
+    return GET.call(build(pb.GetAdapterRequest, name=name), decode_adapter)
+
+
+def list_adapters(kind: t.AdapterKind | None) -> Call[list[t.Adapter]]:
+    """ListAdapters."""
+    number = None if kind is None else encode_name(KINDS, kind, "kind")
+    return LIST.call(build(pb.ListAdaptersRequest, kind=number), _read_adapters)
+
+
+def _read_adapters(response: pb.ListAdaptersResponse) -> list[t.Adapter]:
+    return [decode_adapter(adapter) for adapter in response.adapters]
+
+
+def delete(name: str, *, request_id: str, session_id: str = "") -> Call[None]:
+    """DeleteAdapter."""
+    request = build(pb.DeleteAdapterRequest, session_id=session_id, request_id=request_id, name=name)
+    return DELETE.call(request, _read_nothing)
+
+
+def _read_nothing(response: pb.DeleteAdapterResponse) -> None:  # noqa: ARG001
+    return None
+
+
+def load(
+    name: str,
+    path: str,
+    *,
+    kind: t.AdapterKind,
+    value_head: bool,
+    replace: bool,
+    with_optimizer: bool,
+    seed: int,
+    request_id: str,
+    session_id: str = "",
+) -> Call[t.Adapter]:
+    """LoadAdapter."""
+    request = build(
+        pb.LoadAdapterRequest,
+        session_id=session_id,
+        request_id=request_id,
+        name=name,
+        kind=encode_name(KINDS, kind, "kind"),
+        path=path,
+        value_head=value_head,
+        replace=replace,
+        with_optimizer=with_optimizer,
+        seed=seed,
+    )
+    return LOAD.call(request, decode_adapter)
+
+
+def save(
+    name: str, path: str, *, with_optimizer: bool, overwrite: bool, request_id: str, session_id: str = ""
+) -> Call[t.SavedAdapter]:
+    """SaveAdapter."""
+    request = build(
+        pb.SaveAdapterRequest,
+        session_id=session_id,
+        request_id=request_id,
+        name=name,
+        path=path,
+        with_optimizer=with_optimizer,
+        overwrite=overwrite,
+    )
+    return SAVE.call(request, _read_saved)
+
+
+def _read_saved(response: pb.SaveAdapterResponse) -> t.SavedAdapter:
+    return t.SavedAdapter(path=response.path, adapter=decode_version(response.adapter), bytes=response.bytes)

@@ -1,0 +1,64 @@
+"""SessionService: a client's lease on its adapters."""
+
+from __future__ import annotations
+
+from onebase.client import types as t
+from onebase.client.codec.rpc import Call, Rpc
+from onebase.client.codec.values import build
+from onebase.v1 import sessions_pb2 as pb
+
+# Opening and choosing change something and carry no request_id. A repeated Open would leave behind a session that
+# holds the lease; a late Set would undo what another thread has set since.
+OPEN = Rpc("SessionService/OpenSession", pb.OpenSessionRequest, pb.Session, repeatable=False)
+GET = Rpc("SessionService/GetSession", pb.GetSessionRequest, pb.Session, repeatable=True)
+SET_ACTIVE = Rpc("SessionService/SetActiveAdapter", pb.SetActiveAdapterRequest, pb.Session, repeatable=False)
+KEEP_ALIVE = Rpc("SessionService/KeepAlive", pb.KeepAliveRequest, pb.Session, repeatable=True)
+CLOSE = Rpc("SessionService/CloseSession", pb.CloseSessionRequest, pb.CloseSessionResponse, repeatable=False)
+
+
+def open_session(ppo_adapter_name: str, *, label: str, ttl: float, resume: str) -> Call[t.SessionInfo]:
+    """OpenSession."""
+    request = build(
+        pb.OpenSessionRequest,
+        ppo_adapter_name=ppo_adapter_name,
+        label=label,
+        ttl_seconds=ttl,
+        resume_session_id=resume,
+    )
+    return OPEN.call(request, _read_session)
+
+
+def get(session_id: str) -> Call[t.SessionInfo]:
+    """GetSession."""
+    return GET.call(build(pb.GetSessionRequest, session_id=session_id), _read_session)
+
+
+def set_active(session_id: str, name: str) -> Call[t.SessionInfo]:
+    """SetActiveAdapter."""
+    return SET_ACTIVE.call(
+        build(pb.SetActiveAdapterRequest, session_id=session_id, ppo_adapter_name=name), _read_session
+    )
+
+
+def keep_alive(session_id: str) -> Call[t.SessionInfo]:
+    """KeepAlive."""
+    return KEEP_ALIVE.call(build(pb.KeepAliveRequest, session_id=session_id), _read_session)
+
+
+def close(session_id: str) -> Call[None]:
+    """CloseSession."""
+    return CLOSE.call(build(pb.CloseSessionRequest, session_id=session_id), _read_nothing)
+
+
+def _read_session(session: pb.Session) -> t.SessionInfo:
+    return t.SessionInfo(
+        session_id=session.session_id,
+        ppo_adapter_name=session.ppo_adapter_name,
+        label=session.label,
+        leases=tuple(session.leases),
+        ttl_seconds=session.ttl_seconds,
+    )
+
+
+def _read_nothing(response: pb.CloseSessionResponse) -> None:  # noqa: ARG001
+    return None

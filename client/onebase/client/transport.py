@@ -1,0 +1,181 @@
+"""Sends calls over a channel: deadlines, retries and the translation of errors, for one call and for streams."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any, Generic, Protocol, TypeVar
+
+import grpc
+
+from onebase.client.channel import open_channel
+from onebase.client.codec.rpc import Call
+from onebase.client.errors import CancelledError, OnebaseError, translate
+from onebase.client.retry import Backoff
+
+Result = TypeVar("Result")
+Answer = TypeVar("Answer")
+Item = TypeVar("Item", covariant=True)
+
+
+class Transport:
+    """A channel and the rules of its calls. Any number of threads may use it.
+
+    Args:
+        target: host and port of the server.
+        timeout: seconds that a call may take, retries included, unless it says otherwise.
+        backoff: how long to wait between retries.
+    """
+
+    def __init__(self, target: str, *, timeout: float, backoff: Backoff | None = None) -> None:
+        self.target = target
+        self._timeout = timeout
+        self._backoff = backoff or Backoff()
+        self._channel = open_channel(target)
+        self._closed = threading.Event()
+
+    def run(self, call: Call[Result], timeout: float | None = None) -> Result:
+        """Sends a call and reads its answer.
+
+        Raises:
+            OnebaseError: the last attempt's failure.
+        """
+        send = self._channel.unary_unary(
+            call.rpc.path, request_serializer=_serialize, response_deserializer=call.rpc.answer.FromString
+        )
+        attempts = self.attempts(call, timeout)
+        while True:
+            try:
+                answer = self.invoke(lambda remaining: send(call.request, timeout=remaining), attempts.remaining())
+                return call.read(answer)
+            except grpc.RpcError as error:
+                attempts.wait_after(translate(error, call.rpc.method))
+
+    def stream(self, call: Call[Result], timeout: float | None = None) -> Stream[Result]:
+        """Sends a call whose answer is a stream, and gives it to be read."""
+        return Stream(self, call, timeout)
+
+    def begin(self, call: Call[Any], remaining: float) -> ServerStream[Any]:
+        """Starts one attempt of a streaming call."""
+        send = self._channel.unary_stream(
+            call.rpc.path, request_serializer=_serialize, response_deserializer=call.rpc.answer.FromString
+        )
+        return self.invoke(lambda seconds: send(call.request, timeout=seconds), remaining)
+
+    def attempts(self, call: Call[Any], timeout: float | None) -> Attempts:
+        """The attempts of one call, of which the clock starts now."""
+        seconds = self._timeout if timeout is None else timeout
+        return Attempts(self, self._backoff, repeatable=call.rpc.repeatable, seconds=seconds)
+
+    def invoke(self, send: Callable[[float], Answer], remaining: float) -> Answer:
+        """Sends once, unless the transport was closed."""
+        try:
+            return send(remaining)
+        except ValueError:  # what gRPC raises on a closed channel
+            if self._closed.is_set():
+                raise CancelledError("the client is closed", reason="CLIENT_CLOSED") from None
+            raise
+
+    def sleep(self, seconds: float) -> None:
+        """Waits; CancelledError if the transport is closed meanwhile."""
+        if self._closed.wait(seconds):
+            raise CancelledError("the client was closed", reason="CLIENT_CLOSED")
+
+    def close(self) -> None:
+        """Cancels what is under way and closes the channel; may be called twice."""
+        self._closed.set()
+        self._channel.close()
+
+
+class Attempts:
+    """One call's attempts up to its deadline."""
+
+    def __init__(self, transport: Transport, backoff: Backoff, *, repeatable: bool, seconds: float) -> None:
+        self._transport = transport
+        self._backoff = backoff
+        self._repeatable = repeatable
+        self._deadline = time.monotonic() + seconds
+        self._failed = 0
+
+    def remaining(self) -> float:
+        """Seconds until the deadline; at least 0."""
+        return max(0.0, self._deadline - time.monotonic())
+
+    def wait_after(self, failure: OnebaseError) -> None:
+        """Returns when it is time for the next attempt; raises the failure if there is to be none."""
+        delay = None
+        if self._repeatable:
+            delay = self._backoff.delay(failure, self._failed, self.remaining(), random.random())
+        if delay is None:
+            raise failure from None
+        self._failed += 1
+        self._transport.sleep(delay)
+
+
+class ServerStream(Protocol[Item]):
+    """What is used of gRPC's own stream."""
+
+    def __next__(self) -> Item:
+        """The next message."""
+
+    def cancel(self) -> bool:
+        """Ends the call."""
+
+
+class Stream(Generic[Result]):
+    """Iterates over what a server streams. Closing it, or leaving its `with` block, cancels the call.
+
+    A failure is retried as long as nothing was received: from then on, a second attempt could contradict the first.
+    """
+
+    def __init__(self, transport: Transport, call: Call[Result], timeout: float | None) -> None:
+        self._transport = transport
+        self._call = call
+        self._attempts = transport.attempts(call, timeout)
+        self._closed = False
+        self._received = False
+        self._stream = transport.begin(call, self._attempts.remaining())
+
+    def __iter__(self) -> Iterator[Result]:
+        return self
+
+    def __next__(self) -> Result:
+        while not self._closed:
+            try:
+                message = next(self._stream)
+            except grpc.RpcError as error:
+                if not self._closed:  # else this is the echo of close()
+                    self._begin_again(translate(error, self._call.rpc.method))
+            else:
+                self._received = True
+                return self._call.read(message)
+        raise StopIteration
+
+    def _begin_again(self, failure: OnebaseError) -> None:
+        if self._received:
+            raise failure from None
+        self._attempts.wait_after(failure)
+        self._stream = self._transport.begin(self._call, self._attempts.remaining())
+        if self._closed:
+            self._stream.cancel()
+
+    def close(self) -> None:
+        """Cancels the call; the iteration ends. Any thread may call this, any number of times."""
+        self._closed = True
+        self._stream.cancel()
+
+    def __enter__(self) -> Stream[Result]:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _serialize(request: Any) -> bytes:
+    data: bytes = request.SerializeToString()
+    return data
