@@ -16,7 +16,7 @@ from peft import LoraConfig
 from torch.optim.adamw import adamw
 
 from onebase.server.engine.lora import LoraPair
-from onebase.server.errors import FailedPrecondition
+from onebase.server.errors import Aborted, FailedPrecondition
 from onebase.server.jobs import AdamW, AdapterFacts, AdapterKind, AdapterMemory, LoraSpec
 
 _serials = itertools.count(1)
@@ -120,6 +120,22 @@ class Adapter:
             ),
             pending_gradients=self.pending,
         )
+
+    def check_version(self, version: int | None) -> None:
+        """Aborted unless it has the version that is asked for, if any."""
+        if version is not None and version != self.weights.version:
+            raise Aborted(
+                "VERSION_MISMATCH",
+                f"adapter {self.name!r} has version {self.weights.version}, not {version}: look again and repeat",
+            )
+
+    def require_value_head(self) -> None:
+        """FailedPrecondition unless it carries a value head."""
+        if self.weights.value_head is None:
+            raise FailedPrecondition(
+                "NO_VALUE_HEAD",
+                f"adapter {self.name!r} has no value head: create or load it with value_head, or do not ask for values",
+            )
 
     def add_gradients(self, gradients: Mapping[str, torch.Tensor]) -> None:
         """Adds a pass's gradients to the pending ones."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from onebase.server.engine.batch import MIN_ROWS, DecodeBatch, Route, Row, padded
@@ -68,8 +67,8 @@ def attention(
         out = parts[0][1] if len(parts) == 1 else torch.cat([part for _, part in parts], dim=1)
     else:
         out = torch.zeros_like(q)
-        for row, part in parts:
-            out[:, row.start : row.stop] = part
+        for row, attended in parts:
+            out[:, row.start : row.stop] = attended
         if batch.decode is not None:
             out[:, batch.decode.index] = _decode(_cache(route), layer, batch.decode, q, k, v, scale, sliding_window)
     return out.transpose(0, 1).unsqueeze(0), None
@@ -84,7 +83,7 @@ def _cache(route: Route) -> KVCache:
 def _sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None, causal: bool
 ) -> torch.Tensor:
-    return F.scaled_dot_product_attention(
+    return nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
 
@@ -94,7 +93,7 @@ def _fresh(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, wind
     length = q.shape[1]
     fill = padded(length) - length
     if fill:
-        q, k, v = (F.pad(t, (0, 0, 0, fill)) for t in (q, k, v))
+        q, k, v = (nn.functional.pad(t, (0, 0, 0, fill)) for t in (q, k, v))
     mask = None
     if window is not None and length > window:
         place = torch.arange(length + fill, device=q.device)
@@ -126,8 +125,8 @@ def _chunk(
     if window is not None:
         mask &= place[None] > at - window
     fill = max(0, MIN_ROWS - len(row.tokens))
-    queries = F.pad(q[:, part], (0, 0, 0, fill))
-    mask = F.pad(mask, (0, 0, 0, fill), value=True)
+    queries = nn.functional.pad(q[:, part], (0, 0, 0, fill))
+    mask = nn.functional.pad(mask, (0, 0, 0, fill), value=True)
     out = _sdpa(queries[None], keys[slot : slot + 1, :, :span], values[slot : slot + 1, :, :span], scale, mask, False)
     return out[0, :, : len(row.tokens)]
 

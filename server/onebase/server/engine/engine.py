@@ -20,9 +20,19 @@ from onebase.server.engine.formats import Formats
 from onebase.server.engine.heads import LmHead, linear_head, token_logprobs
 from onebase.server.engine.kv import KVCache
 from onebase.server.engine.sampling import draw
-from onebase.server.engine.text import Text
-from onebase.server.errors import Aborted, FailedPrecondition, NotFound
-from onebase.server.jobs import BASE, AdapterFacts, BaseFacts, Floats, RowResult, Sampling, ScoreRow
+from onebase.server.engine.text import Detokenizer, Text
+from onebase.server.engine.training import Pass, begin
+from onebase.server.errors import FailedPrecondition, NotFound
+from onebase.server.jobs import (
+    BASE,
+    AdapterFacts,
+    BaseFacts,
+    Floats,
+    ForwardBackwardJob,
+    RowResult,
+    Sampling,
+    ScoreRow,
+)
 
 
 @dataclass(frozen=True)
@@ -129,15 +139,23 @@ class Engine:
         """
         if uid == BASE:
             return None
-        weights = self.adapter(uid).weights
-        check_version(self.adapters[uid], version)
-        weights.readers += 1
-        return weights
+        adapter = self.adapter(uid)
+        adapter.check_version(version)
+        adapter.weights.readers += 1
+        return adapter.weights
 
     def release(self, weights: Weights | None) -> None:
         """Ends what `bind` began."""
         if weights is not None:
             weights.readers -= 1
+
+    def detokenizer(self) -> Detokenizer:
+        """For the text of a new completion."""
+        return Detokenizer(self.text)
+
+    def begin_pass(self, job: ForwardBackwardJob) -> Pass:
+        """A training pass before its first row; see `training`."""
+        return begin(self.adapter(job.adapter), job)
 
     # --------------------------------------------------------------------------------------------------- steps
 
@@ -217,24 +235,6 @@ class Engine:
         for owner, token, logprob in zip(owners, tokens, logprobs, strict=True):
             drawn[owner].append(Drawn(token, logprob, values[owner]))
         return drawn
-
-
-def check_version(adapter: Adapter, version: int | None) -> None:
-    """Aborted unless the adapter has the version, if one is asked for."""
-    if version is not None and version != adapter.weights.version:
-        raise Aborted(
-            "VERSION_MISMATCH",
-            f"adapter {adapter.name!r} has version {adapter.weights.version}, not {version}: look again and repeat",
-        )
-
-
-def require_value_head(adapter: Adapter) -> None:
-    """FailedPrecondition unless the adapter carries a value head."""
-    if adapter.weights.value_head is None:
-        raise FailedPrecondition(
-            "NO_VALUE_HEAD",
-            f"adapter {adapter.name!r} has no value head: create or load it with value_head, or do not ask for values",
-        )
 
 
 def _needed(row: ScoreRow) -> list[int]:

@@ -1,7 +1,7 @@
 """Adapters on disk: PEFT's directories, read and written so that plain PEFT and this server understand each other.
 
     adapter_config.json          PEFT's LoraConfig
-    adapter_model.safetensors    base_model.model.{layer}.lora_{A,B}.weight, and base_model.model.score.weight for rewards
+    adapter_model.safetensors    base_model.model.{layer}.lora_{A,B}.weight; rewards: base_model.model.score.weight
     value_head.safetensors       v_head.summary.{weight,bias}, where there is a value head (TRL's names)
     optimizer.safetensors        AdamW's moments, where they were asked for
     onebase.json                 version, kind, the base's fingerprint, and a SHA-256 of each file
@@ -179,8 +179,8 @@ class Formats:
         if theirs is not None and theirs != self._facts.fingerprint:
             raise FailedPrecondition(
                 "WRONG_BASE",
-                f"{path} was saved from the base {manifest['base'].get('model')!r} ({theirs[:12]}), and this server has "
-                f"{self._facts.model!r} ({self._facts.fingerprint[:12]}): serve that base, or train a new adapter",
+                f"{path} was saved from the base {manifest['base'].get('model')!r} ({theirs[:12]}), and this server "
+                f"has {self._facts.model!r} ({self._facts.fingerprint[:12]}): serve that base, or train a new adapter",
                 field="path",
             )
 
@@ -316,11 +316,11 @@ def lora_config(spec: LoraSpec, *, conv1d: bool, base: str) -> LoraConfig:
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
         r=spec.rank,
-        lora_alpha=int(spec.alpha) if spec.alpha == int(spec.alpha) else spec.alpha,  # type: ignore[arg-type]
+        lora_alpha=int(spec.alpha) if spec.alpha == int(spec.alpha) else spec.alpha,
         target_modules=targets,
         use_rslora=spec.use_rslora,
         rank_pattern=dict(spec.rank_pattern),
-        alpha_pattern=dict(spec.alpha_pattern),  # type: ignore[arg-type]
+        alpha_pattern=dict(spec.alpha_pattern),
         lora_dropout=0.0,
         bias="none",
         fan_in_fan_out=conv1d,

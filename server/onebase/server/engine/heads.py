@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from onebase.server.engine.adapters import Head
 from onebase.server.engine.batch import MIN_ROWS
@@ -30,7 +29,7 @@ class LmHead:
         """[M, hidden] to float32 [M, vocabulary]; M rows round the same for any M."""
         rows = hidden.shape[0]
         if rows < MIN_ROWS:
-            hidden = F.pad(hidden, (0, 0, 0, MIN_ROWS - rows))
+            hidden = nn.functional.pad(hidden, (0, 0, 0, MIN_ROWS - rows))
         return self.finish(self.embedding(hidden)[:rows].float())
 
 
@@ -50,7 +49,7 @@ def token_logprobs(
     """
     logprobs: list[torch.Tensor] = []
     entropies: list[torch.Tensor] = []
-    for part, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
+    for part, wanted in zip(torch.split(hidden, CHUNK), torch.split(targets, CHUNK), strict=True):
         logits = head.logits(part)
         total = torch.logsumexp(logits, dim=-1)
         logprobs.append(logits.gather(1, wanted[:, None])[:, 0] - total)
@@ -64,8 +63,8 @@ def linear_head(head: Head, hidden: torch.Tensor) -> torch.Tensor:
     """A value or score head in its own precision: [M, hidden] to [M, labels]; the same for any M."""
     rows = hidden.shape[0]
     if rows < MIN_ROWS:
-        hidden = F.pad(hidden, (0, 0, 0, MIN_ROWS - rows))
-    return F.linear(hidden.to(head.weight.dtype), head.weight, head.bias)[:rows]
+        hidden = nn.functional.pad(hidden, (0, 0, 0, MIN_ROWS - rows))
+    return nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias)[:rows]
 
 
 def logits_finish(config: object) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -9,7 +9,14 @@ import os
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from onebase.server.config import EngineConfig
 from onebase.server.engine import attention, lora
@@ -76,7 +83,7 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _describe(config: EngineConfig) -> tuple[PreTrainedConfig, object]:
+def _describe(config: EngineConfig) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
     """The model's configuration and tokenizer."""
     try:
         settings = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
@@ -159,7 +166,7 @@ def _eos_ids(model: PreTrainedModel, tokenizer_eos: int | None) -> tuple[int, ..
 
 
 def _fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 over names, shapes and a sample of every weight, rounded to bfloat16, so that precision does not count."""
+    """SHA-256 over names, shapes and a sample of every weight, in bfloat16 so that precision does not count."""
     digest = hashlib.sha256(type(model).__name__.encode())
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)

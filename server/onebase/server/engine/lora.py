@@ -52,7 +52,7 @@ class MultiLoraLinear(nn.Module):
     @property
     def bias(self) -> torch.Tensor | None:
         """The base's bias."""
-        bias: torch.Tensor | None = getattr(self.base, "bias", None)  # type: ignore[assignment]
+        bias: torch.Tensor | None = getattr(self.base, "bias", None)
         return bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from onebase.server.engine.adapters import Adapter
 from onebase.server.engine.batch import Row
-from onebase.server.engine.engine import Engine, check_version, require_value_head
 from onebase.server.engine.heads import linear_head, token_logprobs
 from onebase.server.engine.losses import LOSSES, Now, Then, ppo_metrics
 from onebase.server.errors import FailedPrecondition
 from onebase.server.jobs import Floats, ForwardBackwardJob, ForwardBackwardResult, TrainRow
+
+if TYPE_CHECKING:
+    from onebase.server.engine.engine import Engine
 
 
 @dataclass(eq=False)
@@ -35,17 +38,24 @@ class Pass:
     entropies: list[Floats] = field(default_factory=list)
     values: list[Floats] = field(default_factory=list)
 
+    def note(self, train: Sequence[TrainRow], now: Now) -> None:
+        """Keeps what the weights said about the rows that were run."""
+        cuts = np.cumsum([len(row.tokens) - row.start for row in train])[:-1]
+        for store, numbers in ((self.logprobs, now.logprobs), (self.entropies, now.entropy), (self.values, now.values)):
+            store.extend(np.split(numbers.detach().cpu().numpy(), cuts))
+        self.done += len(train)
 
-def begin(engine: Engine, job: ForwardBackwardJob) -> Pass:
-    """Checks that the adapter can be trained as asked.
+
+def begin(adapter: Adapter, job: ForwardBackwardJob) -> Pass:
+    """A pass before its first row.
 
     Raises:
-        NotFound, Aborted (another version), FailedPrecondition (a value loss without a value head).
+        Aborted: the adapter has another version than the one expected.
+        FailedPrecondition: a value loss, and no value head.
     """
-    adapter = engine.adapter(job.adapter)
-    check_version(adapter, job.expected_version)
+    adapter.check_version(job.expected_version)
     if job.loss.vf_coef:
-        require_value_head(adapter)
+        adapter.require_value_head()
     counted = float(sum(int(row.mask.sum()) for row in job.rows))
     return Pass(job, adapter, job.denominator or counted, adapter.weights.version)
 
@@ -61,42 +71,37 @@ def run(engine: Engine, parts: Sequence[tuple[Pass, int]]) -> None:
     rows = [[Row(task.adapter.weights, row.tokens[:-1].tolist()) for row in train] for task, train in work]
     with torch.enable_grad():
         _, hidden = engine.forward([row for of_task in rows for row in of_task])
-        losses = [
-            _loss(engine, task, train, of_task, hidden) for (task, train), of_task in zip(work, rows, strict=True)
-        ]
+        said = [_say(engine, task, train, of_task, hidden) for (task, train), of_task in zip(work, rows, strict=True)]
+        losses = [_loss(task, train, now) for (task, train), now in zip(work, said, strict=True)]
         parameters = [task.adapter.weights.parameters() for task, _ in work]
         flat = [p for named in parameters for p in named.values()]
-        found = torch.autograd.grad(torch.stack(losses).sum(), flat, allow_unused=True)
-    at = 0
-    for (task, train), named in zip(work, parameters, strict=True):
-        for name, parameter in named.items():
-            gradient = found[at]
-            at += 1
-            if gradient is None:
-                gradient = torch.zeros_like(parameter, requires_grad=False)
+        found = iter(torch.autograd.grad(torch.stack(losses).sum(), flat, materialize_grads=True))
+    for (task, train), named, now in zip(work, parameters, said, strict=True):
+        for name in named:
+            gradient = next(found)
             if name in task.gradients:
                 task.gradients[name].add_(gradient)
             else:
                 task.gradients[name] = gradient
-        task.done += len(train)
+        task.note(train, now)
 
 
-def _loss(
-    engine: Engine, task: Pass, train: Sequence[TrainRow], rows: Sequence[Row], hidden: torch.Tensor
-) -> torch.Tensor:
-    """The pass's share of the loss for these rows; also notes what the weights say, for the answer."""
-    device, settings = hidden.device, task.job.loss
+def _say(engine: Engine, task: Pass, train: Sequence[TrainRow], rows: Sequence[Row], hidden: torch.Tensor) -> Now:
+    """What the pass's weights say about the completion tokens of these rows."""
+    device = hidden.device
     index = torch.cat([torch.arange(r.start + t.start - 1, r.stop) for r, t in zip(rows, train, strict=True)])
     states = hidden[index.to(device)]
     targets = torch.from_numpy(np.concatenate([t.tokens[t.start :] for t in train])).to(device)
     logprobs, entropy = token_logprobs(engine.head, states, targets, entropy=True)
     head = task.adapter.weights.value_head
     values = torch.zeros_like(logprobs) if head is None else linear_head(head, states)[:, 0].float()
-    now = Now(logprobs, torch.zeros_like(logprobs) if entropy is None else entropy, values)
-    policy, value = LOSSES[type(settings)](now, _then(train, device), settings)
-    lengths = np.cumsum([len(t.tokens) - t.start for t in train])[:-1]
-    for store, numbers in ((task.logprobs, logprobs), (task.entropies, now.entropy), (task.values, values)):
-        store.extend(np.split(numbers.detach().cpu().numpy(), lengths))
+    return Now(logprobs, torch.zeros_like(logprobs) if entropy is None else entropy, values)
+
+
+def _loss(task: Pass, train: Sequence[TrainRow], now: Now) -> torch.Tensor:
+    """The pass's share of its loss for these rows."""
+    settings = task.job.loss
+    policy, value = LOSSES[type(settings)](now, _then(train, now.logprobs.device), settings)
     loss = policy if not settings.vf_coef else policy + settings.vf_coef * value
     return loss / task.denominator
 
@@ -127,8 +132,8 @@ def finish(task: Pass) -> ForwardBackwardResult:
     if not (fine and np.isfinite(metrics["loss/total"])):
         raise FailedPrecondition(
             "NONFINITE_LOSS",
-            f"the loss of adapter {task.adapter.name!r} is {metrics['loss/total']} or a gradient is not finite: nothing "
-            "was added to the pending gradients; look at advantages, returns and old_logprobs",
+            f"the loss of adapter {task.adapter.name!r} is {metrics['loss/total']} or a gradient is not finite: "
+            "nothing was added to the pending gradients; look at advantages, returns and old_logprobs",
         )
     exceeded = metrics["policy/ratio"] > task.job.loss.ratio_threshold
     if exceeded:

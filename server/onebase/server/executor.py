@@ -1,0 +1,190 @@
+"""One engine step, from a plan to answers. Whatever a job does wrong ends that job alone.
+
+If a step of several jobs fails, each job's part is run again by itself, so that only the guilty one fails; running a
+row twice changes nothing, since a row's numbers are kept only after the whole step succeeded.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from onebase.server.config import Limits
+from onebase.server.engine import Engine, training
+from onebase.server.engine.batch import Row
+from onebase.server.engine.engine import Decoding, Draw, Scoring, all_facts
+from onebase.server.errors import Internal, OnebaseError
+from onebase.server.jobs import (
+    CreateAdapterJob,
+    DeleteAdapterJob,
+    DescribeAdaptersJob,
+    Job,
+    LoadAdapterJob,
+    OptimStepResult,
+    SaveAdapterJob,
+)
+from onebase.server.meter import Meter
+from onebase.server.scheduler import Plan
+from onebase.server.tasks import Completion, GenerateTask, PassTask, ScoreTask, StepTask
+
+log = logging.getLogger(__name__)
+
+AnyTask = ScoreTask | GenerateTask | PassTask | StepTask
+Scored = tuple[ScoreTask, int]
+Group = Sequence[Completion]
+"""Completions that continue from the same state: one that runs, or all that begin from one prompt."""
+Part = TypeVar("Part")
+
+
+class Executor:
+    """Runs plans on the engine.
+
+    Args:
+        engine: the device.
+        limits: the largest rank to load.
+    """
+
+    def __init__(self, engine: Engine, limits: Limits) -> None:
+        self._engine = engine
+        self._limits = limits
+        self.generated, self.scored, self.trained = Meter(), Meter(), Meter()
+
+    # ----------------------------------------------------------------------------------------------- inference
+
+    def infer(self, plan: Plan, running: Sequence[Completion]) -> None:
+        """Rows to score, prompts to begin and completions to go on with, in one batch."""
+        prompts = [task for task in plan.prompts if isinstance(task, GenerateTask)]
+        scores = [(task, index) for task, index in plan.scores if isinstance(task, ScoreTask)]
+        for task in prompts:
+            self._begin(task)
+        for scored, _ in scores:
+            self._begin(scored)
+        groups: list[Group] = [[completion] for completion in running]
+        groups += [group for task in prompts if not task.ended and (group := task.take(self._engine))]
+        parts: list[tuple[AnyTask, Scored | Group]] = [
+            (task, (task, index)) for task, index in scores if not task.ended
+        ]
+        parts += [(group[0].task, group) for group in groups]
+        self._isolate(parts, self._infer_step)
+
+    def _infer_step(self, parts: Sequence[Scored | Group]) -> None:
+        engine = self._engine
+        scores = [part for part in parts if isinstance(part, tuple)]
+        groups = [part for part in parts if isinstance(part, list)]
+        scorings = [Scoring(row := task.job.rows[index], task.weights[row.adapter]) for task, index in scores]
+        decodings = [self._decoding(group) for group in groups]
+        results, drawn = engine.step(scorings, decodings)
+        for group in groups:
+            if len(group) > 1:  # they share the prompt's prefill
+                engine.kv.copy(group[0].slot, [c.slot for c in group[1:]], group[0].length)
+        prefilled = sum(len(d.row.tokens) for d in decodings if d.row.past == 0)
+        self.scored.add(prefilled + sum(len(s.row.tokens) for s in scorings))
+        self.generated.add(sum(len(group) for group in groups))
+        for (task, index), result in zip(scores, results, strict=True):
+            self._attempt(task, task.accept, engine, index, result)
+        for group, tokens in zip(groups, drawn, strict=True):
+            for completion, one in zip(group, tokens, strict=True):
+                if not completion.task.ended:
+                    self._attempt(completion.task, completion.task.accept, engine, completion, one)
+
+    def _decoding(self, group: Group) -> Decoding:
+        first = group[0]
+        job, eos = first.task.job, self._engine.facts.eos_token_ids
+        if first.tokens:
+            row = Row(first.task.weights, first.tokens[-1:], first.length - 1, first.slot)
+        else:
+            row = Row(first.task.weights, job.prompts[first.prompt_index].tolist(), 0, first.slot)
+        draws = tuple(Draw(job.sampling, c.place, c.banned(eos)) for c in group)
+        return Decoding(row, draws, value=job.return_values)
+
+    # ------------------------------------------------------------------------------------------------ training
+
+    def train(self, plan: Plan) -> None:
+        """Optimizer steps, then rows of one or several passes in one batch."""
+        for task in plan.steps:
+            if isinstance(task, StepTask):
+                self._attempt(task, self._optim_step, task)
+        passes = [(task, count) for task, count in plan.trains if isinstance(task, PassTask)]
+        for task, _ in passes:
+            self._begin(task)
+        self._isolate([(task, (task, count)) for task, count in passes if not task.ended], self._train_step)
+        for task, _ in passes:
+            if not task.ended and not task.costs():
+                self._attempt(task, self._finish_pass, task)
+
+    def _train_step(self, parts: Sequence[tuple[PassTask, int]]) -> None:
+        work = [(task.state, count) for task, count in parts if task.state is not None]
+        tokens = sum(len(row.tokens) for state, n in work for row in state.job.rows[state.done : state.done + n])
+        training.run(self._engine, work)
+        self.trained.add(tokens)
+
+    def _finish_pass(self, task: PassTask) -> None:
+        if task.state is not None:
+            task.succeed(self._engine, training.finish(task.state))
+
+    def _optim_step(self, task: StepTask) -> None:
+        task.begin(self._engine)
+        adapter = self._engine.adapter(task.job.adapter)
+        adapter.check_version(task.job.expected_version)
+        norm, applied = adapter.step(task.job.adamw, task.job.max_grad_norm)
+        task.succeed(self._engine, OptimStepResult(adapter.weights.version, norm, applied, adapter.facts()))
+
+    # ------------------------------------------------------------------------------------------------- failure
+
+    def _begin(self, task: AnyTask) -> None:
+        if not task.begun and not task.ended:
+            self._attempt(task, task.begin, self._engine)
+
+    def _isolate(self, parts: Sequence[tuple[AnyTask, Part]], run: Callable[[Sequence[Part]], None]) -> None:
+        """Runs parts of several tasks together; if that fails, each task's parts by themselves."""
+        owners = list(dict.fromkeys(task for task, _ in parts))
+        if len(owners) > 1:
+            try:
+                return run([part for _, part in parts])
+            except Exception as error:
+                log.warning("a step of %d requests failed (%s): running each by itself", len(owners), error)
+        for owner in owners:
+            if not owner.ended:
+                self._attempt(owner, run, [part for task, part in parts if task is owner])
+        return None
+
+    def _attempt(self, task: AnyTask, act: Callable[..., object], *arguments: object) -> None:
+        """Runs something for one task; what it raises ends the task."""
+        try:
+            act(*arguments)
+        except Exception as error:
+            task.fail(self._engine, told(error))
+
+    # --------------------------------------------------------------------------------------------------- admin
+
+    def admin(self, job: Job[Any]) -> object:
+        """Makes, loads, saves, deletes or describes adapters: the job's result.
+
+        Raises:
+            OnebaseError: what the job did wrong.
+        """
+        engine = self._engine
+        if isinstance(job, CreateAdapterJob):
+            return engine.add(engine.formats.create(job))
+        if isinstance(job, LoadAdapterJob):
+            return engine.add(engine.formats.load(job, self._limits.max_rank))
+        if isinstance(job, SaveAdapterJob):
+            adapter = engine.adapter(job.adapter)
+            return engine.formats.save(adapter, job.path, with_optimizer=job.with_optimizer, overwrite=job.overwrite)
+        if isinstance(job, DeleteAdapterJob):
+            engine.delete(job.adapter)
+            return None
+        if isinstance(job, DescribeAdaptersJob):
+            return all_facts(engine.adapters)
+        raise TypeError(f"a job of an unknown kind, {type(job).__name__}")
+
+
+def told(error: Exception) -> OnebaseError:
+    """What a client is told of an error: a bug becomes an id under which the log has the story."""
+    if isinstance(error, OnebaseError):
+        return error
+    ticket = uuid.uuid4().hex[:12]
+    log.error("internal error %s", ticket, exc_info=error)
+    return Internal("INTERNAL", f"an internal error, logged as {ticket}")

@@ -1,0 +1,235 @@
+"""The worker: the one thread that owns the device. It takes jobs in, asks the scheduler, runs steps, resolves futures.
+
+loop:  take in new jobs  →  drop what was cancelled or is too late  →  plan  →  one engine step  →  answer
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from typing import Any
+
+from onebase.server.config import Limits
+from onebase.server.engine import Engine
+from onebase.server.errors import Cancelled, DeadlineExceeded, OnebaseError, ResourceExhausted, Unavailable
+from onebase.server.executor import AnyTask, Executor, told
+from onebase.server.jobs import (
+    BaseFacts,
+    ForwardBackwardJob,
+    GenerateJob,
+    Job,
+    OptimStepJob,
+    ScoreJob,
+    Work,
+    WorkerStatus,
+)
+from onebase.server.scheduler import Scheduler
+from onebase.server.tasks import GenerateTask, PassTask, ScoreTask, StepTask
+
+
+class Worker:
+    """Runs jobs on an engine.
+
+    Args:
+        engine: nobody else may call it from now on.
+        limits: how many jobs may wait, and the largest rank to load.
+        step_tokens: most tokens of one engine step.
+    """
+
+    def __init__(self, engine: Engine, limits: Limits, step_tokens: int = 2048) -> None:
+        self._engine = engine
+        self._limits = limits
+        self._scheduler = Scheduler(step_tokens)
+        self._inbox: deque[Job[Any]] = deque()
+        self._wake = threading.Condition()
+        self._admin: deque[Job[Any]] = deque()
+        self._tasks: list[AnyTask] = []
+        self._counts: Counter[str] = Counter()  # unfinished jobs by session
+        self._draining = False
+        self._stop = False
+        self._steps = 0
+        self._executor = Executor(engine, limits)
+        self._thread = threading.Thread(target=self._run, name="onebase-worker", daemon=True)
+
+    # --------------------------------------------------------------------------------------- for other threads
+
+    @property
+    def facts(self) -> BaseFacts:
+        """What the base is."""
+        return self._engine.facts
+
+    def start(self) -> None:
+        """Begins to work."""
+        self._thread.start()
+
+    def submit(self, job: Job[Any]) -> None:
+        """Takes a job in; its future is resolved later, on the worker's thread.
+
+        Raises:
+            Unavailable: the server drains.
+            ResourceExhausted: too many jobs wait, of this session or in all.
+        """
+        with self._wake:
+            if self._draining:
+                raise Unavailable("DRAINING", "the server is shutting down: connect again later", retry_after=5.0)
+            if job.work is not Work.ADMIN:
+                self._check_room(job.session)
+            self._counts[job.session] += 1
+            job.done.add_done_callback(lambda _: self._forget(job.session))
+            self._inbox.append(job)
+            self._wake.notify()
+
+    def _check_room(self, session: str) -> None:
+        limits = self._limits
+        if self._counts.total() >= limits.max_queued_requests:
+            raise ResourceExhausted(
+                "QUEUE_FULL",
+                f"{self._counts.total()} requests are waiting, the server's limit: try again",
+                retry_after=1.0,
+            )
+        if session and self._counts[session] >= limits.max_queued_requests_per_session:
+            raise ResourceExhausted(
+                "SESSION_QUEUE_FULL",
+                f"{self._counts[session]} requests of this session are waiting, its limit: wait for some of them",
+                retry_after=0.5,
+            )
+
+    def _forget(self, session: str) -> None:
+        with self._wake:
+            self._counts[session] -= 1
+            if self._counts[session] <= 0:
+                del self._counts[session]
+
+    def status(self) -> WorkerStatus:
+        """What it is doing now."""
+        tasks = list(self._tasks)
+        waiting = Counter(job.work for job in list(self._inbox)) + Counter(t.work for t in tasks if not t.begun)
+        kv = self._engine.kv
+        return WorkerStatus(
+            waiting={work: waiting[work] for work in Work},
+            running={work: sum(1 for t in tasks if t.begun and t.work is work) for work in Work},
+            generated_tokens_per_second=self._executor.generated.rate(),
+            scored_tokens_per_second=self._executor.scored.rate(),
+            trained_tokens_per_second=self._executor.trained.rate(),
+            engine_steps=self._steps,
+            kv_cache_bytes=kv.bytes,
+            kv_slots_used=kv.used,
+            kv_slots=kv.slots,
+        )
+
+    def stop(self, drain_seconds: float) -> None:
+        """Refuses new jobs, lets those under way finish for so long, ends the rest with Unavailable, and returns."""
+        with self._wake:
+            self._draining = True
+        until = time.monotonic() + drain_seconds
+        while self._counts and time.monotonic() < until:
+            time.sleep(0.02)
+        with self._wake:
+            self._stop = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    # ------------------------------------------------------------------------------------- the worker's thread
+
+    def _run(self) -> None:
+        while self._take_in():
+            try:
+                self._drop()
+                while self._admin:
+                    self._run_admin(self._admin.popleft())
+                self._work()
+            except Exception as error:  # a bug in here must not hang every client
+                self._fail_all(told(error))
+        gone = Unavailable("DRAINED", "the server shut down before this was done: repeat it later", retry_after=5.0)
+        self._fail_all(gone)
+        for job in (*self._admin, *self._inbox):
+            job.done.set_exception(gone)
+
+    def _take_in(self) -> bool:
+        """Waits until there is something to do, and sorts new jobs into their queues; False to stop."""
+        with self._wake:
+            while not (self._inbox or self._tasks or self._admin or self._stop):
+                self._wake.wait()
+            if self._stop:
+                return False
+            jobs = list(self._inbox)
+            self._inbox.clear()
+        for job in jobs:
+            self._admit(job)
+        return True
+
+    def _admit(self, job: Job[Any]) -> None:
+        scheduler = self._scheduler
+        if isinstance(job, ScoreJob):
+            score = ScoreTask(job)
+            self._tasks.append(score)
+            scheduler.scores[job.work].push(job.session, score)
+        elif isinstance(job, GenerateJob):
+            generate = GenerateTask(job)
+            self._tasks.append(generate)
+            scheduler.prompts.push(job.session, generate)
+        elif isinstance(job, ForwardBackwardJob | OptimStepJob):
+            train = PassTask(job) if isinstance(job, ForwardBackwardJob) else StepTask(job)
+            self._tasks.append(train)
+            scheduler.trains.push(job.adapter, train)
+        else:
+            self._admin.append(job)
+
+    def _drop(self) -> None:
+        """Ends what was cancelled or is too late."""
+        now = time.monotonic()
+        for task in list(self._tasks):
+            if task.job.cancelled:
+                self._end(task, Cancelled("CANCELLED", "the client cancelled"))
+            elif task.job.deadline is not None and now > task.job.deadline:
+                self._end(task, DeadlineExceeded("DEADLINE_EXCEEDED", "the deadline passed before the work was done"))
+
+    def _end(self, task: AnyTask, error: OnebaseError | None = None) -> None:
+        """Takes a task out of every queue, and fails it if an error is given."""
+        if error is not None:
+            task.fail(self._engine, error)
+        if isinstance(task, ScoreTask):
+            for queue in self._scheduler.scores.values():
+                queue.remove(task.session, task)
+        elif isinstance(task, GenerateTask):
+            self._scheduler.prompts.remove(task.session, task)
+        else:
+            self._scheduler.trains.remove(task.adapter, task)
+        if task in self._tasks:
+            self._tasks.remove(task)
+
+    def _fail_all(self, error: OnebaseError) -> None:
+        for task in list(self._tasks):
+            self._end(task, error)
+
+    def _work(self) -> None:
+        """One engine step, if there is anything to do."""
+        running = [c for task in self._tasks if isinstance(task, GenerateTask) for c in task.running]
+        plan = self._scheduler.plan(running=len(running), slots=self._engine.kv.free)
+        if plan.empty:
+            return
+        began = time.perf_counter()
+        training = bool(plan.trains or plan.steps)
+        if training:
+            self._executor.train(plan)
+        else:
+            self._executor.infer(plan, running)
+        self._scheduler.account(training=training, seconds=time.perf_counter() - began)
+        self._steps += 1
+        for task in list(self._tasks):
+            if task.ended:
+                self._end(task)
+            elif isinstance(task, GenerateTask) and not task.next_cost():
+                self._scheduler.prompts.remove(task.session, task)
+
+    def _run_admin(self, job: Job[Any]) -> None:
+        if not job.done.set_running_or_notify_cancel():
+            return
+        try:
+            if job.cancelled:
+                raise Cancelled("CANCELLED", "the client cancelled")
+            job.done.set_result(self._executor.admin(job))
+        except Exception as error:
+            job.done.set_exception(told(error))
