@@ -1,0 +1,97 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+# `make help` lists the others.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PROTO_BIN := .venv-proto/bin
+ORACLE_BIN := .venv-oracle/bin
+
+# Small matrices gain nothing from a second thread, and lose much where other programs share the cores.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:  ## show what there is
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+.PHONY: demo
+demo: .venv/.installed  ## all three stages: a base, a reward model, and two policies trained at once
+	$(BIN)/python examples/sentiment/demo.py
+
+.PHONY: test
+test: check  ## everything: formatting, lint, types, import contracts, proto drift, and all tests
+
+.PHONY: check
+check: format-check lint types imports proto-check pytest  ## the same, for people who are used to this name
+
+.PHONY: install
+install: .venv/.installed  ## make the environment in .venv
+
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+.PHONY: format
+format: .venv/.installed  ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.PHONY: format-check
+format-check: .venv/.installed
+	$(BIN)/ruff format --check .
+
+.PHONY: lint
+lint: .venv/.installed  ## ruff
+	$(BIN)/ruff check .
+
+.PHONY: types
+types: .venv/.installed  ## mypy --strict
+	$(BIN)/mypy
+
+.PHONY: imports
+imports: .venv/.installed  ## who may import whom
+	$(BIN)/lint-imports
+
+.PHONY: pytest
+pytest: .venv/.installed  ## the tests alone
+	$(BIN)/pytest
+
+.venv-proto/.installed: proto/requirements.txt
+	test -x $(PROTO_BIN)/python || $(PYTHON) -m venv .venv-proto
+	$(PROTO_BIN)/python -m pip install --quiet -r proto/requirements.txt
+	touch $@
+
+PROTOC = PATH=$(CURDIR)/$(PROTO_BIN):$$PATH $(PROTO_BIN)/python -m grpc_tools.protoc -Iproto \
+	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) proto/onebase/v1/*.proto
+
+.PHONY: proto
+proto: .venv-proto/.installed  ## generate the stubs from the .proto files
+	$(call PROTOC,proto)
+
+.PHONY: proto-check
+proto-check: .venv-proto/.installed  ## fail if the stubs are not what the .proto files say
+	rm -rf .cache/proto && mkdir -p .cache/proto
+	$(call PROTOC,.cache/proto)
+	@for file in .cache/proto/onebase/v1/*; do cmp $$file proto/onebase/v1/$$(basename $$file) \
+		|| { echo "the stubs are stale: run 'make proto' and commit them"; exit 1; }; done
+
+.venv-oracle/.installed: tests/oracle/requirements.txt
+	test -x $(ORACLE_BIN)/python || $(PYTHON) -m venv .venv-oracle
+	$(ORACLE_BIN)/python -m pip install --quiet -r tests/oracle/requirements.txt
+	touch $@
+
+.PHONY: oracle
+oracle: .venv-oracle/.installed  ## remake the fixtures with TRL 0.11.4 and PEFT, in an environment of their own
+	$(ORACLE_BIN)/python tests/oracle/generate.py
+
+.PHONY: wheel
+wheel: .venv/.installed  ## build the wheel into dist/
+	$(BIN)/python -m build --no-isolation --wheel
+
+.PHONY: clean
+clean:  ## remove everything that was made, environments included
+	rm -rf .venv .venv-proto .venv-oracle .demo .cache dist runs
