@@ -1,0 +1,114 @@
+"""Every architecture that is promised runs as transformers runs it, with PEFT's adapters on it.
+
+The oracle here is the transformers and PEFT of this environment, on tiny random models that are made on the spot:
+biases in the projections (Qwen2), norms of queries and keys (Qwen3), sliding windows (Mistral), soft caps (Gemma 2).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle.fixtures import FIXTURES, assert_close, assert_rows_close, expected_scores
+from peft import LoraConfig, get_peft_model
+from support import start_server
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Gemma2Config,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from onebase.client import connect
+from onebase.client.types import SamplingParams, Sequence
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 120,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.25,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+WINDOW = 8  # shorter than most of the sequences
+
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "Qwen2": Qwen2Config(**SIZES),
+    "Qwen2 with a sliding window": Qwen2Config(
+        **SIZES, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
+    ),
+    "Qwen3": Qwen3Config(**SIZES),
+    "Mistral": MistralConfig(**SIZES, sliding_window=WINDOW),
+    "Gemma 2": Gemma2Config(**SIZES, sliding_window=WINDOW, query_pre_attn_scalar=8),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_scores_and_completions_are_those_of_transformers_and_peft(tmp_path: Path, name: str) -> None:
+    torch.manual_seed(7)
+    base = AutoModelForCausalLM.from_config(CONFIGS[name])
+    _shake(base, ("bias", "norm"), 0.2)  # they begin as 0 and 1, where leaving them out would not show
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(FIXTURES / "base").save_pretrained(tmp_path / "base")
+    policy = _adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "policy", "CAUSAL_LM")
+    reward = _adapted(
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1),
+        tmp_path / "reward",
+        "SEQ_CLS",
+    )
+    tokens = expected_scores("base")["sequences"]
+    sequences = [Sequence(ids[:2], ids[2:]) for ids in tokens]
+    flags = ["--policy", f"policy={tmp_path / 'policy'}", "--reward", f"reward={tmp_path / 'reward'}", "--threads", "1"]
+    with start_server(tmp_path / "base", *flags) as server, connect(server.address) as client:
+        logprobs = client.logprob(sequences, adapter="policy")
+        rewards = client.reward(sequences, "reward")
+        greedy = client.generate(
+            [tokens[-1]], adapter="policy", sampling=SamplingParams(max_new_tokens=12, temperature=0)
+        )
+    assert_rows_close([result.logprobs for result in logprobs], [_logprobs(policy, ids) for ids in tokens], "logprobs")
+    assert_close([one.score for one in rewards], [_score(reward, ids) for ids in tokens], "rewards")
+    assert greedy[0].tokens.tolist() == _greedy(policy, tokens[-1])
+
+
+def _shake(model: nn.Module, parts: tuple[str, ...], spread: float) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(part in name for part in parts):
+                parameter.add_(torch.randn_like(parameter) * spread)
+
+
+def _adapted(model: nn.Module, path: Path, task_type: str) -> nn.Module:
+    adapted = get_peft_model(model, LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type=task_type))
+    _shake(adapted, ("lora_B", "modules_to_save"), 0.1)
+    adapted.eval().save_pretrained(path)
+    return adapted
+
+
+@torch.no_grad()
+def _logprobs(model: nn.Module, ids: list[int]) -> torch.Tensor:
+    distribution = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0, :-1].float(), dim=-1)
+    return distribution.gather(1, torch.tensor(ids[1:])[:, None])[1:, 0]
+
+
+@torch.no_grad()
+def _score(model: nn.Module, ids: list[int]) -> float:
+    return float(model(input_ids=torch.tensor([ids])).logits)
+
+
+def _greedy(model: Any, prompt: list[int]) -> list[int]:
+    ids = torch.tensor([prompt])
+    output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
+    return output[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
