@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
@@ -174,6 +175,11 @@ class Stream(Generic[Result]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def new_request_id() -> str:
+    """Names one change; sent again with each retry of it, so that the server makes the change once."""
+    return uuid.uuid4().hex
 
 
 def _serialize(request: Any) -> bytes:
