@@ -1,0 +1,217 @@
+"""Which adapter a request means, and whether its session may do that with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from onebase.server.errors import Aborted, FailedPrecondition, InvalidArgument
+from onebase.server.jobs import BASE, AdapterKind
+from onebase.server.leases import Session, Sessions
+from onebase.server.names import BASE_NAME
+from onebase.server.registry import Entry, Registry
+
+
+class Named(Protocol):
+    """An adapter that a request means: an entry of the registry, or the bare base."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def uid(self) -> int:
+        """What jobs call it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Bare:
+    """The base with no adapter."""
+
+    name: str = BASE_NAME
+    uid: int = BASE
+
+
+class Access:
+    """Answers for one server which adapter is meant."""
+
+    def __init__(self, registry: Registry, sessions: Sessions) -> None:
+        self._registry = registry
+        self._sessions = sessions
+
+    def readable(self, session: Session | None, name: str, version: int | None) -> Named:
+        """The adapter to sample or score: `adapter` of the request, or the session's active one, or the base.
+
+        Raises:
+            InvalidArgument: no name and no session; or a bad name.
+            NotFound: ADAPTER_NOT_FOUND.
+            FailedPrecondition: WRONG_ADAPTER_KIND for a reward adapter; NO_ACTIVE_ADAPTER.
+            Aborted: VERSION_MISMATCH where the base is asked for another version than 0.
+        """
+        if name == BASE_NAME:
+            if version:
+                raise Aborted(
+                    "VERSION_MISMATCH", f"adapter_version is {version}, but the base's is always 0: leave it out"
+                )
+            return Bare()
+        entry = self._named_or_active(session, name, "adapter")
+        if entry.kind is AdapterKind.REWARD:
+            raise _wrong_kind(entry.name, entry.kind.value, "a policy or a reference", "adapter")
+        return entry
+
+    def policy(self, session: Session | None, name: str, field: str) -> Entry:
+        """A policy: the named one, or the session's active one.
+
+        Raises:
+            InvalidArgument, NotFound, FailedPrecondition: as `readable`, for anything but a policy.
+        """
+        if name == BASE_NAME:
+            raise _wrong_kind(BASE_NAME, "the base with no", "a policy", field)
+        entry = self._named_or_active(session, name, field)
+        if entry.kind is not AdapterKind.POLICY:
+            raise _wrong_kind(entry.name, entry.kind.value, "a policy", field)
+        return entry
+
+    def activate(self, session: Session | None, name: str) -> None:
+        """Makes a policy the session's active adapter from here on, whatever becomes of the call; takes no lease.
+
+        Raises:
+            InvalidArgument: there is no session; or a bad name.
+            NotFound, FailedPrecondition: as `policy`; then nothing has changed.
+        """
+        field = "ppo_adapter_name"
+        if session is None:
+            raise InvalidArgument(
+                "REQUIRED",
+                f"session_id is empty, so no session could have {name!r} as its active adapter: open a session, or "
+                f"leave {field} empty",
+                field="session_id",
+            )
+        session.active = self.policy(session, name, field).name
+
+    def check_lease(self, session: Session | None, name: str) -> Entry:
+        """A policy whose lease the session could take; nothing changes.
+
+        Raises:
+            InvalidArgument, NotFound, FailedPrecondition: as `policy`.
+            Aborted: ADAPTER_LEASED.
+        """
+        if not name:
+            raise InvalidArgument("REQUIRED", "ppo_adapter_name is empty: name a policy", field="ppo_adapter_name")
+        entry = self.policy(None, name, "ppo_adapter_name")
+        self._sessions.check_free(session, name)
+        return entry
+
+    def lease(self, session: Session, name: str) -> None:
+        """Makes a policy the session's active adapter, and gives the session its lease.
+
+        Raises:
+            InvalidArgument, NotFound, FailedPrecondition, Aborted: as `check_lease`; then nothing has changed.
+        """
+        self._sessions.take(session, self.check_lease(session, name).name)
+        session.active = name
+
+    def reference(self, name: str) -> Named:
+        """A frozen reference, or the base for the empty name.
+
+        Raises:
+            NotFound: ADAPTER_NOT_FOUND.
+            FailedPrecondition: WRONG_ADAPTER_KIND.
+        """
+        if name in ("", BASE_NAME):
+            return Bare()
+        entry = self._registry.get(name, "reference", AdapterKind.REFERENCE)
+        if entry.kind is not AdapterKind.REFERENCE:
+            raise _wrong_kind(name, entry.kind.value, "a frozen reference", "reference")
+        return entry
+
+    def rewards(self, names: list[str], field: str) -> list[Entry]:
+        """Reward adapters in the order named; without names, the server's only one.
+
+        Args:
+            names: as the request names them.
+            field: path of each name in the request, with {} for its index.
+
+        Raises:
+            InvalidArgument: a name twice; or none where there are several (AMBIGUOUS_REWARD_ADAPTER).
+            NotFound: ADAPTER_NOT_FOUND.
+            FailedPrecondition: WRONG_ADAPTER_KIND; NO_REWARD_ADAPTER.
+        """
+        if not names:
+            return [self._only_reward(field.split("[")[0])]
+        entries = []
+        for index, name in enumerate(names):
+            at = field.format(index)
+            if name == BASE_NAME:
+                raise _wrong_kind(BASE_NAME, "the base with no", "a reward", at)
+            entry = self._registry.get(name, at, AdapterKind.REWARD)
+            if entry.kind is not AdapterKind.REWARD:
+                raise _wrong_kind(name, entry.kind.value, "a reward", at)
+            if name in names[:index]:
+                raise InvalidArgument(
+                    "DUPLICATE_ADAPTER", f"{at} names {name!r} again: name each adapter once", field=at
+                )
+            entries.append(entry)
+        return entries
+
+    def _only_reward(self, field: str) -> Entry:
+        entries = self._registry.entries(AdapterKind.REWARD)
+        if not entries:
+            raise FailedPrecondition(
+                "NO_REWARD_ADAPTER",
+                "this server has no reward adapter: start it with --reward NAME=PATH, or load one with LoadAdapter",
+                field=field,
+            )
+        if len(entries) > 1:
+            raise InvalidArgument(
+                "AMBIGUOUS_REWARD_ADAPTER",
+                f"{field} is empty, and this server has several reward adapters: name some of "
+                + ", ".join(entry.name for entry in entries),
+                field=field,
+            )
+        return entries[0]
+
+    def _named_or_active(self, session: Session | None, name: str, field: str) -> Entry:
+        if name:
+            return self._registry.get(name, field)
+        if session is None:
+            raise InvalidArgument(
+                "REQUIRED",
+                f"{field} is empty and so is session_id: name the adapter, or a session that has one",
+                field=field,
+            )
+        if not session.active:
+            raise FailedPrecondition(
+                "NO_ACTIVE_ADAPTER",
+                f"{field} is empty and the session has no active adapter: name one here, or call SetActiveAdapter",
+                field=field,
+            )
+        return self._registry.get(session.active, field)
+
+
+def need_value_head(entry: Named, field: str) -> None:
+    """Refuses an adapter without a value head.
+
+    Raises:
+        FailedPrecondition: NO_VALUE_HEAD.
+    """
+    if not (isinstance(entry, Entry) and entry.facts.value_head):
+        raise FailedPrecondition(
+            "NO_VALUE_HEAD",
+            f"{field} needs a value head, and {entry.name!r} has none: create or load the policy with value_head",
+            field=field,
+        )
+
+
+def _wrong_kind(name: str, kind: str, wanted: str, field: str) -> FailedPrecondition:
+    return FailedPrecondition(
+        "WRONG_ADAPTER_KIND",
+        f"{field} is {name!r}, which is {_article(kind)} adapter: name {wanted} adapter",
+        field=field,
+    )
+
+
+def _article(kind: str) -> str:
+    return kind if kind.startswith("the ") else f"a {kind}"

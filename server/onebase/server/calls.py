@@ -1,0 +1,71 @@
+"""A job's way through the worker and back, for code on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any, TypeVar
+
+import grpc
+
+from onebase.server.jobs import Job
+from onebase.server.leases import Session
+from onebase.server.ports import WorkerLike
+
+R = TypeVar("R")
+
+
+def deadline_of(context: grpc.aio.ServicerContext[Any, Any]) -> float | None:
+    """The call's deadline on time.monotonic's clock, or None if the client gave none."""
+    remaining: float | None = context.time_remaining()
+    return None if remaining is None else time.monotonic() + remaining
+
+
+def submit(worker: WorkerLike, job: Job[Any], session: Session | None, deadline: float | None) -> None:
+    """Queues a job in its session's name.
+
+    Raises:
+        OnebaseError: the worker's.
+    """
+    job.session = session.queue if session is not None else ""
+    job.deadline = deadline
+    worker.submit(job)
+
+
+async def perform(worker: WorkerLike, job: Job[R], session: Session | None, deadline: float | None) -> R:
+    """Submits a job that changes nothing, and returns its result; a cancel here drops the job.
+
+    Args:
+        worker: does it.
+        job: what to do.
+        session: whose queue it stands in; None is everybody's without a session.
+        deadline: on time.monotonic's clock; None waits as long as it takes.
+
+    Raises:
+        OnebaseError: the worker's, on submission or as the job's outcome.
+    """
+    submit(worker, job, session, deadline)
+    try:
+        return await asyncio.shield(asyncio.wrap_future(job.done))
+    finally:
+        job.cancel()  # means nothing to a job that is done
+
+
+async def settle(worker: WorkerLike, job: Job[R], session: Session | None = None, deadline: float | None = None) -> R:
+    """Submits a job that changes something, and returns its result, even through a cancel.
+
+    A cancel asks the worker to drop the job; it may be too late for that. Either way this returns what became of
+    it, so that the registry never disagrees with the engine.
+
+    Raises:
+        OnebaseError: the worker's, on submission or as the job's outcome; then the job had no effect.
+    """
+    submit(worker, job, session, deadline)
+    outcome = asyncio.wrap_future(job.done)
+    while True:
+        try:
+            return await asyncio.shield(outcome)
+        except asyncio.CancelledError:
+            if outcome.cancelled():  # the worker broke its word to resolve `done`; there is nothing to wait for
+                raise
+            job.cancel()

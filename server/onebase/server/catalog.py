@@ -1,0 +1,223 @@
+"""Making, loading, saving and deleting adapters: the registry and the engine kept in step.
+
+A name is reserved before the engine begins and bound when it has the adapter, so no two calls make the same name
+and a failed one leaves nothing. Of a replaced or deleted adapter the name is gone at once, and its memory is freed by
+a job that nobody's cancel can stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from onebase.server.calls import perform, settle
+from onebase.server.errors import Aborted, FailedPrecondition, OnebaseError
+from onebase.server.jobs import (
+    AdapterFacts,
+    AdapterKind,
+    CreateAdapterJob,
+    DeleteAdapterJob,
+    DescribeAdaptersJob,
+    Job,
+    LoadAdapterJob,
+    LoraSpec,
+    SaveAdapterJob,
+    SaveResult,
+)
+from onebase.server.leases import Session, Sessions
+from onebase.server.ports import WorkerLike
+from onebase.server.registry import Entry, Registry, Reservation
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class NewAdapter:
+    """A fresh policy to make."""
+
+    name: str
+    lora: LoraSpec
+    value_head: bool
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """An adapter to read from a directory; `path` is already known to be allowed."""
+
+    name: str
+    kind: AdapterKind
+    path: Path
+    value_head: bool = False
+    replace: bool = False
+    with_optimizer: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter to write to a directory; `path` is already known to be allowed."""
+
+    name: str
+    path: Path
+    with_optimizer: bool = False
+    overwrite: bool = False
+
+
+class Catalog:
+    """Changes which adapters there are."""
+
+    def __init__(self, worker: WorkerLike, registry: Registry, sessions: Sessions) -> None:
+        self._worker = worker
+        self._registry = registry
+        self._sessions = sessions
+        self._discards: set[asyncio.Task[None]] = set()
+
+    async def create(self, new: NewAdapter, session: Session | None, deadline: float | None = None) -> Entry:
+        """Makes a policy; the session gets its lease.
+
+        Raises:
+            AlreadyExists: the name is taken.
+            OnebaseError: the worker's.
+        """
+        reservation = self._registry.reserve(new.name)
+        with self._released_on_error(reservation):
+            job = CreateAdapterJob(
+                uid=reservation.uid,
+                name=new.name,
+                lora=new.lora,
+                value_head=new.value_head,
+                seed=new.seed,
+            )
+            facts = await settle(self._worker, job, session, deadline)
+        return self._bind(reservation, facts, "", session)
+
+    async def load(self, loaded: LoadedAdapter, session: Session | None, deadline: float | None = None) -> Entry:
+        """Reads an adapter; the session gets a policy's lease. With `replace`, the name's old adapter is deleted.
+
+        Raises:
+            AlreadyExists: the name is taken, and `replace` is not set.
+            PermissionDenied: another session holds the lease of what would be replaced.
+            FailedPrecondition: what would be replaced is of another kind.
+            Aborted: what would be replaced was stepped in the meantime.
+            OnebaseError: the worker's.
+        """
+        reservation = self._registry.reserve(loaded.name, replacing=loaded.replace)
+        with self._released_on_error(reservation):
+            self._check_replaced(reservation, loaded.kind, session)
+            facts = await settle(self._worker, _load_job(loaded, reservation), session, deadline)
+            old = self._registry.current(reservation.old.uid) if reservation.old else None
+            if old is not None and old.facts.version >= facts.version:
+                self._discard(reservation.uid)
+                raise Aborted(
+                    "VERSION_MISMATCH",
+                    f"adapter {loaded.name!r} was stepped to version {old.facts.version} while it was being replaced: "
+                    "finish its training calls first, then load again",
+                )
+        entry = self._bind(reservation, facts, str(loaded.path), session)
+        if old is not None:
+            self._discard(old.uid)
+        return entry
+
+    async def save(
+        self, saved: SavedAdapter, entry: Entry, session: Session | None, deadline: float | None
+    ) -> SaveResult:
+        """Writes an adapter.
+
+        Raises:
+            OnebaseError: the worker's.
+        """
+        job: Job[SaveResult] = SaveAdapterJob(
+            adapter=entry.uid,
+            path=saved.path,
+            with_optimizer=saved.with_optimizer,
+            overwrite=saved.overwrite,
+        )
+        return await settle(self._worker, job, session, deadline)
+
+    async def delete(self, name: str, session: Session | None) -> None:
+        """Forgets a name at once, then frees its adapter's memory; once begun, it cannot be cancelled.
+
+        Raises:
+            NotFound: no such adapter.
+            PermissionDenied: another session holds its lease.
+        """
+        entry = self._registry.get(name, "name")
+        self._sessions.require(session, name)
+        self._registry.remove(name)
+        self._sessions.drop(name)
+        log.info("adapter %s deleted", name)
+        await asyncio.wait((self._discard(entry.uid),))
+
+    async def refresh(self, deadline: float | None = None) -> None:
+        """Asks the engine for the facts of all adapters.
+
+        Raises:
+            OnebaseError: the worker's.
+        """
+        for facts in (await perform(self._worker, DescribeAdaptersJob(), None, deadline)).values():
+            self._registry.update(facts)
+
+    def _check_replaced(self, reservation: Reservation, kind: AdapterKind, session: Session | None) -> None:
+        old = reservation.old
+        if old is None:
+            return
+        if old.kind is not kind:
+            raise FailedPrecondition(
+                "WRONG_ADAPTER_KIND",
+                f"{old.name!r} is a {old.kind.value} adapter, and a {kind.value} adapter cannot take its place: load "
+                "it under another name",
+                field="kind",
+            )
+        if kind is AdapterKind.POLICY:
+            self._sessions.require(session, old.name)
+
+    @contextlib.contextmanager
+    def _released_on_error(self, reservation: Reservation) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._registry.release(reservation)
+            raise
+
+    def _bind(self, reservation: Reservation, facts: AdapterFacts, source: str, session: Session | None) -> Entry:
+        entry = self._registry.bind(reservation, facts, source)
+        log.info(
+            "%s adapter %s has come, version %d, from %s",
+            entry.kind.value,
+            entry.name,
+            facts.version,
+            source or "nothing",
+        )
+        if session is not None and entry.kind is AdapterKind.POLICY:
+            self._sessions.take(session, entry.name)
+        return entry
+
+    def _discard(self, uid: int) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(self._free(uid))
+        self._discards.add(task)  # the loop itself holds tasks only weakly
+        task.add_done_callback(self._discards.discard)
+        return task
+
+    async def _free(self, uid: int) -> None:
+        try:
+            await settle(self._worker, DeleteAdapterJob(adapter=uid))
+        except OnebaseError as error:  # the server drains, and will free everything
+            log.warning("memory of adapter uid %d is not freed: %s", uid, error)
+
+
+def _load_job(loaded: LoadedAdapter, reservation: Reservation) -> Job[AdapterFacts]:
+    return LoadAdapterJob(
+        uid=reservation.uid,
+        name=loaded.name,
+        kind=loaded.kind,
+        path=loaded.path,
+        value_head=loaded.value_head,
+        with_optimizer=loaded.with_optimizer,
+        seed=loaded.seed,
+        least_version=reservation.old.facts.version + 1 if reservation.old else 0,
+    )

@@ -1,0 +1,153 @@
+"""ForwardBackward and OptimStep: their requests as jobs, and the results as responses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from onebase.server.access import need_value_head
+from onebase.server.codec.fields import finite, number, optional, out_of_range, required, version
+from onebase.server.codec.sequences import Pair, SequenceReader
+from onebase.server.codec.tensors import float_tensor, read_floats, read_mask
+from onebase.server.jobs import (
+    AdamW,
+    Floats,
+    ForwardBackwardJob,
+    ForwardBackwardResult,
+    OptimStepJob,
+    OptimStepResult,
+    PpoLoss,
+    TrainRow,
+)
+from onebase.server.registry import Entry
+from onebase.v1 import training_pb2, types_pb2
+
+_PPO = PpoLoss()
+_ADAMW = AdamW(learning_rate=0.0)
+
+
+async def read_forward_backward(
+    request: training_pb2.ForwardBackwardRequest, entry: Entry, reader: SequenceReader
+) -> ForwardBackwardJob:
+    """Checks a request of ForwardBackward whose policy is known.
+
+    Raises:
+        InvalidArgument: naming the field.
+        FailedPrecondition: NO_VALUE_HEAD where the loss needs one.
+    """
+    expected_version = version(request, "expected_version")
+    loss = _read_loss(request)
+    if loss.vf_coef:
+        need_value_head(entry, "ppo.vf_coef")
+    denominator = None
+    if request.HasField("denominator"):
+        denominator = number(request.denominator, "denominator", above=0)
+    fields = [f"sequences[{index}].sequence" for index in range(len(request.sequences))]
+    pairs = await reader.pairs([one.sequence for one in request.sequences], fields)
+    return ForwardBackwardJob(
+        adapter=entry.uid,
+        rows=_read_rows(request.sequences, pairs, with_values=loss.vf_coef > 0),
+        loss=loss,
+        denominator=denominator,
+        expected_version=expected_version,
+    )
+
+
+def read_optim_step(request: training_pb2.OptimStepRequest, entry: Entry) -> OptimStepJob:
+    """Checks a request of OptimStep whose policy is known.
+
+    Raises:
+        InvalidArgument: naming the field.
+    """
+    if not request.HasField("adamw"):
+        raise required("adamw", "give at least its learning_rate")
+    given = request.adamw
+    adamw = AdamW(
+        learning_rate=number(given.learning_rate, "adamw.learning_rate", least=0),
+        beta1=_beta(given, "beta1", _ADAMW.beta1),
+        beta2=_beta(given, "beta2", _ADAMW.beta2),
+        eps=number(optional(given, "eps", _ADAMW.eps), "adamw.eps", above=0),
+        weight_decay=number(given.weight_decay, "adamw.weight_decay", least=0),
+    )
+    return OptimStepJob(
+        adapter=entry.uid,
+        adamw=adamw,
+        max_grad_norm=number(request.max_grad_norm, "max_grad_norm", least=0),
+        expected_version=version(request, "expected_version"),
+    )
+
+
+def forward_backward_response(name: str, result: ForwardBackwardResult) -> training_pb2.ForwardBackwardResponse:
+    """What a pass over the policy of that name gave."""
+    return training_pb2.ForwardBackwardResponse(
+        adapter=types_pb2.AdapterVersion(name=name, version=result.version),
+        metrics=result.metrics,
+        logprobs=[float_tensor(one) for one in result.logprobs],
+        values=[float_tensor(one) for one in result.values],
+        ratio_threshold_exceeded=result.ratio_threshold_exceeded,
+        pending_gradients=result.facts.pending_gradients,
+    )
+
+
+def optim_step_response(name: str, result: OptimStepResult) -> training_pb2.OptimStepResponse:
+    """What a step of the policy of that name gave."""
+    return training_pb2.OptimStepResponse(
+        adapter=types_pb2.AdapterVersion(name=name, version=result.version),
+        grad_norm=result.grad_norm,
+        gradients_applied=result.gradients_applied,
+    )
+
+
+def _read_loss(request: training_pb2.ForwardBackwardRequest) -> PpoLoss:
+    if request.WhichOneof("loss") is None:
+        raise required("loss", "give ppo, which may be empty for its defaults")
+    ppo = request.ppo
+    return PpoLoss(
+        cliprange=number(optional(ppo, "cliprange", _PPO.cliprange), "ppo.cliprange", above=0),
+        cliprange_value=number(optional(ppo, "cliprange_value", _PPO.cliprange_value), "ppo.cliprange_value", above=0),
+        vf_coef=number(optional(ppo, "vf_coef", _PPO.vf_coef), "ppo.vf_coef", least=0),
+        ratio_threshold=number(optional(ppo, "ratio_threshold", _PPO.ratio_threshold), "ppo.ratio_threshold", above=0),
+    )
+
+
+def _read_rows(
+    sequences: Sequence[training_pb2.TrainingSequence], pairs: list[Pair], *, with_values: bool
+) -> list[TrainRow]:
+    """One row per sequence; without a value loss, values and returns may be left out and are zeros."""
+    rows = []
+    for index, (sequence, pair) in enumerate(zip(sequences, pairs, strict=True)):
+        field, length = f"sequences[{index}]", int(pair.completion.size)
+        rows.append(
+            TrainRow(
+                tokens=pair.tokens,
+                start=pair.start,
+                old_logprobs=_floats(sequence, "old_logprobs", field, length),
+                old_values=_floats(sequence, "old_values", field, length, needed=with_values),
+                advantages=_floats(sequence, "advantages", field, length),
+                returns=_floats(sequence, "returns", field, length, needed=with_values),
+                mask=read_mask(sequence.mask, f"{field}.mask", length)
+                if sequence.HasField("mask")
+                else np.ones(length, dtype=np.bool_),
+            )
+        )
+    return rows
+
+
+def _floats(
+    sequence: training_pb2.TrainingSequence, name: str, field: str, length: int, *, needed: bool = True
+) -> Floats:
+    field = f"{field}.{name}"
+    if sequence.HasField(name):  # type: ignore[arg-type]
+        return read_floats(getattr(sequence, name), field, length)
+    if needed:
+        raise required(field, f"give {length} numbers, one per completion token")
+    return np.zeros(length, dtype=np.float32)
+
+
+def _beta(adamw: training_pb2.AdamW, name: str, default: float) -> float:
+    field = f"adamw.{name}"
+    beta = finite(optional(adamw, name, default), field)
+    if not 0 <= beta < 1:
+        raise out_of_range(field, beta, "a number from 0 and below 1")
+    return beta

@@ -1,0 +1,121 @@
+"""What the services share, put together once per server."""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+
+from onebase.server.access import Access
+from onebase.server.calls import deadline_of
+from onebase.server.catalog import Catalog
+from onebase.server.codec.sequences import SequenceReader
+from onebase.server.config import ServerConfig
+from onebase.server.errors import OnebaseError, Unavailable
+from onebase.server.idempotency import Idempotency
+from onebase.server.leases import Clock, Session, Sessions
+from onebase.server.paths import Roots
+from onebase.server.ports import TextLike, WorkerLike
+from onebase.server.registry import Registry
+from onebase.server.texts import Texts
+
+M = TypeVar("M", bound=Message)
+
+
+class State(enum.Enum):
+    """Whether the server takes calls."""
+
+    LOADING = "loading"
+    SERVING = "serving"
+    DRAINING = "draining"
+
+
+@dataclass
+class Gate:
+    """Lets calls in while the server serves."""
+
+    state: State = State.LOADING
+
+    def refusal(self) -> OnebaseError | None:
+        """Why no call is let in just now, or None."""
+        match self.state:
+            case State.SERVING:
+                return None
+            case State.LOADING:
+                return Unavailable("LOADING", "the server still loads its adapters: try again soon", retry_after=1.0)
+            case State.DRAINING:
+                return Unavailable("DRAINING", "the server is stopping: go on with it when it has started again")
+
+
+@dataclass(frozen=True)
+class Edge:
+    """The rooms behind the services."""
+
+    worker: WorkerLike
+    config: ServerConfig
+    sessions: Sessions
+    registry: Registry
+    access: Access
+    catalog: Catalog
+    texts: Texts
+    reader: SequenceReader
+    roots: Roots
+    gate: Gate = field(default_factory=Gate)
+    idempotency: Idempotency = field(default_factory=Idempotency)
+    started: float = field(default_factory=time.monotonic)
+
+    async def once(
+        self,
+        method: str,
+        request: Any,
+        context: grpc.aio.ServicerContext[Any, Any],
+        work: Callable[[Session | None, float | None], Awaitable[M]],
+    ) -> M:
+        """Does what changes something, once per request_id, with its session kept alive meanwhile.
+
+        Args:
+            method: the RPC's name.
+            request: has session_id and request_id.
+            context: of the call.
+            work: is given the session and the deadline.
+
+        Raises:
+            OnebaseError: NotFound for a session that is not there, and the work's own.
+        """
+        deadline = deadline_of(context)
+
+        async def run() -> M:
+            with self.sessions.use(request.session_id) as session:
+                return await work(session, deadline)
+
+        if request.session_id:
+            self.sessions.get(request.session_id)
+        return await self.idempotency.run(method, request, run)
+
+
+def build_edge(worker: WorkerLike, text: TextLike, config: ServerConfig, clock: Clock = time.monotonic) -> Edge:
+    """The rooms behind the services of one server.
+
+    Args:
+        worker: owns the device.
+        text: the base's tokenizer.
+        config: the server's settings.
+        clock: of the sessions; monotonic, in seconds.
+    """
+    sessions, registry, texts = Sessions(clock), Registry(), Texts(text)
+    return Edge(
+        worker=worker,
+        config=config,
+        sessions=sessions,
+        registry=registry,
+        access=Access(registry, sessions),
+        catalog=Catalog(worker, registry, sessions),
+        texts=texts,
+        reader=SequenceReader(texts, worker.facts, config.limits),
+        roots=Roots(config.roots),
+    )

@@ -1,0 +1,158 @@
+"""A call that changes something, named by its client's request_id, happens once.
+
+The same id with the same payload gets the stored response, or waits for the call that is under way; with another
+payload it is refused. Failed calls are not stored: they changed nothing, so a retry is a new try.
+
+Each call runs in a task of its own. A client that goes away stops it only if no other waits for the same answer,
+and a call that could not be stopped any more is stored all the same: its client's retry finds the answer.
+
+Everything here runs on the event loop's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import hashlib
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+from google.protobuf.message import Message
+
+from onebase.server.errors import Aborted, Cancelled, DeadlineExceeded, InvalidArgument
+
+M = TypeVar("M", bound=Message)
+
+MAX_REQUEST_ID = 128
+
+_Key = tuple[str, str, str]  # session id, method, request id
+
+
+@dataclass(eq=False)
+class _Call:
+    digest: bytes
+    task: asyncio.Task[Any]
+    waiters: int = 0
+
+
+@dataclass(frozen=True)
+class _Stored:
+    digest: bytes
+    response: Message
+
+
+class Idempotency:
+    """Responses by request_id.
+
+    Args:
+        capacity: most responses kept; the one not asked for the longest goes first.
+        capacity_bytes: most bytes of responses kept.
+    """
+
+    def __init__(self, capacity: int = 4096, capacity_bytes: int = 64 * 2**20) -> None:
+        self._capacity = capacity
+        self._capacity_bytes = capacity_bytes
+        self._bytes = 0
+        self._stored: OrderedDict[_Key, _Stored] = OrderedDict()
+        self._running: dict[_Key, _Call] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def run(self, method: str, request: Message, work: Callable[[], Awaitable[M]]) -> M:
+        """The response of `work`, or of the call of the same request_id that came before.
+
+        Args:
+            method: the RPC's name.
+            request: has session_id and request_id; without an id, nothing is stored or looked up.
+            work: makes the response; its errors mean that nothing was changed.
+
+        Raises:
+            InvalidArgument: BAD_REQUEST_ID.
+            Aborted: REQUEST_ID_REUSED with another payload.
+            OnebaseError: the work's own.
+        """
+        request_id: str = request.request_id  # type: ignore[attr-defined]
+        if not request_id:
+            return cast(M, await self._wait(_Call(b"", self._start(work))))
+        _check_request_id(request_id)
+        key = (request.session_id, method, request_id)  # type: ignore[attr-defined]
+        digest = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
+        while True:
+            stored = self._stored.get(key)
+            if stored is not None:
+                _check_digest(stored.digest, digest, request_id)
+                self._stored.move_to_end(key)
+                return cast(M, stored.response)
+            call = self._running.get(key)
+            mine = call is None
+            if call is None:
+                call = self._running[key] = _Call(digest, self._start(work))
+                call.task.add_done_callback(functools.partial(self._finish, key, digest))
+            _check_digest(call.digest, digest, request_id)
+            try:
+                return cast(M, await self._wait(call))
+            except (Cancelled, DeadlineExceeded, asyncio.CancelledError):
+                # The other client's cancel or deadline is not this one's: try again, as the first this time.
+                if mine or not call.task.done() or _cancelling():
+                    raise
+
+    def _start(self, work: Callable[[], Awaitable[M]]) -> asyncio.Task[M]:
+        async def run() -> M:
+            return await work()
+
+        task = asyncio.get_running_loop().create_task(run())
+        self._tasks.add(task)  # the loop itself holds tasks only weakly
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(_retrieve)
+        return task
+
+    async def _wait(self, call: _Call) -> Any:
+        call.waiters += 1
+        try:
+            await asyncio.wait((call.task,))  # unlike `await task`, a cancel here does not cancel the task
+        finally:
+            call.waiters -= 1
+            if not call.waiters:
+                call.task.cancel()  # means nothing to a task that is done
+        return call.task.result()
+
+    def _finish(self, key: _Key, digest: bytes, task: asyncio.Task[Any]) -> None:
+        del self._running[key]
+        if task.cancelled() or task.exception() is not None:
+            return
+        response: Message = task.result()
+        self._stored[key] = _Stored(digest, response)
+        self._bytes += response.ByteSize()
+        while len(self._stored) > 1 and (len(self._stored) > self._capacity or self._bytes > self._capacity_bytes):
+            self._bytes -= self._stored.popitem(last=False)[1].response.ByteSize()
+
+
+def _cancelling() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _retrieve(task: asyncio.Task[Any]) -> None:
+    """Looks at the error of a task that nobody may be waiting for any more."""
+    if not task.cancelled():
+        task.exception()
+
+
+def _check_digest(known: bytes, digest: bytes, request_id: str) -> None:
+    if known != digest:
+        raise Aborted(
+            "REQUEST_ID_REUSED",
+            f"request_id {request_id!r} came before with another payload: give each call an id of its own",
+            field="request_id",
+        )
+
+
+def _check_request_id(request_id: str) -> None:
+    if len(request_id) > MAX_REQUEST_ID or not request_id.isprintable():
+        raise InvalidArgument(
+            "BAD_REQUEST_ID",
+            f"request_id {request_id[:MAX_REQUEST_ID]!r} has {len(request_id)} characters: use at most "
+            f"{MAX_REQUEST_ID}, all printable",
+            field="request_id",
+        )

@@ -1,0 +1,88 @@
+"""Where clients may have adapters loaded from and saved to: under the server's roots, symlinks followed first.
+
+A path is checked when it is given. Whoever can swap a directory under a root for a symlink between then and the
+reading has the server's files anyway: roots are for directories that only the operator and the server write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from onebase.server.errors import FailedPrecondition, InvalidArgument, PermissionDenied
+
+_MAX_LENGTH = 4096
+_ADAPTER_FILE = "adapter_config.json"
+
+
+class Roots:
+    """The directories that clients may use.
+
+    Args:
+        roots: directories; they are resolved once, here.
+    """
+
+    def __init__(self, roots: Sequence[Path]) -> None:
+        self._roots = tuple(root.resolve() for root in roots)
+
+    def readable(self, path: str) -> Path:
+        """The directory that a client wants an adapter loaded from, resolved.
+
+        Raises:
+            InvalidArgument: BAD_PATH.
+            FailedPrecondition: NO_ROOTS.
+            PermissionDenied: PATH_OUTSIDE_ROOTS.
+        """
+        resolved = self._resolve(path)
+        if not any(resolved.is_relative_to(root) for root in self._roots):
+            raise self._outside(path)
+        return resolved
+
+    def writable(self, path: str) -> Path:
+        """The directory that a client wants an adapter saved to, resolved: under a root, and no root itself.
+
+        Raises:
+            InvalidArgument: BAD_PATH.
+            FailedPrecondition: NO_ROOTS; NOT_AN_ADAPTER for a directory that is there and holds no adapter.
+            PermissionDenied: PATH_OUTSIDE_ROOTS.
+        """
+        resolved = self._resolve(path)
+        if not any(root in resolved.parents for root in self._roots):
+            raise self._outside(path)
+        if resolved.is_dir() and any(resolved.iterdir()) and not (resolved / _ADAPTER_FILE).is_file():
+            raise FailedPrecondition(
+                "NOT_AN_ADAPTER",
+                f"path {path!r} is a directory that holds no adapter, and is never overwritten: give a new path",
+                field="path",
+            )
+        return resolved
+
+    def _resolve(self, path: str) -> Path:
+        if not self._roots:
+            raise FailedPrecondition(
+                "NO_ROOTS",
+                "this server reads and writes no paths for clients: start it with --root DIR",
+                field="path",
+            )
+        if not path:
+            raise InvalidArgument(
+                "BAD_PATH", "path is empty: give a directory under a root of the server", field="path"
+            )
+        if len(path) > _MAX_LENGTH or "\0" in path:
+            raise InvalidArgument(
+                "BAD_PATH", f"path is no path: use at most {_MAX_LENGTH} characters, none of them NUL", field="path"
+            )
+        try:
+            return (self._roots[0] / path).resolve()
+        except (OSError, RuntimeError):  # a circle of symlinks, a name too long
+            raise InvalidArgument(
+                "BAD_PATH", f"path {path!r} leads nowhere: check its symlinks", field="path"
+            ) from None
+
+    def _outside(self, path: str) -> PermissionDenied:
+        return PermissionDenied(
+            "PATH_OUTSIDE_ROOTS",
+            f"path {path!r} leads outside the server's roots: use a directory under one of "
+            + ", ".join(str(root) for root in self._roots),
+            field="path",
+        )

@@ -1,0 +1,53 @@
+"""What the RPC edge needs of the rest of the server: a worker and a tokenizer, by shape alone."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from onebase.server.jobs import BaseFacts, Job, Tokens, WorkerStatus
+
+
+class WorkerLike(Protocol):
+    """The owner of the device: takes jobs from any thread and resolves their `done` on its own."""
+
+    @property
+    def facts(self) -> BaseFacts:
+        """What is known of the base."""
+        ...
+
+    def submit(self, job: Job[Any]) -> None:
+        """Queues a job. There is always room for work of the kind ADMIN.
+
+        Raises:
+            ResourceExhausted: the queue, or the session's share of it, is full (with retry_after).
+            Unavailable: the server drains (DRAINING).
+        """
+        ...
+
+    def status(self) -> WorkerStatus:
+        """What the worker is doing now; returns at once."""
+        ...
+
+    def start(self) -> None:
+        """Begins to work."""
+        ...
+
+    def stop(self, drain_seconds: float) -> None:
+        """Refuses new jobs, lets those in flight finish for up to `drain_seconds`, cancels the rest, and returns."""
+        ...
+
+
+class TextLike(Protocol):
+    """The base's tokenizer. Safe from one thread at a time only."""
+
+    def encode_prompt(self, text: str) -> Tokens:
+        """Token ids with the tokenizer's own special tokens in front."""
+        ...
+
+    def encode_completion(self, text: str) -> Tokens:
+        """Token ids without special tokens."""
+        ...
+
+    def encode_joined(self, prompt: str, completion: str) -> Tokens:
+        """Token ids of the two texts as one string, with special tokens: what reward models read."""
+        ...

@@ -1,0 +1,67 @@
+"""TrainingService: gradients accumulate, then one optimizer step makes the next version."""
+
+# Names, arguments and descriptions of the methods are the contract's.
+# ruff: noqa: D102, N802
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+
+from onebase.server.calls import settle
+from onebase.server.codec.fields import required
+from onebase.server.codec.training import (
+    forward_backward_response,
+    optim_step_response,
+    read_forward_backward,
+    read_optim_step,
+)
+from onebase.server.edge import Edge
+from onebase.server.leases import Session
+from onebase.v1 import training_pb2, training_pb2_grpc
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class TrainingService(training_pb2_grpc.TrainingServiceServicer):
+    """Trains the policies that a session holds the lease of."""
+
+    def __init__(self, edge: Edge) -> None:
+        self._edge = edge
+
+    async def ForwardBackward(
+        self, request: training_pb2.ForwardBackwardRequest, context: Context
+    ) -> training_pb2.ForwardBackwardResponse:
+        edge = self._edge
+
+        async def work(session: Session | None, deadline: float | None) -> training_pb2.ForwardBackwardResponse:
+            entry = edge.access.policy(_needed(session), request.adapter, "adapter")
+            job = await read_forward_backward(request, entry, edge.reader)
+            edge.sessions.require(session, entry.name)
+            result = await settle(edge.worker, job, session, deadline)
+            edge.registry.update(result.facts)
+            return forward_backward_response(entry.name, result)
+
+        return await edge.once("ForwardBackward", request, context, work)
+
+    async def OptimStep(
+        self, request: training_pb2.OptimStepRequest, context: Context
+    ) -> training_pb2.OptimStepResponse:
+        edge = self._edge
+
+        async def work(session: Session | None, deadline: float | None) -> training_pb2.OptimStepResponse:
+            entry = edge.access.policy(_needed(session), request.adapter, "adapter")
+            job = read_optim_step(request, entry)
+            edge.sessions.require(session, entry.name)
+            result = await settle(edge.worker, job, session, deadline)
+            edge.registry.update(result.facts)
+            return optim_step_response(entry.name, result)
+
+        return await edge.once("OptimStep", request, context, work)
+
+
+def _needed(session: Session | None) -> Session:
+    if session is None:
+        raise required("session_id", "open a session, whose lease on the policy training needs")
+    return session

@@ -1,0 +1,40 @@
+"""The tokenizer on a thread of its own, so that a long text never holds up the event loop.
+
+One text is one turn on that thread: a request with thousands of texts and one with a single text take turns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from onebase.server.jobs import Tokens
+from onebase.server.ports import TextLike
+
+
+class Texts:
+    """Encodes texts, one at a time, off the event loop."""
+
+    def __init__(self, text: TextLike) -> None:
+        self._text = text
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
+
+    async def prompt(self, text: str) -> Tokens:
+        """Token ids of a prompt, with the tokenizer's special tokens."""
+        return await self._turn(lambda: self._text.encode_prompt(text))
+
+    async def completion(self, text: str) -> Tokens:
+        """Token ids of a completion, without special tokens."""
+        return await self._turn(lambda: self._text.encode_completion(text))
+
+    async def joined(self, prompt: str, completion: str) -> Tokens:
+        """Token ids of prompt and completion as one string, with special tokens."""
+        return await self._turn(lambda: self._text.encode_joined(prompt, completion))
+
+    def close(self) -> None:
+        """Ends the thread; texts that still wait are dropped."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    async def _turn(self, encode: Callable[[], Tokens]) -> Tokens:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, encode)
