@@ -1,0 +1,364 @@
+"""A server in memory with a policy small enough to differentiate by hand, so that PPO's loop can be seen to learn.
+
+The policy is a table of logits, one row per previous token, added to the reference's; the value is a number per
+previous token. Gradients, Adam and the clipped losses are real. Letters are tokens: "a" is 1, "b" is 2, and so on; 0
+ends a completion.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from onebase.client import types as t
+from onebase.client.errors import AbortedError, AlreadyExistsError, FailedPreconditionError, NotFoundError
+
+VOCABULARY = 6
+EOS = 0
+GOOD = 3
+"""The token that the reward adapter "good" counts."""
+
+
+def encode(text):
+    """Token ids of a text of the letters a to e."""
+    return [ord(letter) - ord("a") + 1 for letter in text]
+
+
+def decode(tokens):
+    """The text of token ids, the end left out."""
+    return "".join(chr(ord("a") + int(token) - 1) for token in tokens if token != EOS)
+
+
+@dataclass
+class ToyAdapter:
+    """A policy's parameters, gradients and Adam moments; parameters are one array, values in the last column."""
+
+    name: str
+    create_time: float
+    kind: str = "policy"
+    value_head: bool = True
+    version: int = 0
+    weights: np.ndarray = field(default_factory=lambda: np.zeros((VOCABULARY, VOCABULARY + 1)))
+    gradients: np.ndarray = field(default_factory=lambda: np.zeros((VOCABULARY, VOCABULARY + 1)))
+    first: np.ndarray = field(default_factory=lambda: np.zeros((VOCABULARY, VOCABULARY + 1)))
+    second: np.ndarray = field(default_factory=lambda: np.zeros((VOCABULARY, VOCABULARY + 1)))
+    updates: int = 0
+    pending: int = 0
+
+    def facts(self):
+        return t.Adapter(
+            name=self.name,
+            kind=self.kind,
+            version=self.version,
+            lora=t.LoraSpec(),
+            value_head=self.value_head,
+            num_labels=0,
+            parameter_count=self.weights.size,
+            weights_bytes=0,
+            gradient_bytes=0,
+            optimizer_bytes=0,
+            old_version_bytes=0,
+            leased=False,
+            pending_gradients=self.pending,
+            create_time=self.create_time,
+            source="",
+        )
+
+
+class ToyServer:
+    """What survives its clients: adapters, checkpoints, sessions, and a log of the calls that were made."""
+
+    def __init__(self, *, can_save=True):
+        self.reference = np.random.default_rng(7).normal(0, 0.5, (VOCABULARY, VOCABULARY))
+        self.adapters = {}
+        self.checkpoints = {}
+        self.sessions = {}  # id -> active adapter
+        self.can_save = can_save
+        self.calls = []
+        self.clock = itertools.count(1)
+        self.ids = itertools.count(1)
+
+    def client(self):
+        return ToyClient(self)
+
+    def forget_sessions(self):
+        self.sessions.clear()
+
+    def restart(self):
+        """Like a new process: only the checkpoints are left."""
+        self.adapters.clear()
+        self.sessions.clear()
+
+
+class ToyClient:
+    def __init__(self, server):
+        self.server = server
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def adapter(self, name):
+        if name not in self.server.adapters:
+            raise NotFoundError(f"no adapter {name!r}")
+        return self.server.adapters[name].facts()
+
+    def open_session(self, ppo_adapter_name="", *, label="", ttl=60.0, resume="", wait=0.0):
+        if ppo_adapter_name:
+            self.adapter(ppo_adapter_name)
+        session_id = resume if resume in self.server.sessions else f"session-{next(self.server.ids)}"
+        self.server.sessions[session_id] = ppo_adapter_name or self.server.sessions.get(session_id, "")
+        self.server.calls.append(("open_session", {"label": label, "resumed": session_id == resume}))
+        return ToySession(self.server, session_id)
+
+
+class ToySession:
+    def __init__(self, server, session_id):
+        self.server = server
+        self.id = session_id
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        self.server.sessions.pop(self.id, None)
+
+    @property
+    def ppo_adapter_name(self):
+        return self.server.sessions[self.id]
+
+    def set_active(self, name):
+        assert name in self.server.adapters
+        self.server.sessions[self.id] = name
+
+    # ------------------------------------------------------------------------------------------- adapters
+
+    def create_adapter(self, name, lora=None, *, value_head=True, seed=0):
+        if name in self.server.adapters:
+            raise AlreadyExistsError(name)
+        adapter = ToyAdapter(name, create_time=float(next(self.server.clock)), value_head=value_head)
+        self.server.adapters[name] = adapter
+        self.server.calls.append(("create_adapter", {"name": name, "lora": lora, "seed": seed}))
+        return adapter.facts()
+
+    def save_adapter(self, path, *, name="", with_optimizer=False, overwrite=False):
+        if not self.server.can_save:
+            raise FailedPreconditionError("the server has no save root", reason="SAVE_ROOT_MISSING")
+        if path in self.server.checkpoints and not overwrite:
+            raise AlreadyExistsError(path)
+        adapter = self._adapter(name)
+        self.server.checkpoints[f"/root/{path}"] = (copy.deepcopy(adapter), with_optimizer)
+        return t.SavedAdapter(path=f"/root/{path}", adapter=self._version(adapter), bytes=1)
+
+    def load_adapter(self, name, path, *, kind="policy", value_head=False, replace=False, with_optimizer=False, seed=0):
+        if name in self.server.adapters and not replace:
+            raise AlreadyExistsError(name)
+        saved, has_optimizer = self.server.checkpoints[path]
+        assert has_optimizer or not with_optimizer
+        adapter = copy.deepcopy(saved)
+        adapter.create_time = float(next(self.server.clock))
+        if name in self.server.adapters:
+            adapter.version = self.server.adapters[name].version + 1
+        self.server.adapters[name] = adapter
+        self.server.calls.append(("load_adapter", {"path": path, "replace": replace}))
+        return adapter.facts()
+
+    # -------------------------------------------------------------------------------------------- reading
+
+    def generate(self, prompts, *, sampling, adapter="", logprobs=False, values=False):
+        logits = self._logits(self._adapter(adapter))
+        completions = []
+        for index, prompt in enumerate(prompts):
+            rng = np.random.default_rng((sampling.seed, index))
+            ids = self._ids(prompt)
+            tokens, reason = [], "length"
+            while len(tokens) < sampling.max_new_tokens:
+                row = logits[tokens[-1] if tokens else ids[-1]] / sampling.temperature
+                row = (
+                    np.where(np.arange(VOCABULARY) == EOS, -np.inf, row)
+                    if len(tokens) < sampling.min_new_tokens
+                    else row
+                )
+                tokens.append(int(np.argmax(row + rng.gumbel(size=VOCABULARY))))
+                if tokens[-1] == EOS:
+                    reason = "eos"
+                    break
+            completions.append(
+                t.Completion(
+                    prompt_index=index,
+                    completion_index=0,
+                    text=decode(tokens),
+                    tokens=np.array(tokens, dtype=np.int32),
+                    logprobs=None,
+                    values=None,
+                    finish_reason=reason,
+                    adapter=self._version(self._adapter(adapter)),
+                    seed=sampling.seed,
+                    prompt_tokens=len(ids),
+                )
+            )
+        return completions
+
+    def score(self, sequences, *, rewards=None, reference="base", outputs=None, append_eos=None, ppo_adapter_name=""):
+        self.server.calls.append(("score", {"rewards": rewards, "outputs": tuple(outputs), "append_eos": append_eos}))
+        adapter = self._adapter(ppo_adapter_name)
+        policy, base = log_softmax(self._logits(adapter)), log_softmax(self.server.reference)
+        scores = []
+        for sequence in sequences:
+            before, tokens = self._steps(sequence)
+            raw = {name: self._reward(name, tokens) for name in rewards or {}} if "rewards" in outputs else {}
+            scores.append(
+                t.Score(
+                    logprobs=policy[before, tokens].astype(np.float32),
+                    reference_logprobs=base[before, tokens].astype(np.float32),
+                    values=adapter.weights[before, VOCABULARY].astype(np.float32),
+                    entropy=None,
+                    scores=raw,
+                    reward=sum((rewards or {})[name] * score for name, score in raw.items()),
+                    completion_tokens=None,
+                    eos_appended=bool(append_eos and tokens[-1] != EOS),
+                    policy=self._version(adapter),
+                    reference=t.AdapterVersion("base", 0),
+                )
+            )
+        return scores
+
+    # ------------------------------------------------------------------------------------------- training
+
+    def forward_backward(self, sequences, loss, *, adapter="", denominator=None, expected_version=None):
+        target = self._adapter(adapter)
+        self._check_version(target, expected_version)
+        rows = [self._steps(row) for row in sequences]
+        before, tokens = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+        mask = np.concatenate([row.mask for row in sequences])
+        old_logprobs, old_values, advantages, returns = (
+            np.concatenate([getattr(row, name) for row in sequences]).astype(np.float64)
+            for name in ("old_logprobs", "old_values", "advantages", "returns")
+        )
+        count = denominator or mask.sum()
+        table = log_softmax(self._logits(target))
+        logprobs, values = table[before, tokens], target.weights[before, VOCABULARY]
+        ratio = np.exp(logprobs - old_logprobs)
+        clipped = np.clip(ratio, 1 - loss.cliprange, 1 + loss.cliprange)
+        policy_losses = np.maximum(-advantages * ratio, -advantages * clipped)
+        close = np.clip(values, old_values - loss.cliprange_value, old_values + loss.cliprange_value)
+        value_losses = np.maximum((values - returns) ** 2, (close - returns) ** 2)
+        policy_loss, value_loss = (policy_losses * mask).sum() / count, 0.5 * (value_losses * mask).sum() / count
+
+        d_logprob = np.where(-advantages * ratio >= -advantages * clipped, -advantages * ratio, 0.0) * mask / count
+        inside = (values - returns) ** 2 >= (close - returns) ** 2
+        d_value = loss.vf_coef * np.where(inside, values - returns, 0.0) * mask / count
+        np.add.at(target.gradients, (before, tokens), d_logprob)
+        np.subtract.at(target.gradients[:, :VOCABULARY], before, d_logprob[:, None] * np.exp(table[before]))
+        np.add.at(target.gradients[:, VOCABULARY], before, d_value)
+        target.pending += 1
+        self.server.calls.append(
+            ("forward_backward", {"sequences": sequences, "denominator": denominator, "loss": loss})
+        )
+
+        def mean(x):
+            return float((x * mask).sum() / mask.sum())
+
+        metrics = {
+            "loss/policy": float(policy_loss),
+            "loss/value": float(value_loss),
+            "loss/total": float(policy_loss + loss.vf_coef * value_loss),
+            "policy/entropy": mean(-(np.exp(table) * table).sum(axis=1)[before]),
+            "policy/approxkl": 0.5 * mean((logprobs - old_logprobs) ** 2),
+            "policy/policykl": mean(old_logprobs - logprobs),
+            "policy/clipfrac": mean(-advantages * clipped > -advantages * ratio),
+            "policy/advantages_mean": mean(advantages),
+            "policy/ratio": mean(ratio),
+            "returns/mean": mean(returns),
+            "returns/var": mean((returns - mean(returns)) ** 2),
+            "val/vpred": mean(values),
+            "val/error": mean((values - returns) ** 2),
+            "val/clipfrac": mean((close - returns) ** 2 > (values - returns) ** 2),
+            "val/mean": mean(old_values),
+            "val/var": mean((old_values - mean(old_values)) ** 2),
+        }
+        return t.ForwardBackward(
+            adapter=self._version(target),
+            metrics=metrics,
+            logprobs=(),
+            values=(),
+            ratio_threshold_exceeded=False,
+            pending_gradients=target.pending,
+        )
+
+    def optim_step(self, adamw, *, max_grad_norm=0.0, adapter="", expected_version=None):
+        target = self._adapter(adapter)
+        self._check_version(target, expected_version)
+        if not target.pending:
+            raise FailedPreconditionError("no pending gradients")
+        norm = float(np.linalg.norm(target.gradients))
+        gradients = target.gradients * min(1.0, max_grad_norm / norm) if max_grad_norm and norm else target.gradients
+        target.updates += 1
+        target.first = adamw.beta1 * target.first + (1 - adamw.beta1) * gradients
+        target.second = adamw.beta2 * target.second + (1 - adamw.beta2) * gradients**2
+        first = target.first / (1 - adamw.beta1**target.updates)
+        second = target.second / (1 - adamw.beta2**target.updates)
+        target.weights = target.weights - adamw.learning_rate * first / (np.sqrt(second) + adamw.eps)
+        applied, target.pending, target.gradients = target.pending, 0, np.zeros_like(target.gradients)
+        target.version += 1
+        self.server.calls.append(("optim_step", {"adamw": adamw, "max_grad_norm": max_grad_norm}))
+        return t.OptimStep(adapter=self._version(target), grad_norm=norm, gradients_applied=applied)
+
+    # -------------------------------------------------------------------------------------------- helpers
+
+    def _adapter(self, name):
+        return self.server.adapters[name or self.ppo_adapter_name]
+
+    def _logits(self, adapter):
+        return self.server.reference + adapter.weights[:, :VOCABULARY]
+
+    def _ids(self, content):
+        return encode(content) if isinstance(content, str) else [int(token) for token in content]
+
+    def _steps(self, sequence):
+        """Each completion token's predecessor, and the token."""
+        tokens = np.array(sequence.completion)
+        return np.array([self._ids(sequence.prompt)[-1], *tokens[:-1]]), tokens
+
+    def _reward(self, name, tokens):
+        if name == "good":
+            return float(np.mean(tokens == GOOD))
+        if name == "long":
+            return float(len(tokens))
+        raise NotFoundError(f"no adapter {name!r}")
+
+    def _version(self, adapter):
+        return t.AdapterVersion(adapter.name, adapter.version)
+
+    def _check_version(self, adapter, expected):
+        if expected is not None and expected != adapter.version:
+            raise AbortedError(f"{adapter.name} is at version {adapter.version}, not {expected}")
+
+
+def log_softmax(logits):
+    """Row by row."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def policy_session(server=None, name="policy_1"):
+    """A session with a fresh policy as its active adapter."""
+    server = server or ToyServer()
+    session = server.client().open_session()
+    session.create_adapter(name)
+    session.set_active(name)
+    return session
+
+
+def without_times(stats):
+    """The numbers that do not depend on how fast the machine is."""
+    timed = ("time/", "seconds")
+    return {name: value for name, value in stats.items() if not name.startswith(timed)}

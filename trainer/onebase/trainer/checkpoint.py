@@ -1,0 +1,107 @@
+"""What a trainer must remember to go on: its state as a small JSON file; the adapter itself the server saves."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from onebase.client.types import Adapter
+from onebase.trainer.control import RunningMoments
+from onebase.trainer.evaluation import Evaluation
+from onebase.trainer.parsing import ConfigError
+
+STATE_FILE = "trainer_state.json"
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """A run between two steps. With the adapter of that moment it is all that the next step depends on."""
+
+    policy: str
+    """The policy's name."""
+    step: int
+    """Steps done."""
+    prompts_taken: int
+    """Position in the prompts' order."""
+    rng: Mapping[str, Any]
+    """State of the generator of seeds and minibatches."""
+    kl_coef: float
+    """The next step's KL coefficient."""
+    moments: RunningMoments
+    """Running moments of the scores."""
+    kl: float | None
+    """objective/kl of the last step."""
+    before: Evaluation | None
+    """The evaluation before the first step."""
+    latest: Evaluation | None
+    """The newest evaluation."""
+    session_id: str
+    """The session, to take up again while it lives. A secret."""
+    adapter_path: str
+    """Where the server saved the adapter and its optimizer; "" if it could not."""
+    adapter_version: int
+    """The adapter's version at this moment."""
+    adapter_create_time: float
+    """With the version: tells this adapter from another of the same name."""
+
+    def is_on_server(self, adapter: Adapter | None) -> bool:
+        """Whether the server's adapter is, untouched, the one of this moment."""
+        return (
+            adapter is not None
+            and adapter.version == self.adapter_version
+            and adapter.create_time == self.adapter_create_time
+            and adapter.pending_gradients == 0
+        )
+
+
+def save_state(directory: Path, state: TrainerState) -> None:
+    """Writes the state so that a crash leaves either the old one or the new one."""
+    data = {field.name: getattr(state, field.name) for field in fields(state)}
+    data["moments"] = asdict(state.moments)
+    for name in ("before", "latest"):
+        data[name] = None if data[name] is None else data[name].as_json()
+    write_json(directory / STATE_FILE, data)
+
+
+def load_state(directory: Path) -> TrainerState | None:
+    """The state of the run in a directory; None if there is none.
+
+    Raises:
+        ConfigError: the file is not what save_state writes.
+    """
+    path = directory / STATE_FILE
+    if not path.exists():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        data["moments"] = RunningMoments(**data["moments"])
+        for name in ("before", "latest"):
+            data[name] = None if data[name] is None else Evaluation.from_json(data[name])
+        return TrainerState(**data)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError("resume", f"{path} is not a trainer's state ({error}); use resume: never") from error
+
+
+def write_json(path: Path, data: object) -> None:
+    """Writes JSON by way of a temporary file: written, synced, renamed, and the directory synced."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(data, file, indent=1, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
