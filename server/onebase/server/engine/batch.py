@@ -10,7 +10,8 @@ the batch they are in; it holds one batch at a time and is owned by the one thre
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,15 @@ MIN_ROWS = 4
 
 KV_BLOCK = 16
 """Lengths that attention sums over are padded to a multiple of this, so that cached and fresh sums round alike."""
+
+
+VECTOR = 64
+"""Elementwise kernels work on this many elements at a time, and round the rest of an array otherwise."""
+
+
+def row_multiple(widths: Iterable[int]) -> int:
+    """What the number of rows must be a multiple of, so that no array of these widths has a rest; 1 for most models."""
+    return max((VECTOR // math.gcd(VECTOR, width) for width in widths), default=1)
 
 
 def padded(length: int) -> int:
@@ -73,7 +83,7 @@ class DecodeBatch:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows, flattened. N counts the padding that fills a tiny batch up to MIN_ROWS."""
+    """Rows, flattened. N counts the padding that fills it up."""
 
     rows: tuple[Row, ...]
     input_ids: torch.Tensor  # [1, N]
@@ -98,8 +108,14 @@ class Route:
         return () if self.batch is None else self.batch.segments
 
 
-def flatten(rows: Sequence[Row], device: torch.device) -> Batch:
-    """Lays rows end to end, sorted by adapter (the base first), and notes where everything is."""
+def flatten(rows: Sequence[Row], device: torch.device, multiple: int = 1) -> Batch:
+    """Lays rows end to end, sorted by adapter (the base first), and notes where everything is.
+
+    Args:
+        rows: in any order; each learns its place.
+        device: where the index tensors go.
+        multiple: what the number of flat places must be a multiple of (see `row_multiple`).
+    """
     ordered = sorted(rows, key=lambda row: 0 if row.weights is None else row.weights.serial)
     ids: list[int] = []
     positions: list[int] = []
@@ -114,7 +130,7 @@ def flatten(rows: Sequence[Row], device: torch.device) -> Batch:
             segments[-1] = Segment(row.weights, segments[-1].start, row.stop)
         else:
             segments.append(Segment(row.weights, row.start, row.stop))
-    fill = max(0, MIN_ROWS - len(ids))
+    fill = max(MIN_ROWS, -(-len(ids) // multiple) * multiple) - len(ids)
     ids.extend([0] * fill)
     positions.extend([0] * fill)
     return Batch(

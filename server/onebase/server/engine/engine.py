@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from onebase.server.engine.adapters import Adapter, Weights
-from onebase.server.engine.batch import Batch, Route, Row, flatten
+from onebase.server.engine.batch import Batch, Route, Row, flatten, row_multiple
 from onebase.server.engine.formats import Formats
 from onebase.server.engine.heads import LmHead, linear_head, token_logprobs
 from onebase.server.engine.kv import KVCache
@@ -84,6 +84,7 @@ class Engine:
         text: its tokenizer.
         facts: what it is.
         kv: a place per running completion.
+        widths: of the layers' outputs.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Engine:
         text: Text,
         facts: BaseFacts,
         kv: KVCache,
+        widths: Iterable[int],
     ) -> None:
         self.text = text
         self.facts = facts
@@ -105,6 +107,7 @@ class Engine:
         self._route = route
         self._formats = formats
         self._device = torch.device(facts.device)
+        self._multiple = row_multiple(widths)
 
     # ------------------------------------------------------------------------------------------------ adapters
 
@@ -161,7 +164,7 @@ class Engine:
 
     def forward(self, rows: Sequence[Row]) -> tuple[Batch, torch.Tensor]:
         """Runs rows through the base: the batch, and the last hidden states [N, hidden] after the final norm."""
-        batch = flatten(rows, self._device)
+        batch = flatten(rows, self._device, self._multiple)
         self._route.batch, self._route.kv = batch, self.kv
         try:
             out = self._model.base_model(

@@ -67,6 +67,7 @@ def open_engine(config: EngineConfig) -> Engine:
         Text(tokenizer),
         facts,
         KVCache(config.kv_slots, facts.max_context),
+        [layer.out_features for layer in wrapped.values()],
     )
     prove(engine, model)
     engine.kv = KVCache(config.kv_slots, facts.max_context)

@@ -42,7 +42,7 @@ def draw(logits: torch.Tensor, samplings: Sequence[Sampling], places: Sequence[t
     for row, i in zip(probabilities, sampled, strict=True):
         keep_probable(row, samplings[i])
     mass = torch.cumsum(probabilities, dim=-1)
-    total = mass[:, -1:]
+    total = mass[:, -1:].contiguous()
     numbers = torch.tensor([uniform(samplings[i].seed, *places[i]) for i in sampled], dtype=torch.float64)
     chosen = torch.searchsorted(mass, numbers.to(logits.device)[:, None] * total, right=True)
     last = torch.searchsorted(mass, total)  # the last token with any mass: rounding must not go past it
