@@ -7,14 +7,14 @@ a job that nobody's cancel can stop.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
-from onebase.server.calls import perform, settle
+from onebase.server.calls import perform, settle, submit
 from onebase.server.errors import Aborted, FailedPrecondition, OnebaseError
 from onebase.server.jobs import (
     AdapterFacts,
@@ -75,7 +75,6 @@ class Catalog:
         self._worker = worker
         self._registry = registry
         self._sessions = sessions
-        self._discards: set[asyncio.Task[None]] = set()
 
     async def create(self, new: NewAdapter, session: Session | None, deadline: float | None = None) -> Entry:
         """Makes a policy; the session gets its lease.
@@ -139,8 +138,8 @@ class Catalog:
         )
         return await settle(self._worker, job, session, deadline)
 
-    async def delete(self, name: str, session: Session | None) -> None:
-        """Forgets a name at once, then frees its adapter's memory; once begun, it cannot be cancelled.
+    def delete(self, name: str, session: Session | None) -> None:
+        """Forgets a name at once; its adapter's memory is freed as soon as the engine comes to it.
 
         Raises:
             NotFound: no such adapter.
@@ -151,7 +150,7 @@ class Catalog:
         self._registry.remove(name)
         self._sessions.drop(name)
         log.info("adapter %s deleted", name)
-        await asyncio.wait((self._discard(entry.uid),))
+        self._discard(entry.uid)
 
     async def refresh(self, deadline: float | None = None) -> None:
         """Asks the engine for the facts of all adapters.
@@ -197,17 +196,21 @@ class Catalog:
             self._sessions.take(session, entry.name)
         return entry
 
-    def _discard(self, uid: int) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(self._free(uid))
-        self._discards.add(task)  # the loop itself holds tasks only weakly
-        task.add_done_callback(self._discards.discard)
-        return task
-
-    async def _free(self, uid: int) -> None:
+    def _discard(self, uid: int) -> None:
+        """Has the engine free the memory of a uid that no name means any more; nobody's cancel stops that."""
+        job = DeleteAdapterJob(adapter=uid)
         try:
-            await settle(self._worker, DeleteAdapterJob(adapter=uid))
+            submit(self._worker, job, None, None)
         except OnebaseError as error:  # the server drains, and will free everything
             log.warning("memory of adapter uid %d is not freed: %s", uid, error)
+            return
+        job.done.add_done_callback(_log_failure)
+
+
+def _log_failure(done: Future[None]) -> None:
+    error = done.exception()
+    if error is not None:
+        log.warning("memory of an adapter is not freed: %s", error)
 
 
 def _load_job(loaded: LoadedAdapter, reservation: Reservation) -> Job[AdapterFacts]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+
+from onebase.server.names import BASE_NAME, problem
 
 
 class ConfigError(ValueError):
@@ -93,10 +96,31 @@ class ServerConfig:
     limits: Limits = Limits()
     drain_seconds: float = 30.0
     """How long work in flight may go on after SIGTERM."""
+    policy_rank: int = 16
+    """LoRA rank of the policies made here from the start."""
+    policy_alpha: float = 32.0
+    """LoRA alpha of the same."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.port < 65536, "port", self.port, "use 0 to 65535")
-        _require(self.drain_seconds >= 0, "drain_seconds", self.drain_seconds, "use 0 or more")
+        drain_fine = math.isfinite(self.drain_seconds) and self.drain_seconds >= 0
+        _require(drain_fine, "drain_seconds", self.drain_seconds, "use 0 or more")
+        rank_way_out = f"use 1 to {self.limits.max_rank}"
+        _require(1 <= self.policy_rank <= self.limits.max_rank, "policy_rank", self.policy_rank, rank_way_out)
+        alpha_fine = math.isfinite(self.policy_alpha) and self.policy_alpha > 0
+        _require(alpha_fine, "policy_alpha", self.policy_alpha, "use a number above 0")
+        for root in self.roots:
+            _require(root.is_dir(), "root", str(root), "give a directory that is there")
+        self._check_adapters()
+
+    def _check_adapters(self) -> None:
         names = [source.name for source in (*self.rewards, *self.policies, *self.references)]
         for name in names:
+            wrong = problem(name)
+            _require(wrong is None, "adapter", name, f"this name {wrong}")
+            _require(
+                name != BASE_NAME, "adapter", name, "it is reserved for the base with no adapter: use another name"
+            )
             _require(names.count(name) == 1, "adapter", name, "give each adapter a name of its own")
+        for source in (*self.rewards, *self.references):
+            _require(source.path is not None, "adapter", source.name, "give its directory too, as NAME=PATH")

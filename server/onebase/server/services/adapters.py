@@ -48,7 +48,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         edge = self._edge
 
         async def work(session: Session | None, _deadline: float | None) -> adapters_pb2.DeleteAdapterResponse:
-            await edge.catalog.delete(request.name, session)
+            edge.catalog.delete(request.name, session)
             return adapters_pb2.DeleteAdapterResponse()
 
         return await edge.once("DeleteAdapter", request, context, work)

@@ -1,0 +1,277 @@
+"""The composition root: rooms are put together, adapters loaded, calls served, and all of it stopped in order.
+
+    open the base (blocking, slow)  →  bind  →  load adapters  →  serve  →  SIGTERM  →  drain  →  stop
+
+While adapters load and while it drains, the server answers UNAVAILABLE and its health is NOT_SERVING.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
+from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
+
+from onebase.server.catalog import LoadedAdapter, NewAdapter
+from onebase.server.config import AdapterSource, ConfigError, Limits, ServerConfig
+from onebase.server.edge import Edge, State, build_edge
+from onebase.server.guard import Guard
+from onebase.server.jobs import AdapterKind, LoraSpec
+from onebase.server.leases import Clock
+from onebase.server.ports import TextLike, WorkerLike
+from onebase.server.registry import Entry
+from onebase.server.services.adapters import AdapterService
+from onebase.server.services.inference import InferenceService
+from onebase.server.services.server import ServerService
+from onebase.server.services.sessions import SessionService
+from onebase.server.services.training import TrainingService
+from onebase.v1 import (
+    adapters_pb2,
+    adapters_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
+    sessions_pb2,
+    sessions_pb2_grpc,
+    training_pb2,
+    training_pb2_grpc,
+)
+
+log = logging.getLogger(__name__)
+
+SERVICES = tuple(
+    module.DESCRIPTOR.services_by_name[name].full_name
+    for module, name in (
+        (adapters_pb2, "AdapterService"),
+        (inference_pb2, "InferenceService"),
+        (server_pb2, "ServerService"),
+        (sessions_pb2, "SessionService"),
+        (training_pb2, "TrainingService"),
+    )
+)
+_SWEEP_SECONDS = 1.0
+_LAST_ANSWERS_SECONDS = 5.0  # for answers on their way out when all work has ended
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What stands behind the edge."""
+
+    worker: WorkerLike
+    text: TextLike
+
+
+@dataclass(frozen=True)
+class Report:
+    """Whom to tell how far the server has come."""
+
+    adapter: Callable[[Entry, float], None] = lambda _entry, _seconds: None
+    """An adapter is there; seconds that it took."""
+    ready: Callable[[int], None] = lambda _port: None
+    """Calls are served on this port."""
+    draining: Callable[[], None] = lambda: None
+    """The server was told to stop, and finishes the work in flight."""
+
+
+def open_parts(config: ServerConfig) -> Parts:
+    """Opens the base model and puts a worker in front of it. Blocking and slow; the only way to torch from here.
+
+    Raises:
+        OnebaseError: the base cannot be opened or is not supported.
+    """
+    from onebase.server.engine import open_engine
+    from onebase.server.worker import Worker
+
+    engine = open_engine(config.engine)
+    return Parts(Worker(engine, config.limits, config.engine.step_tokens), engine.text)
+
+
+class Server:
+    """The RPC edge around one worker.
+
+    Args:
+        parts: the worker, not started yet, and the tokenizer.
+        config: the server's settings.
+        clock: of the sessions; monotonic, in seconds.
+    """
+
+    def __init__(self, parts: Parts, config: ServerConfig, clock: Clock = time.monotonic) -> None:
+        self._config = config
+        self._worker = parts.worker
+        self.edge: Edge = build_edge(parts.worker, parts.text, config, clock)
+        self._health = health.aio.HealthServicer()
+        self._server = grpc.aio.server(
+            interceptors=(Guard(self.edge.gate.refusal),), options=server_options(config.limits)
+        )
+        self._register()
+        self._sweeper: asyncio.Task[None] | None = None
+
+    async def start(self) -> int:
+        """Binds, and answers UNAVAILABLE from now on; returns the port.
+
+        Raises:
+            ConfigError: the address cannot be had.
+        """
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        address = _address(self._config.host, self._config.port)
+        try:
+            port = self._server.add_insecure_port(address)
+        except RuntimeError:  # gRPC says no more than that it failed
+            raise _no_address(address, "cannot be bound") from None
+        await self._server.start()
+        self._worker.start()
+        self._sweeper = asyncio.create_task(self._sweep())
+        return port
+
+    async def load(self, report: Report) -> None:
+        """Loads the adapters that the settings name, then serves.
+
+        Raises:
+            OnebaseError: one of them cannot be loaded.
+        """
+        config = self._config
+        for kind, sources in (
+            (AdapterKind.REWARD, config.rewards),
+            (AdapterKind.REFERENCE, config.references),
+            (AdapterKind.POLICY, config.policies),
+        ):
+            for source in sources:
+                began = time.monotonic()
+                entry = await self._load_one(kind, source)
+                report.adapter(entry, time.monotonic() - began)
+        self.edge.gate.state = State.SERVING
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    async def stop(self, drain_seconds: float) -> None:
+        """Refuses new calls, lets work in flight finish for up to so long, then ends everything."""
+        self.edge.gate.state = State.DRAINING
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await asyncio.to_thread(self._worker.stop, drain_seconds)
+        await self._server.stop(_LAST_ANSWERS_SECONDS)
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        self.edge.texts.close()
+
+    async def _load_one(self, kind: AdapterKind, source: AdapterSource) -> Entry:
+        policy = kind is AdapterKind.POLICY
+        if source.path is None:
+            lora = LoraSpec(rank=self._config.policy_rank, alpha=self._config.policy_alpha)
+            return await self.edge.catalog.create(NewAdapter(source.name, lora, value_head=True), None)
+        path = source.path.expanduser().resolve()  # the operator's own paths need no root
+        return await self.edge.catalog.load(LoadedAdapter(source.name, kind, path, value_head=policy), None)
+
+    def _register(self) -> None:
+        server, edge = self._server, self.edge
+        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(edge), server)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(edge), server)
+        server_pb2_grpc.add_ServerServiceServicer_to_server(ServerService(edge), server)
+        sessions_pb2_grpc.add_SessionServiceServicer_to_server(SessionService(edge), server)
+        training_pb2_grpc.add_TrainingServiceServicer_to_server(TrainingService(edge), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+
+    async def _set_health(self, status: int) -> None:
+        for service in ("", *SERVICES):
+            await self._health.set(service, status)
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(_SWEEP_SECONDS)
+            self.edge.sessions.sweep()
+
+
+@contextlib.asynccontextmanager
+async def running(
+    parts: Parts, config: ServerConfig, report: Report, clock: Clock = time.monotonic
+) -> AsyncIterator[Server]:
+    """A server that serves inside the block and is drained after it.
+
+    Raises:
+        ConfigError: the address cannot be had.
+        OnebaseError: an adapter cannot be loaded.
+    """
+    server = Server(parts, config, clock)
+    try:
+        port = await server.start()
+        await server.load(report)
+        _write_port(config.port_file, port)
+    except BaseException:
+        await server.stop(drain_seconds=0.0)
+        raise
+    report.ready(port)
+    try:
+        yield server
+    finally:
+        report.draining()
+        await server.stop(config.drain_seconds)
+
+
+async def serve(parts: Parts, config: ServerConfig, report: Report) -> None:
+    """Serves until SIGTERM or SIGINT, then drains and returns.
+
+    Raises:
+        ConfigError: the address cannot be had.
+        OnebaseError: an adapter cannot be loaded.
+    """
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    async with running(parts, config, report):
+        await stopping.wait()
+
+
+def check_address(config: ServerConfig) -> None:
+    """Fails at once, before a model is opened for minutes, where the port is taken already.
+
+    Raises:
+        ConfigError: the address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.host, config.port))
+        except OSError as error:
+            raise _no_address(_address(config.host, config.port), error.strerror or str(error)) from None
+
+
+def server_options(limits: Limits) -> list[tuple[str, int]]:
+    """gRPC's settings: message sizes, dead peers noticed within 15 s, and a taken port an error."""
+    return [
+        ("grpc.max_receive_message_length", limits.max_message_bytes),
+        ("grpc.max_send_message_length", limits.max_message_bytes),
+        ("grpc.keepalive_time_ms", 10_000),
+        ("grpc.keepalive_timeout_ms", 5_000),
+        ("grpc.http2.ping_timeout_ms", 5_000),  # without it a frozen client is noticed after a minute
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # clients may ping this often
+        ("grpc.so_reuseport", 0),
+    ]
+
+
+def _no_address(address: str, why: str) -> ConfigError:
+    return ConfigError(f"address is {address!r}: {why}; give another --port, or 0 for any free one")
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _write_port(path: Path | None, port: int) -> None:
+    """Writes the port whole or not at all: somebody may be waiting for the file."""
+    if path is not None:
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        partial.write_text(f"{port}\n")
+        partial.replace(path)

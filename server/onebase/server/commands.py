@@ -1,0 +1,239 @@
+"""`onebase serve`: settings from the command line, and what the server does told as it does it.
+
+Torch and the rest of the server are imported when the command runs, so that `onebase --help` is quick.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+if TYPE_CHECKING:
+    from onebase.server.app import Report
+    from onebase.server.config import AdapterSource, ServerConfig
+    from onebase.server.jobs import BaseFacts
+    from onebase.server.registry import Entry
+
+_ADAPTERS, _ENGINE, _NETWORK = "Adapters", "Engine", "Network and files"
+
+Model = Annotated[str, typer.Argument(help="The base model: a hub id or a directory.", show_default=False)]
+Rewards = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--reward",
+        metavar="NAME=PATH",
+        help="A reward adapter (PEFT, SEQ_CLS). May be repeated.",
+        rich_help_panel=_ADAPTERS,
+    ),
+]
+Policies = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--policy",
+        metavar="NAME[=PATH]",
+        help="A policy to train: fresh, or from a PEFT directory; has a value head either way. May be repeated.",
+        rich_help_panel=_ADAPTERS,
+    ),
+]
+References = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--reference",
+        metavar="NAME=PATH",
+        help="A frozen reference other than the bare base. May be repeated.",
+        rich_help_panel=_ADAPTERS,
+    ),
+]
+PolicyRank = Annotated[int, typer.Option(help="LoRA rank of fresh policies.", rich_help_panel=_ADAPTERS)]
+PolicyAlpha = Annotated[float, typer.Option(help="LoRA alpha of fresh policies.", rich_help_panel=_ADAPTERS)]
+Roots = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--root",
+        metavar="DIR",
+        help="Clients may load and save adapters under this directory. May be repeated; without it they may not.",
+        rich_help_panel=_NETWORK,
+    ),
+]
+Host = Annotated[
+    str, typer.Option(help="Address to listen on; there is no login, so keep it private.", rich_help_panel=_NETWORK)
+]
+Port = Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", rich_help_panel=_NETWORK)]
+PortFile = Annotated[
+    Path | None, typer.Option(help="Write the port here when calls are served.", rich_help_panel=_NETWORK)
+]
+DrainSeconds = Annotated[
+    float, typer.Option(help="How long work in flight may go on after SIGTERM.", rich_help_panel=_NETWORK)
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_ENGINE)]
+DType = Annotated[
+    str,
+    typer.Option(
+        "--dtype", help="auto (as the model was saved), float32, bfloat16 or float16.", rich_help_panel=_ENGINE
+    ),
+]
+Threads = Annotated[int, typer.Option(help="CPU threads; 0 is half the cores.", rich_help_panel=_ENGINE)]
+MaxContext = Annotated[
+    int, typer.Option(help="Longest sequence in tokens; 0 is the model's own.", rich_help_panel=_ENGINE)
+]
+KvSlots = Annotated[int, typer.Option(help="Most completions that run at once.", rich_help_panel=_ENGINE)]
+StepTokens = Annotated[
+    int, typer.Option(help="Most tokens of prompts and scored rows in one engine step.", rich_help_panel=_ENGINE)
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python that comes with the model.", rich_help_panel=_ENGINE)
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log every finished call.")]
+
+
+def serve(
+    model: Model,
+    rewards: Rewards = None,
+    policies: Policies = None,
+    references: References = None,
+    policy_rank: PolicyRank = 16,
+    policy_alpha: PolicyAlpha = 32.0,
+    roots: Roots = None,
+    host: Host = "127.0.0.1",
+    port: Port = 7070,
+    port_file: PortFile = None,
+    drain_seconds: DrainSeconds = 30.0,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    threads: Threads = 0,
+    max_context: MaxContext = 0,
+    kv_slots: KvSlots = 32,
+    step_tokens: StepTokens = 2048,
+    trust_remote_code: TrustRemoteCode = False,
+    verbose: Verbose = False,
+) -> None:
+    """Serve one base model with any number of adapters: policies to train, rewards, references.
+
+    Every request names its adapters, so several trainers and reward queries share the one base in memory.
+
+    Examples:
+
+        onebase serve Qwen/Qwen3-0.6B --reward helpful=runs/reward --policy policy_1
+
+        onebase serve ./base --reward r=./reward --policy p1 --policy p2=./sft --root ./checkpoints --port 7071
+
+    Then, in other terminals:
+
+        onebase train ppo.yaml
+
+        onebase reward "How was the film?" "It was wonderful."
+
+        onebase status
+
+    Ctrl-C or SIGTERM stops it: work in flight is finished first, for up to --drain-seconds.
+    """
+    console = Console(highlight=False)
+    from onebase.server.config import ConfigError, EngineConfig, ServerConfig
+    from onebase.server.errors import OnebaseError
+
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+    try:
+        engine = EngineConfig(
+            model=model,
+            device=device,
+            dtype=dtype,
+            threads=threads,
+            max_context=max_context,
+            kv_slots=kv_slots,
+            step_tokens=step_tokens,
+            trust_remote_code=trust_remote_code,
+        )
+        config = ServerConfig(
+            engine=engine,
+            host=host,
+            port=port,
+            port_file=port_file,
+            rewards=_sources("--reward", rewards, with_path=True),
+            policies=_sources("--policy", policies, with_path=False),
+            references=_sources("--reference", references, with_path=True),
+            roots=tuple(roots or ()),
+            drain_seconds=drain_seconds,
+            policy_rank=policy_rank,
+            policy_alpha=policy_alpha,
+        )
+        _run(config, console)
+    except (ConfigError, OnebaseError) as error:
+        Console(stderr=True, highlight=False).print(f"[bold red]error[/] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+def _run(config: ServerConfig, console: Console) -> None:
+    from onebase.server.app import check_address, open_parts
+    from onebase.server.app import serve as serve_parts
+
+    check_address(config)
+    with console.status(f"Opening {escape(config.engine.model)} …"):
+        parts = open_parts(config)
+    console.print(_base_line(parts.worker.facts), soft_wrap=True)
+    asyncio.run(serve_parts(parts, config, _report(config, console)))
+    console.print("Stopped.")
+
+
+def _report(config: ServerConfig, console: Console) -> Report:
+    from onebase.server.app import Report
+
+    def ready(port: int) -> None:
+        address = f"{config.host}:{port}"
+        flag = "" if address == "127.0.0.1:7070" else f" --server {address}"
+        console.print(f"[bold green]Serving[/] on [bold]{escape(address)}[/]; Ctrl-C stops it.", soft_wrap=True)
+        console.print(f'[dim]Try: onebase status{flag} · onebase reward "PROMPT" "RESPONSE"{flag}[/]', soft_wrap=True)
+
+    def draining() -> None:
+        console.print(f"Stopping: work in flight may finish, for up to {config.drain_seconds:g} s.")
+
+    return Report(
+        adapter=lambda entry, seconds: console.print(_adapter_line(entry, seconds), soft_wrap=True),
+        ready=ready,
+        draining=draining,
+    )
+
+
+def _base_line(facts: BaseFacts) -> str:
+    return (
+        f"[bold]{escape(facts.model)}[/] {facts.architecture}, {facts.parameter_count / 1e6:.1f} M parameters in "
+        f"{facts.dtype} ({_size(facts.weights_bytes)}) on {facts.device}, context {facts.max_context}: runs right here"
+    )
+
+
+def _adapter_line(entry: Entry, seconds: float) -> str:
+    facts = entry.facts
+    head = "value head" if facts.value_head else f"score head of {facts.num_labels}" if facts.num_labels else "no head"
+    where = f"from {escape(entry.source)}" if entry.source else "fresh"
+    return (
+        f"  {facts.kind.value} [bold]{entry.name}[/]: rank {facts.lora.rank}, {head}, "
+        f"{_size(facts.memory.weights)}, {where}, {seconds:.1f} s"
+    )
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"
+
+
+def _sources(flag: str, values: list[str] | None, *, with_path: bool) -> tuple[AdapterSource, ...]:
+    from onebase.server.config import AdapterSource, ConfigError
+
+    sources = []
+    for value in values or ():
+        name, equals, path = value.partition("=")
+        if equals and not path:
+            raise ConfigError(f"{flag} is {value!r}: give a directory after the '='")
+        if with_path and not path:
+            raise ConfigError(f"{flag} is {value!r}: give its directory too, as NAME=PATH")
+        sources.append(AdapterSource(name, Path(path) if path else None))
+    return tuple(sources)
