@@ -73,11 +73,13 @@ class Roots:
                 "BAD_PATH", f"path is no path: use at most {_MAX_LENGTH} characters, none of them NUL", field="path"
             )
         try:
-            return (self._roots[0] / path).resolve()
-        except (OSError, RuntimeError):  # a circle of symlinks, a name too long
+            resolved = (self._roots[0] / path).resolve()
+            resolved.exists()  # fails for names that no file system takes
+        except (OSError, RuntimeError):  # RuntimeError: a circle of symlinks
             raise InvalidArgument(
-                "BAD_PATH", f"path {path!r} leads nowhere: check its symlinks", field="path"
+                "BAD_PATH", f"path {path!r} leads nowhere: check its symlinks and the length of its names", field="path"
             ) from None
+        return resolved
 
     def _outside(self, path: str) -> PermissionDenied:
         return PermissionDenied(

@@ -8,12 +8,9 @@ import sys
 import psutil
 
 
-def rss_bytes() -> int:
-    """Resident memory now."""
-    return int(psutil.Process().memory_info().rss)
-
-
-def peak_rss_bytes() -> int:
-    """Highest resident memory since the process began."""
+def memory() -> tuple[int, int]:
+    """Resident bytes now, and at their highest since the process began."""
+    now = int(psutil.Process().memory_info().rss)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+    peak_bytes = peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+    return now, max(now, peak_bytes)

@@ -41,6 +41,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
         edge = self._edge
         await edge.catalog.refresh(deadline_of(context))
         sessions = edge.sessions
+        rss, peak_rss = process.memory()
         return status_message(
             edge.worker.status(),
             sessions=[session_status(s, age=sessions.age(s), idle=sessions.idle(s)) for s in sessions.live()],
@@ -50,8 +51,8 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
             ],
             process={
                 "uptime_seconds": time.monotonic() - edge.started,
-                "rss_bytes": process.rss_bytes(),
-                "peak_rss_bytes": process.peak_rss_bytes(),
+                "rss_bytes": rss,
+                "peak_rss_bytes": peak_rss,
             },
             base_bytes=edge.worker.facts.weights_bytes,
         )

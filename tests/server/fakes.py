@@ -1,0 +1,268 @@
+"""A worker without a model: numbers follow from tokens and adapter uid alone, so a test can say what it expects."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from onebase.server import jobs
+from onebase.server.errors import (
+    Aborted,
+    Cancelled,
+    DeadlineExceeded,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
+
+FACTS = jobs.BaseFacts(
+    model="fake",
+    architecture="FakeForCausalLM",
+    fingerprint="f" * 64,
+    vocab_size=1000,
+    hidden_size=8,
+    num_layers=2,
+    max_context=64,
+    dtype="float32",
+    device="cpu",
+    parameter_count=12345,
+    weights_bytes=49380,
+    eos_token_ids=(2, 3),
+    pad_token_id=None,
+    bos_token_id=1,
+)
+
+
+class FakeText:
+    """One token per word: its length, but for words that say their id (#7)."""
+
+    def encode_prompt(self, text):
+        return np.array([1, *self._words(text)], dtype=np.int64)
+
+    def encode_completion(self, text):
+        return np.array(self._words(text), dtype=np.int64)
+
+    def encode_joined(self, prompt, completion):
+        return self.encode_prompt(f"{prompt} {completion}")
+
+    def _words(self, text):
+        return [int(word[1:]) if word.startswith("#") else 100 + len(word) for word in text.split()]
+
+
+def logprobs(uid, tokens, start):
+    return (-(tokens[start:] % 7 + 1) - uid / 100).astype(np.float32)
+
+
+def values(uid, tokens, start):
+    return (tokens[start:] / 1000 + uid).astype(np.float32)
+
+
+def entropy(uid, tokens, start):
+    return (tokens[start:] * 0 + uid / 10).astype(np.float32)
+
+
+def token_scores(uid, tokens):
+    return (np.cumsum(tokens) / 1000 + uid * 10).astype(np.float32)
+
+
+class FakeWorker:
+    """Runs jobs on a thread, one at a time, those in `held` kinds of job left waiting until `release`."""
+
+    def __init__(self, facts=FACTS, room=1000):
+        self.facts = facts
+        self.room = room
+        self.adapters: dict[int, jobs.AdapterFacts] = {}
+        self.submitted: list[jobs.Job] = []
+        self.executed: list[jobs.Job] = []
+        self.failures: list[Exception] = []  # the next jobs fail so
+        self.before: Callable[[jobs.Job], None] = lambda job: None
+        self.value_heads = True  # of loaded policies that ask for none
+        self.endless = False  # completions that go on until they are cancelled
+        self._held: tuple[type, ...] = ()
+        self._pending: list[jobs.Job] = []
+        self._wake = threading.Condition()
+        self._draining = self._stopped = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    # ---- the worker's shape
+
+    def start(self):
+        self._thread.start()
+
+    def submit(self, job):
+        with self._wake:
+            if self._draining:
+                raise Unavailable("DRAINING", "the server drains")
+            if job.work is not jobs.Work.ADMIN and len(self._pending) >= self.room:
+                raise ResourceExhausted("QUEUE_FULL", "the queue is full", retry_after=0.25)
+            self.submitted.append(job)
+            self._pending.append(job)
+            self._wake.notify_all()
+
+    def status(self):
+        counts = {jobs.Work.SCORE: sum(job.work is jobs.Work.SCORE for job in self._pending)}
+        return jobs.WorkerStatus(counts, {jobs.Work.TRAIN: 4}, 1.5, 2.5, 3.5, len(self.executed), 4096, 5, 32)
+
+    def stop(self, drain_seconds):
+        until = time.monotonic() + drain_seconds
+        with self._wake:
+            self._draining = True
+            self._wake.wait_for(lambda: not self._pending, timeout=max(0.0, until - time.monotonic()))
+            self._stopped = True
+            self._wake.notify_all()
+        if self._thread.is_alive():
+            self._thread.join()
+        for job in self._pending:
+            job.done.set_exception(Unavailable("DRAINED", "the server has stopped"))
+
+    # ---- for tests
+
+    def hold(self, *kinds):
+        self._held = kinds
+
+    def release(self):
+        with self._wake:
+            self._held = ()
+            self._wake.notify_all()
+
+    def wait_submitted(self, kind, count=1):
+        with self._wake:
+            assert self._wake.wait_for(lambda: sum(isinstance(j, kind) for j in self.submitted) >= count, timeout=20)
+        return [job for job in self.submitted if isinstance(job, kind)]
+
+    def wait_done(self, job):
+        with self._wake:
+            assert self._wake.wait_for(job.done.done, timeout=20)
+
+    # ---- its thread
+
+    def _run(self):
+        while (job := self._next()) is not None:
+            try:
+                self._check(job)
+                self.before(job)
+                if self.failures:
+                    raise self.failures.pop(0)
+                result = self._execute(job)
+            except Exception as error:
+                job.done.set_exception(error)
+            else:
+                job.done.set_result(result)
+            with self._wake:
+                self._pending.remove(job)
+                self._wake.notify_all()
+
+    def _next(self):
+        with self._wake:
+            while not self._stopped:
+                for job in self._pending:
+                    late = job.deadline is not None and time.monotonic() > job.deadline
+                    if job.cancelled or late or not isinstance(job, self._held):
+                        return job
+                self._wake.wait(0.005)
+            return None
+
+    def _check(self, job):
+        if job.cancelled:
+            raise Cancelled("CANCELLED", "the client cancelled")
+        if job.deadline is not None and time.monotonic() > job.deadline:
+            raise DeadlineExceeded("DEADLINE_EXCEEDED", "too late")
+
+    def _execute(self, job):
+        self.executed.append(job)
+        return getattr(self, f"_{type(job).__name__}")(job)
+
+    def _adapter(self, uid, expected=None):
+        version = 0
+        if uid != jobs.BASE:
+            if uid not in self.adapters:
+                raise NotFound("ADAPTER_NOT_FOUND", f"uid {uid} is gone")
+            version = self.adapters[uid].version
+        if expected is not None and expected != version:
+            raise Aborted("VERSION_MISMATCH", f"{expected} is not {version}")
+        return version
+
+    def _ScoreJob(self, job):
+        versions = {row.adapter: self._adapter(row.adapter, job.versions.get(row.adapter)) for row in job.rows}
+        return jobs.ScoreResult(tuple(self._row(row) for row in job.rows), versions)
+
+    def _row(self, row):
+        uid, tokens, start = row.adapter, row.tokens, row.start
+        return jobs.RowResult(
+            logprobs=logprobs(uid, tokens, start) if row.logprobs else None,
+            entropy=entropy(uid, tokens, start) if row.entropy else None,
+            values=values(uid, tokens, start) if row.values else None,
+            score=float(token_scores(uid, tokens)[-1]) if row.score else None,
+            token_scores=token_scores(uid, tokens) if row.token_scores else None,
+        )
+
+    def _GenerateJob(self, job):
+        version = self._adapter(job.adapter, job.version)
+        for prompt_index, prompt in enumerate(job.prompts):
+            for index in range(job.n):
+                count = 10**6 if self.endless else job.sampling.max_new_tokens
+                for i in range(count):
+                    self._check(job)
+                    token = int((prompt.sum() + job.sampling.seed + index + i) % self.facts.vocab_size)
+                    last = i == count - 1
+                    job.emit(
+                        jobs.CompletionChunk(
+                            prompt_index=prompt_index,
+                            completion_index=index,
+                            tokens=(token,),
+                            logprobs=(-0.5,),
+                            values=(0.25,),
+                            text=f"<{token}>",
+                            version=version,
+                            finish_reason=jobs.FinishReason.LENGTH if last else None,
+                        )
+                    )
+
+    def _change(self, uid, **changes):
+        self.adapters[uid] = replace(self.adapters[uid], **changes)
+        return self.adapters[uid]
+
+    def _ForwardBackwardJob(self, job):
+        version = self._adapter(job.adapter, job.expected_version)
+        facts = self._change(job.adapter, pending_gradients=self.adapters[job.adapter].pending_gradients + 1)
+        return jobs.ForwardBackwardResult(
+            version=version,
+            metrics={"loss/total": 0.5},
+            logprobs=tuple(logprobs(job.adapter, row.tokens, row.start) for row in job.rows),
+            values=tuple(values(job.adapter, row.tokens, row.start) for row in job.rows),
+            ratio_threshold_exceeded=False,
+            facts=facts,
+        )
+
+    def _OptimStepJob(self, job):
+        version = self._adapter(job.adapter, job.expected_version) + 1
+        applied = self.adapters[job.adapter].pending_gradients
+        facts = self._change(job.adapter, pending_gradients=0, version=version)
+        return jobs.OptimStepResult(version, 1.25, applied, facts)
+
+    def _make(self, uid, kind, version, value_head, lora):
+        labels = 1 if kind is jobs.AdapterKind.REWARD else 0
+        memory = jobs.AdapterMemory(weights=1000 + uid)
+        self.adapters[uid] = jobs.AdapterFacts(uid, kind, version, lora, value_head, labels, 250, memory, 0)
+        return self.adapters[uid]
+
+    def _CreateAdapterJob(self, job):
+        return self._make(job.uid, jobs.AdapterKind.POLICY, 0, job.value_head, job.lora)
+
+    def _LoadAdapterJob(self, job):
+        head = job.kind is jobs.AdapterKind.POLICY and (job.value_head or self.value_heads)
+        return self._make(job.uid, job.kind, job.least_version, head, jobs.LoraSpec())
+
+    def _SaveAdapterJob(self, job):
+        return jobs.SaveResult(job.path, self._adapter(job.adapter), 77)
+
+    def _DeleteAdapterJob(self, job):
+        self._adapter(job.adapter)
+        del self.adapters[job.adapter]
+
+    def _DescribeAdaptersJob(self, job):
+        return dict(self.adapters)
