@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hypothesis import given
@@ -47,8 +46,8 @@ class Train:
     session: str = ""
     work: Work = Work.TRAIN
 
-    def costs(self) -> Sequence[int]:
-        return self.rows
+    def next_cost(self) -> int:
+        return self.rows[0] if self.rows else 0
 
 
 def simulate(scheduler: Scheduler, steps: int) -> list[tuple[str, int, int]]:
@@ -60,15 +59,14 @@ def simulate(scheduler: Scheduler, steps: int) -> list[tuple[str, int, int]]:
             break
         if plan.trains or plan.steps:
             tokens = 0
-            for train, rows in plan.trains:
+            for train in plan.trains:
                 assert isinstance(train, Train)
-                tokens += sum(train.rows[:rows])
-                train.rows = train.rows[rows:]
+                tokens += train.rows.pop(0)
                 if not train.rows:
                     scheduler.trains.remove(train.adapter, train)
             for step in plan.steps:
                 scheduler.trains.remove(step.adapter, step)
-            assert tokens <= BUDGET or sum(rows for _, rows in plan.trains) == 1
+            assert tokens <= BUDGET or len(plan.trains) == 1
             scheduler.account(training=True, seconds=tokens + 1)
             history.append(("train", tokens, number))
         else:
@@ -163,11 +161,11 @@ def test_a_newcomer_has_no_credit_for_the_time_it_was_away() -> None:
 
 def test_an_adapters_passes_and_steps_keep_their_order() -> None:
     scheduler = Scheduler(BUDGET)
-    first, step, second = Train(1, [30, 30]), Train(1, []), Train(1, [10])
+    first, step, second = Train(1, [30]), Train(1, []), Train(1, [10])
     for task in (first, step, second):
         scheduler.trains.push(1, task)
     plan = scheduler.plan(running=0, slots=4)
-    assert plan.trains == [(first, 2)]
+    assert plan.trains == [first]
     assert not plan.steps
     scheduler.trains.remove(1, first)
     assert scheduler.plan(running=0, slots=4).steps == [step]

@@ -106,19 +106,19 @@ class Executor:
         for task in plan.steps:
             if isinstance(task, StepTask):
                 self._attempt(task, self._optim_step, task)
-        passes = [(task, count) for task, count in plan.trains if isinstance(task, PassTask)]
-        for task, _ in passes:
+        passes = [task for task in plan.trains if isinstance(task, PassTask)]
+        for task in passes:
             self._begin(task)
-        self._isolate([(task, (task, count)) for task, count in passes if not task.ended], self._train_step)
-        for task, _ in passes:
-            if not task.ended and not task.costs():
+        self._isolate([(task, task) for task in passes if not task.ended], self._train_step)
+        for task in passes:
+            if not task.ended and not task.next_cost():
                 self._attempt(task, self._finish_pass, task)
 
-    def _train_step(self, parts: Sequence[tuple[PassTask, int]]) -> None:
-        work = [(task.state, count) for task, count in parts if task.state is not None]
-        tokens = sum(len(row.tokens) for state, n in work for row in state.job.rows[state.done : state.done + n])
-        training.run(self._engine, work)
-        self.trained.add(tokens)
+    def _train_step(self, tasks: Sequence[PassTask]) -> None:
+        training.run(self._engine, [(task.state, task.next_rows()) for task in tasks if task.state is not None])
+        self.trained.add(sum(task.next_cost() for task in tasks))
+        for task in tasks:
+            task.ran()
 
     def _finish_pass(self, task: PassTask) -> None:
         if task.state is not None:

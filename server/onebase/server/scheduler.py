@@ -10,7 +10,7 @@ queue holds up another's short one; training takes turns by adapter.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -53,8 +53,8 @@ class TrainWork(Task, Protocol):
     def adapter(self) -> int:
         """The uid of its adapter."""
 
-    def costs(self) -> Sequence[int]:
-        """Tokens of each row that is still to be run; empty for an optimizer step."""
+    def next_cost(self) -> int:
+        """Tokens of its next micro-batch; 0 for an optimizer step."""
 
 
 T = TypeVar("T", bound=Task)
@@ -114,7 +114,7 @@ class Plan:
     scores: list[tuple[ScoreWork, int]] = field(default_factory=list)
     prompts: list[GenerateWork] = field(default_factory=list)
     decode: bool = False
-    trains: list[tuple[TrainWork, int]] = field(default_factory=list)  # how many rows each
+    trains: list[TrainWork] = field(default_factory=list)  # one micro-batch each
     steps: list[TrainWork] = field(default_factory=list)  # optimizer steps
 
     @property
@@ -201,15 +201,11 @@ class Scheduler:
         plan, budget = Plan(), self.step_tokens
         for owner in self.trains.owners():  # owners are adapters: each keeps the order of its passes and steps
             task = self.trains.first(owner)
-            costs = task.costs()
-            if not costs:
+            cost = task.next_cost()
+            if not cost:
                 plan.steps.append(task)
-            rows = 0
-            for cost in costs:
-                if cost > budget and (rows or plan.trains):
-                    break
-                rows, budget = rows + 1, budget - cost
+            elif cost <= budget or not plan.trains:
+                plan.trains.append(task)
                 self.trains.charge(owner, cost)
-            if rows:
-                plan.trains.append((task, rows))
+                budget -= cost
         return plan

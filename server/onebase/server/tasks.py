@@ -255,22 +255,34 @@ class GenerateTask(Task[GenerateJob]):
 
 
 class PassTask(Task[ForwardBackwardJob]):
-    """A forward and backward pass, in as many steps as its rows need."""
+    """A forward and backward pass, in as many steps as its rows need.
 
-    def __init__(self, job: ForwardBackwardJob) -> None:
+    Where it is cut into micro-batches depends on the job alone, whoever shares its steps: so do its sums.
+    """
+
+    def __init__(self, job: ForwardBackwardJob, step_tokens: int) -> None:
         super().__init__(job)
         self.adapter = job.adapter
         self.state: Pass | None = None
+        self._batches = micro_batches([len(row.tokens) for row in job.rows], step_tokens)
+        self._batches.reverse()
 
     def begin(self, engine: Engine) -> None:
         """Checks that the adapter can be trained as asked."""
         super().begin(engine)
         self.state = engine.begin_pass(self.job)
 
-    def costs(self) -> Sequence[int]:
-        """Tokens of the rows that are still to be run."""
-        done = 0 if self.state is None else self.state.done
-        return [len(row.tokens) for row in self.job.rows[done:]]
+    def next_cost(self) -> int:
+        """Tokens of the next micro-batch; 0 when all are run."""
+        return self._batches[-1][1] if self._batches else 0
+
+    def next_rows(self) -> int:
+        """How many rows the next micro-batch has."""
+        return self._batches[-1][0]
+
+    def ran(self) -> None:
+        """The next micro-batch was run."""
+        self._batches.pop()
 
 
 class StepTask(Task[OptimStepJob]):
@@ -280,6 +292,17 @@ class StepTask(Task[OptimStepJob]):
         super().__init__(job)
         self.adapter = job.adapter
 
-    def costs(self) -> Sequence[int]:
+    def next_cost(self) -> int:
         """None: a step has no rows."""
-        return ()
+        return 0
+
+
+def micro_batches(costs: Sequence[int], most: int) -> list[tuple[int, int]]:
+    """Cuts rows, in their order, into (rows, tokens) of at most so many tokens; a longer row stands alone."""
+    found: list[tuple[int, int]] = []
+    for cost in costs:
+        if found and found[-1][1] + cost <= most:
+            found[-1] = (found[-1][0] + 1, found[-1][1] + cost)
+        else:
+            found.append((1, cost))
+    return found

@@ -171,11 +171,16 @@ class Worker:
             self._tasks.append(generate)
             scheduler.prompts.push(job.session, generate)
         elif isinstance(job, ForwardBackwardJob | OptimStepJob):
-            train = PassTask(job) if isinstance(job, ForwardBackwardJob) else StepTask(job)
+            train = self._train_task(job)
             self._tasks.append(train)
             scheduler.trains.push(job.adapter, train)
         else:
             self._admin.append(job)
+
+    def _train_task(self, job: ForwardBackwardJob | OptimStepJob) -> PassTask | StepTask:
+        if isinstance(job, OptimStepJob):
+            return StepTask(job)
+        return PassTask(job, self._scheduler.step_tokens)
 
     def _drop(self) -> None:
         """Ends what was cancelled or is too late."""
