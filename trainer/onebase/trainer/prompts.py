@@ -73,6 +73,8 @@ def _read(config: PromptsConfig, key: str) -> list[Mapping[str, Any]]:
             with tempfile.TemporaryDirectory() as cache:
                 return list(_local(path, config.split, cache))
         return list(datasets.load_dataset(config.path, split=config.split))
+    except (StopIteration, IndexError):  # how `datasets` says that a file or a saved table is empty
+        return []
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         raise ConfigError(f"{key}.path", f"{config.path} cannot be read: {error}") from error
     finally:

@@ -1,0 +1,135 @@
+"""The settings of a run: defaults, checks, files and flags."""
+
+import dataclasses
+
+import pytest
+
+from onebase.trainer.commands import EXAMPLE
+from onebase.trainer.config import PpoConfig, RewardTerm, TrainConfig, load_config
+from onebase.trainer.parsing import ConfigError, split_flags
+
+MINIMAL = "prompts: {path: p.jsonl}\nrewards: [{adapter: sentiment}]\n"
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    def write(text):
+        path = tmp_path / "c.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_ppo_has_the_names_and_the_defaults_of_trl():
+    assert dataclasses.asdict(PpoConfig()) == {
+        "learning_rate": 1.41e-5,
+        "adap_kl_ctrl": True,
+        "init_kl_coef": 0.2,
+        "kl_penalty": "kl",
+        "target": 6.0,
+        "horizon": 10000.0,
+        "gamma": 1.0,
+        "lam": 0.95,
+        "cliprange": 0.2,
+        "cliprange_value": 0.2,
+        "vf_coef": 0.1,
+        "batch_size": 128,
+        "mini_batch_size": 128,
+        "gradient_accumulation_steps": 1,
+        "ppo_epochs": 4,
+        "max_grad_norm": None,
+        "early_stopping": False,
+        "target_kl": 1.0,
+        "ratio_threshold": 10.0,
+        "use_score_scaling": False,
+        "use_score_norm": False,
+        "score_clip": None,
+        "whiten_rewards": False,
+    }
+
+
+def test_a_minimal_file_is_enough(config_file):
+    config = load_config(config_file(MINIMAL))
+    assert config.rewards == (RewardTerm("sentiment", 1.0),)
+    assert (config.server, config.reference, config.append_eos) == ("127.0.0.1:7070", "base", True)
+    assert config.output_path.parts[-2:] == ("runs", "policy_1")
+    assert config.run_name == "policy_1"
+
+
+def test_the_example_of_the_help_can_be_used(config_file):
+    config = load_config(config_file(EXAMPLE))
+    assert config.ppo.learning_rate == 1.41e-5
+    assert config.policy.target_modules == ("all-linear",)
+    assert config.eval_prompts is not None
+
+
+def test_flags_win_over_the_file(config_file):
+    flags = split_flags(
+        ["--ppo.learning_rate", "1e-4", "--rewards.0.weight", "-1", "--steps=10", "--policy.name", "policy_2"]
+    )
+    config = load_config(config_file(MINIMAL + "steps: 5\n"), flags)
+    assert config.ppo.learning_rate == 1e-4
+    assert config.rewards[0].weight == -1.0
+    assert config.steps == 10
+    assert config.run_name == "policy_2"
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("ppo.lerning_rate", "1", "ppo.lerning_rate: unknown key; did you mean 'learning_rate'?"),
+        ("ppo.kl_penalty", "full", "ppo.kl_penalty: 'full' is not supported"),
+        ("ppo.kl_penalty", "max", "ppo.kl_penalty: 'max' is not one of kl, abs, mse"),
+        ("ppo.batch_size", "100", "ppo.batch_size: 100 is not a multiple of mini_batch_size"),
+        ("ppo.mini_batch_size", "0", "ppo.mini_batch_size: 0 is not 1 or more"),
+        ("ppo.learning_rate", ".nan", "ppo.learning_rate: nan is not 0 or more"),
+        ("ppo.gamma", "1.5", "ppo.gamma: 1.5 is not in"),
+        ("ppo.target", "0", "ppo.target: 0.0 is not above 0"),
+        ("ppo.score_clip", "-1", "ppo.score_clip: -1.0 is not above 0"),
+        ("ppo.max_grad_norm", "0", "ppo.max_grad_norm: 0.0 is not above 0"),
+        ("policy.rank", "0", "policy.rank: 0 is not 1 or more"),
+        ("policy.name", "base", "policy.name: 'base' is the base model"),
+        ("generation.temperature", "0", "generation.temperature: 0.0 is not above 0"),
+        ("generation.top_p", "0", "generation.top_p: 0.0 is not in"),
+        ("generation.min_p", "1", "generation.min_p: 1.0 is not in"),
+        ("generation.min_new_tokens", "99", "generation.min_new_tokens: 99 is more than max_new_tokens = 32"),
+        ("rewards", "[]", "rewards: is empty and there is no reward_function"),
+        ("rewards", "[{adapter: a}, {adapter: a}]", "rewards: 'a' is named 2 times"),
+        ("rewards.0.weight", ".inf", "rewards.0.weight: inf is not a finite number"),
+        ("prompts.path", "''", "prompts.path: is empty"),
+        ("resume", "yes please", "resume: 'yes please' is not one of auto, never, must"),
+        ("steps", "-1", "steps: -1 is not 0 or more"),
+        ("steps", "[", "steps: is not YAML"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused_by_name(config_file, flag, value, message):
+    with pytest.raises(ConfigError) as refused:
+        load_config(config_file(MINIMAL), [(flag, value)])
+    assert str(refused.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "prompts: is required"),
+        ("- 1", "must be a mapping of settings"),
+        ("a: [", "is not YAML"),
+        ("prompts: {}", "prompts.path: is required"),
+    ],
+)
+def test_files_that_cannot_be_used_are_refused(config_file, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(config_file(text))
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nothing\.yaml: cannot be read: No such file"):
+        load_config(tmp_path / "nothing.yaml")
+
+
+def test_a_setting_made_in_python_is_checked_too():
+    with pytest.raises(ConfigError, match="batch_size: 3 is not a multiple"):
+        PpoConfig(batch_size=3, mini_batch_size=2)
+    with pytest.raises(ConfigError, match="rewards: is empty"):
+        TrainConfig(prompts=None)
