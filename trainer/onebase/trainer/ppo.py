@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,6 +22,7 @@ from onebase.trainer.reporting import Reporter, StepResult, summarize
 from onebase.trainer.rewards import Judge
 from onebase.trainer.rollout import roll_out
 from onebase.trainer.stepper import PPO_OUTPUTS, PpoStepper
+from onebase.trainer.timing import Stopwatch
 
 if TYPE_CHECKING:
     from onebase.client import Client, Session
@@ -132,12 +132,12 @@ class Run:
     def _step(self) -> None:
         """One batch: completions drawn, judged, trained on and reported."""
         config = self._config
-        clock = _Stopwatch()
+        watch = Stopwatch()
         rows = self._prompts.take(self._prompts_taken, config.ppo.batch_size)
         rollout = roll_out(self._session, rows, config.generation, seed=int(self._rng.integers(2**63)))
-        generated = clock.lap()
+        generated = watch.lap()
         judged = self._judge(self._session, rollout, PPO_OUTPUTS)
-        forward = clock.lap()
+        forward = watch.lap()
         stats = self._stepper.update(
             rollout.prompts,
             rollout.responses,
@@ -145,7 +145,7 @@ class Run:
             judged.rewards,
             query_lengths=[completion.prompt_tokens for completion in rollout.completions],
         )
-        updated = clock.lap()
+        updated = watch.lap()
         stats |= {"time/generate": generated, "time/ppo/forward_pass": forward, "time/ppo/total": forward + updated}
         self._steps_done += 1
         self._prompts_taken += len(rows)
@@ -212,18 +212,6 @@ class Run:
         self._before = state.before
         self._latest = state.latest
         self._saved_path = state.adapter_path
-
-
-class _Stopwatch:
-    """Tells the seconds since it was last asked."""
-
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
-
-    def lap(self) -> float:
-        now = time.perf_counter()
-        seconds, self._last = now - self._last, now
-        return seconds
 
 
 def _due(step: int, every: int) -> bool:

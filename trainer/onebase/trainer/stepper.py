@@ -8,9 +8,7 @@ Deviations from TRL: max_grad_norm clips every optimizer step, not only the firs
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -21,6 +19,7 @@ from onebase.trainer.advantages import Advantages, Array, Mask, advantages_and_r
 from onebase.trainer.config import PpoConfig
 from onebase.trainer.control import RunningMoments, adapt_kl_coef, scale_scores
 from onebase.trainer.stats import Stats, length_stats, rollout_stats, training_stats
+from onebase.trainer.timing import Stopwatch
 
 if TYPE_CHECKING:
     from onebase.client import Session
@@ -86,7 +85,7 @@ class PpoStepper:
         Raises:
             ValueError: lengths that do not fit together, or a score that is not finite.
         """
-        started = time.perf_counter()
+        times = Stopwatch()
         self._check(queries, responses)
         sequences = [t.Sequence(query, response) for query, response in zip(queries, responses, strict=True)]
         scored = self._session.score(
@@ -96,13 +95,11 @@ class PpoStepper:
             outputs=PPO_OUTPUTS,
             ppo_adapter_name=self._adapter,
         )
-        forward = time.perf_counter() - started
+        forward = times.lap()
         stats = self.update(
             queries, responses, scored, scores, response_masks, query_lengths=[len(query) for query in queries]
         )
-        stats["time/ppo/forward_pass"] = forward
-        stats["time/ppo/total"] = time.perf_counter() - started
-        return stats
+        return stats | {"time/ppo/forward_pass": forward, "time/ppo/total": forward + times.lap()}
 
     def update(
         self,
@@ -118,7 +115,7 @@ class PpoStepper:
 
         Queries may be texts here, so `query_lengths` says how many tokens they are.
         """
-        clock = Clock()
+        config, times = self.config, Stopwatch()
         self._check(queries, responses)
         mask = _masks(responses, response_masks)
         raw_scores = _scores(scores, len(queries))
@@ -126,29 +123,29 @@ class PpoStepper:
         logprobs = pad([_asked(score.logprobs) for score in scored], width)
         reference = pad([_asked(score.reference_logprobs) for score in scored], width)
         values = pad([_asked(score.values) for score in scored], width)
-        with clock("compute_rewards"):
-            final_scores, moments = self._scale(raw_scores)
-            rewards = token_rewards(final_scores, logprobs, reference, mask, self.kl_coef, self.config.kl_penalty)
-        with clock("compute_advantages"):
-            estimate = advantages_and_returns(
-                values,
-                rewards.rewards,
-                mask,
-                gamma=self.config.gamma,
-                lam=self.config.lam,
-                whiten_rewards=self.config.whiten_rewards,
-            )
-        with clock("optimize_step"):
-            batch = _training_sequences(queries, responses, logprobs, estimate, mask)
-            passes = self._optimize(batch, scored[0].policy.version)
-        with clock("calc_stats"):
-            stats = rollout_stats(final_scores, logprobs, reference, rewards, mask, self.kl_coef)
-            stats |= length_stats(query_lengths, [len(response) for response in responses])
-            stats |= training_stats(passes, estimate.advantages, mask)
-        stats["ppo/learning_rate"] = self.config.learning_rate
+        final_scores, moments = self._scale(raw_scores)
+        rewards = token_rewards(final_scores, logprobs, reference, mask, self.kl_coef, config.kl_penalty)
+        compute_rewards = times.lap()
+        estimate = advantages_and_returns(
+            values, rewards.rewards, mask, gamma=config.gamma, lam=config.lam, whiten_rewards=config.whiten_rewards
+        )
+        compute_advantages = times.lap()
+        batch = _training_sequences(queries, responses, logprobs, estimate, mask)
+        passes = self._optimize(batch, scored[0].policy.version)
+        optimize_step = times.lap()
+        stats = rollout_stats(final_scores, logprobs, reference, rewards, mask, self.kl_coef)
+        stats |= length_stats(query_lengths, [len(response) for response in responses])
+        stats |= training_stats(passes, estimate.advantages, mask)
+        stats |= {
+            "ppo/learning_rate": config.learning_rate,
+            "time/ppo/compute_rewards": compute_rewards,
+            "time/ppo/compute_advantages": compute_advantages,
+            "time/ppo/optimize_step": optimize_step,
+            "time/ppo/calc_stats": times.lap(),
+        }
         self.moments = moments
         self._adapt(cast("float", stats["objective/kl"]))
-        return stats | clock.seconds
+        return stats
 
     def _optimize(self, batch: Sequence[t.TrainingSequence], version: int) -> list[Mapping[str, float]]:
         """Goes through the batch ppo_epochs times in minibatches; returns the metrics of every pass."""
@@ -206,20 +203,6 @@ class PpoStepper:
         for index, response in enumerate(responses):
             if len(response) == 0:
                 raise ValueError(f"responses[{index}] is empty; a response has at least one token")
-
-
-class Clock:
-    """Seconds of named parts, as time/ppo/<name>."""
-
-    def __init__(self) -> None:
-        self.seconds: Stats = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Takes the time of a with block."""
-        started = time.perf_counter()
-        yield
-        self.seconds[f"time/ppo/{name}"] = time.perf_counter() - started
 
 
 def _scores(scores: ArrayLike, count: int) -> Array:
