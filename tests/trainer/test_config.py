@@ -6,7 +6,7 @@ import pytest
 
 from onebase.trainer.commands import EXAMPLE
 from onebase.trainer.config import PpoConfig, RewardTerm, TrainConfig, load_config
-from onebase.trainer.parsing import ConfigError, split_flags
+from onebase.trainer.parsing import ConfigError, split_arguments
 
 MINIMAL = "prompts: {path: p.jsonl}\nrewards: [{adapter: sentiment}]\n"
 
@@ -65,10 +65,19 @@ def test_the_example_of_the_help_can_be_used(config_file):
 
 
 def test_flags_win_over_the_file(config_file):
-    flags = split_flags(
-        ["--ppo.learning_rate", "1e-4", "--rewards.0.weight", "-1", "--steps=10", "--policy.name", "policy_2"]
+    path, flags = split_arguments(
+        [
+            "--ppo.learning_rate",
+            "1e-4",
+            str(config_file(MINIMAL + "steps: 5\n")),
+            "--rewards.0.weight",
+            "-1",
+            "--steps=10",
+            "--policy.name",
+            "policy_2",
+        ]
     )
-    config = load_config(config_file(MINIMAL + "steps: 5\n"), flags)
+    config = load_config(path, flags)
     assert config.ppo.learning_rate == 1e-4
     assert config.rewards[0].weight == -1.0
     assert config.steps == 10

@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 
-from onebase.trainer.parsing import ConfigError, build, override, plain, require, split_flags
+from onebase.trainer.parsing import ConfigError, build, override, plain, require, split_arguments
 
 
 @dataclass(frozen=True)
@@ -81,16 +81,24 @@ def test_null_is_none_only_where_none_may_be():
 
 
 def test_flags_take_the_next_word_or_what_follows_the_equals_sign():
-    assert split_flags(["--a.b", "-1", "--c=--d", "--e", "--f"]) == [("a.b", "-1"), ("c", "--d"), ("e", "--f")]
+    path, flags = split_arguments(["--a.b", "-1", "--c=--d", "file", "--e", "--f"])
+    assert path == "file"
+    assert flags == [("a.b", "-1"), ("c", "--d"), ("e", "--f")]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--a"], "a: the flag needs a value"), (["a"], "'a' is not a setting"), (["--"], "'--' is not a setting")],
+    [
+        (["file", "--a"], "a: the flag needs a value; write --a VALUE"),
+        (["--a", "1"], "no configuration is named"),
+        (["file", "other"], "'file', 'other' cannot all be the one"),
+        (["file", "steps=3"], "'file', 'steps=3' cannot all be the one; write CONFIG.yaml --KEY VALUE"),
+    ],
 )
-def test_flags_that_are_none_are_refused(arguments, message):
-    with pytest.raises(ConfigError, match=message):
-        split_flags(arguments)
+def test_command_lines_without_one_file_and_whole_flags_are_refused(arguments, message):
+    with pytest.raises(ConfigError) as refused:
+        split_arguments(arguments)
+    assert str(refused.value).startswith(message)
 
 
 def test_overrides_reach_into_mappings_and_lists():

@@ -5,7 +5,6 @@ Imports nothing heavy at the top, so that `onebase --help` is quick and works wi
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,30 +12,30 @@ import typer
 _EXTRA = ("yaml", "datasets", "tensorboard")  # what the extra `trainer` brings
 
 EXAMPLE = """\
-server: 127.0.0.1:7070          # where `onebase serve` listens
-policy:                         # the adapter to train; made, with a value head, if it is not there
+server: 127.0.0.1:7070         # where `onebase serve` listens
+policy:                        # made, with a value head, if it is not there
   name: policy_1
   rank: 16
   alpha: 32
   target_modules: all-linear
-reference: base                 # what the KL penalty holds to: the base, or a frozen adapter
-prompts:                        # .jsonl, .json, .csv, .parquet, a directory, or a data set on the hub
-  path: prompts.jsonl
-  column: prompt                # texts, or lists of token ids
-  split: train
-eval_prompts: {path: eval.jsonl}   # optional: held-out prompts
+reference: base                # or the name of a frozen adapter
+prompts:
+  path: prompts.jsonl          # .jsonl .json .csv .parquet, directory, hub id
+  column: prompt               # texts, or lists of token ids
+eval_prompts:                  # optional: held-out prompts
+  path: eval.jsonl
 eval: {every: 10, samples: 32, seed: 1234}
-rewards:                        # reward adapters on the server; a negative weight turns one around
+rewards:                       # adapters on the server, summed by weight
   - {adapter: sentiment, weight: 1.0}
-# reward_function: rewards.py:brevity   # f(prompts, completions, **columns) -> list of numbers, added to the sum
+# reward_function: my.py:f     # f(prompts, completions, **columns) -> numbers
 # reward_function_weight: 1.0
-append_eos: true                # end what the reward adapters read, as they were trained
-generation:                     # PPO wants samples of the policy itself: no filters, temperature 1
+append_eos: true               # for the reward adapters, as TRL trains them
+generation:                    # for PPO: no filters, temperature 1
   max_new_tokens: 32
   temperature: 1.0
   top_k: 0
   top_p: 1.0
-ppo:                            # the names and defaults of TRL 0.11.4's PPOConfig
+ppo:                           # names and defaults of TRL 0.11.4's PPOConfig
   learning_rate: 1.41e-5
   batch_size: 128
   mini_batch_size: 32
@@ -47,30 +46,37 @@ ppo:                            # the names and defaults of TRL 0.11.4's PPOConf
   target: 6
 steps: 100
 seed: 0
-output_dir: runs/policy_1       # metrics.jsonl, samples.jsonl, summary.json, TensorBoard's events, the run's state
-save_every: 20                  # checkpoints on the server; 0 only at the end and when interrupted
-resume: auto                    # go on from output_dir: auto, never or must
+output_dir: runs/policy_1      # metrics, samples, summary, TensorBoard, state
+save_every: 20                 # 0: only at the end and when interrupted
+resume: auto                   # auto, never or must
 log: {tensorboard: true, samples: 2}
 """
-"""A configuration with every part that a first run may want."""
+"""A configuration with every part that a first run may want; no line too long for a terminal."""
 
 HELP = f"""Train a policy with PPO against a onebase server.
 
-CONFIG is a YAML file. Any of its keys can be set by a flag of its dotted name, whose value is YAML:
+CONFIG is a YAML file. Any of its keys can be set by a flag of its dotted
+name, whose value is YAML:
 
 \b
-    onebase train c.yaml --ppo.learning_rate 1e-4 --steps 10 --policy.name policy_2 --rewards.0.weight -1
+    onebase train c.yaml --ppo.learning_rate 1e-4 --rewards.0.weight -1
 
-SIGINT and SIGTERM end the run after its current step, saved; the same command goes on from there.
-Paths are relative to the current directory. A complete example:
+SIGINT and SIGTERM end the run after its current step, saved; the same command
+goes on from there. Paths are relative to the current directory.
+
+A complete example of CONFIG:
 
 \b
 {EXAMPLE}"""
 
 
 def train(
-    context: typer.Context,
-    config: Annotated[Path, typer.Argument(help="YAML file of the run's settings.", show_default=False)],
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CONFIG [--KEY VALUE]...", help="A YAML file, and settings over it.", show_default=False
+        ),
+    ],
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print all settings, defaults included, and do nothing else.")
     ] = False,
@@ -80,7 +86,7 @@ def train(
     from onebase.trainer.parsing import ConfigError
 
     try:
-        _train(config, context.args, print_config=print_config)
+        _train(arguments, print_config=print_config)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _EXTRA:
             raise
@@ -92,22 +98,20 @@ def train(
 train.__doc__ = HELP  # a docstring cannot hold the example by name
 
 
-def _train(path: Path, arguments: list[str], *, print_config: bool) -> None:
+def _train(arguments: list[str], *, print_config: bool) -> None:
     import yaml
 
     from onebase.trainer import config, ppo
-    from onebase.trainer.parsing import plain, split_flags
+    from onebase.trainer.parsing import plain, split_arguments
 
-    settings = config.load_config(path, split_flags(arguments))
+    path, flags = split_arguments(arguments)
+    settings = config.load_config(path, flags)
     if print_config:
         typer.echo(yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True), nl=False)
         return
     summary = ppo.train(settings)
     if summary is not None and summary["reward_before"] is not None:
-        typer.echo(
-            f"reward {summary['reward_before']:+.4f} -> {summary['reward_after']:+.4f}, kl {summary['kl']:.4f} "
-            f"after {summary['steps']} steps; {settings.output_path}"
-        )
+        typer.echo(f"reward {summary['reward_before']:+.4f} before, {summary['reward_after']:+.4f} after")
 
 
 def _fail(message: str) -> None:

@@ -69,17 +69,21 @@ def plain(config: object) -> Any:
     return config
 
 
-def split_flags(arguments: Iterable[str]) -> list[tuple[str, str]]:
-    """Reads `--a.b value` and `--a.b=value` as (dotted key, value) pairs.
+def split_arguments(arguments: Iterable[str]) -> tuple[str, list[tuple[str, str]]]:
+    """Reads a command line of one file and flags, `--a.b value` or `--a.b=value`, in any order.
+
+    Returns:
+        The file, and the flags as (dotted key, value) pairs.
 
     Raises:
-        ConfigError: for an argument that is no flag, or a flag without a value.
+        ConfigError: no file, more than one, or a flag without a value.
     """
-    pairs = []
+    files, pairs = [], []
     rest = iter(arguments)
     for argument in rest:
-        if not argument.startswith("--") or argument == "--":
-            raise ConfigError("", f"{argument!r} is not a setting; write --KEY VALUE, as in --ppo.learning_rate 1e-4")
+        if not argument.startswith("--"):
+            files.append(argument)
+            continue
         key, equals, value = argument[2:].partition("=")
         if not equals:
             following = next(rest, None)
@@ -87,7 +91,10 @@ def split_flags(arguments: Iterable[str]) -> list[tuple[str, str]]:
                 raise ConfigError(key, f"the flag needs a value; write --{key} VALUE")
             value = following
         pairs.append((key, value))
-    return pairs
+    if len(files) != 1:
+        named = "no configuration is named" if not files else f"{', '.join(map(repr, files))} cannot all be the one"
+        raise ConfigError("", f"{named}; write CONFIG.yaml --KEY VALUE, as in c.yaml --ppo.learning_rate 1e-4")
+    return files[0], pairs
 
 
 def override(data: dict[str, Any], key: str, value: object) -> None:
