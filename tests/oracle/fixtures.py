@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import ArrayLike, NDArray
 from safetensors.numpy import load_file
 
@@ -21,6 +22,9 @@ TOLERANCE = 1e-5
 
 REWARDS = {"base": ("reward", "reward_2"), "base_gpt2": ("reward_gpt2",)}
 POLICIES = {"base": ("policy", "policy_all"), "base_gpt2": ("policy_gpt2",)}
+
+PEFT_WARNINGS = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+"""PEFT 0.21 still asks transformers 5.23 by the old name whenever it makes or loads an adapter."""
 
 Weights = dict[str, NDArray[np.float32]]
 

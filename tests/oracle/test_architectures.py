@@ -1,7 +1,7 @@
 """Every architecture that is promised runs as transformers runs it, with PEFT's adapters on it.
 
 The oracle here is the transformers and PEFT of this environment, on tiny random models that are made on the spot:
-biases in the projections (Qwen2), norms of queries and keys (Qwen3), sliding windows (Mistral), soft caps (Gemma 2).
+biases in the projections (Qwen2), norms of queries and keys (Qwen3), sliding windows (Mistral).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle.fixtures import FIXTURES, assert_close, assert_rows_close, expected_scores
+from oracle.fixtures import FIXTURES, PEFT_WARNINGS, assert_close, assert_rows_close, expected_scores
 from peft import LoraConfig, get_peft_model
 from support import start_server
 from torch import nn
@@ -28,6 +28,8 @@ from transformers import (
 
 from onebase.client import connect
 from onebase.client.types import SamplingParams, Sequence
+
+pytestmark = PEFT_WARNINGS
 
 SIZES: dict[str, Any] = {
     "vocab_size": 120,
@@ -52,17 +54,12 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     ),
     "Qwen3": Qwen3Config(**SIZES),
     "Mistral": MistralConfig(**SIZES, sliding_window=WINDOW),
-    "Gemma 2": Gemma2Config(**SIZES, sliding_window=WINDOW, query_pre_attn_scalar=8),
 }
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_scores_and_completions_are_those_of_transformers_and_peft(tmp_path: Path, name: str) -> None:
-    torch.manual_seed(7)
-    base = AutoModelForCausalLM.from_config(CONFIGS[name])
-    _shake(base, ("bias", "norm"), 0.2)  # they begin as 0 and 1, where leaving them out would not show
-    base.save_pretrained(tmp_path / "base")
-    AutoTokenizer.from_pretrained(FIXTURES / "base").save_pretrained(tmp_path / "base")
+    _make_base(CONFIGS[name], tmp_path / "base")
     policy = _adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "policy", "CAUSAL_LM")
     reward = _adapted(
         AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1),
@@ -81,6 +78,23 @@ def test_scores_and_completions_are_those_of_transformers_and_peft(tmp_path: Pat
     assert_rows_close([result.logprobs for result in logprobs], [_logprobs(policy, ids) for ids in tokens], "logprobs")
     assert_close([one.score for one in rewards], [_score(reward, ids) for ids in tokens], "rewards")
     assert greedy[0].tokens.tolist() == _greedy(policy, tokens[-1])
+
+
+def test_an_architecture_that_cannot_be_run_right_is_refused_by_name(tmp_path: Path) -> None:
+    _make_base(Gemma2Config(**SIZES, query_pre_attn_scalar=8, attn_logit_softcapping=1.0), tmp_path / "base")
+    with (
+        pytest.raises(RuntimeError, match=r"Gemma2ForCausalLM is refused, because .* softcap"),
+        start_server(tmp_path / "base"),
+    ):
+        pass
+
+
+def _make_base(config: PreTrainedConfig, path: Path) -> None:
+    torch.manual_seed(7)
+    base = AutoModelForCausalLM.from_config(config)
+    _shake(base, ("bias", "norm"), 0.2)  # they begin as 0 and 1, where leaving them out would not show
+    base.save_pretrained(path)
+    AutoTokenizer.from_pretrained(FIXTURES / "base").save_pretrained(path)
 
 
 def _shake(model: nn.Module, parts: tuple[str, ...], spread: float) -> None:

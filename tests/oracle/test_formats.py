@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from oracle.fixtures import (
     FIXTURES,
+    PEFT_WARNINGS,
     POLICIES,
     REWARDS,
     assert_close,
@@ -28,6 +29,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from onebase.client import Client
 from onebase.client.types import AdamW, AdapterKind, LoraSpec, PpoLoss, TrainingSequence
+
+pytestmark = PEFT_WARNINGS
 
 Connect = Callable[[str], Client]
 
