@@ -85,7 +85,7 @@ def _bring_back(session: Session, policy: PolicyConfig, state: TrainerState, the
         raise ConfigError(
             "resume",
             f"{policy.name} is not on the server as step {state.step} left it, and the server could not save it; "
-            "use resume: never, and start the server with a place to save to",
+            "use resume: never; a server started with --root DIR saves its adapters",
         )
     session.load_adapter(policy.name, state.adapter_path, replace=there is not None, with_optimizer=True)
     return f"going on after step {state.step}: {policy.name} was read from {state.adapter_path}"

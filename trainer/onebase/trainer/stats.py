@@ -54,7 +54,7 @@ def length_stats(query_lengths: Sequence[int], response_lengths: Sequence[int]) 
 
 def training_stats(passes: Sequence[Mapping[str, float]], advantages: Array, mask: Mask) -> Stats:
     """ppo/*: the metrics of all forward and backward passes, averaged, and the advantages that went in."""
-    stats: Stats = {f"ppo/{name}": float(np.mean([metrics[name] for metrics in passes])) for name in passes[0]}
+    stats: Stats = {f"ppo/{name}": float(np.mean([metrics[name] for metrics in passes])) for name in sorted(passes[0])}
     stats["ppo/policy/advantages"] = advantages[mask]
     error, variance = np.float64(stats["ppo/val/error"]), np.float64(stats["ppo/returns/var"])
     with np.errstate(divide="ignore", invalid="ignore"):  # returns that are all equal have nothing to explain

@@ -1,0 +1,116 @@
+"""`onebase train`: what it prints, and how it fails."""
+
+import builtins
+import json
+import subprocess
+import sys
+
+import pytest
+import typer
+import yaml
+from trainer.toy import ToyServer
+from typer.testing import CliRunner
+
+from onebase.trainer import load_config, ppo
+from onebase.trainer.commands import EXAMPLE, train
+
+
+@pytest.fixture
+def onebase():
+    app = typer.Typer()
+    app.command("train", context_settings={"ignore_unknown_options": True})(train)
+    app.command("other")(lambda: None)  # with one command alone, typer makes no subcommands
+
+    def run(*arguments):
+        return CliRunner().invoke(app, ["train", *map(str, arguments)], env={"COLUMNS": "80", "TERM": "dumb"})
+
+    return run
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    path = tmp_path / "c.yaml"
+    settings = {
+        "prompts": {"path": str(prompts)},
+        "rewards": [{"adapter": "good"}],
+        "ppo": {"batch_size": 4, "mini_batch_size": 2},
+        "steps": 2,
+        "output_dir": str(tmp_path / "run"),
+        "log": {"tensorboard": False},
+    }
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def test_help_teaches_with_a_complete_example_whose_lines_are_whole(onebase):
+    result = onebase("--help")
+    assert result.exit_code == 0
+    for line in EXAMPLE.splitlines():
+        assert line in result.output
+
+
+def test_print_config_gives_all_settings_in_a_form_that_can_be_read_again(onebase, config_file, tmp_path):
+    result = onebase("--ppo.learning_rate", "1e-4", config_file, "--print-config", "--rewards.0.weight", "-1")
+    assert result.exit_code == 0
+    (tmp_path / "again.yaml").write_text(result.output)
+    config = load_config(tmp_path / "again.yaml")
+    assert config == load_config(config_file, [("ppo.learning_rate", "1e-4"), ("rewards.0.weight", "-1")])
+    assert config.rewards[0].weight == -1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ppo.lerning_rate", "1"], "onebase train: ppo.lerning_rate: unknown key; did you mean 'learning_rate'?"),
+        (["--steps"], "onebase train: steps: the flag needs a value"),
+        (["steps=3"], "cannot all be the one; write CONFIG.yaml --KEY VALUE"),
+        (["--prompts.path", "gone.jsonl"], "onebase train: prompts.path: gone.jsonl is not there"),
+        (["--reward_function", "gone.py:f"], "onebase train: reward_function: gone.py is not there"),
+    ],
+)
+def test_what_cannot_be_used_is_said_in_one_line(onebase, config_file, arguments, message):
+    result = onebase(config_file, *arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_run_trains_and_ends_with_what_came_of_it(onebase, config_file, tmp_path, monkeypatch):
+    server = ToyServer()
+    monkeypatch.setattr(ppo, "_connect", lambda address: server.client())
+    result = onebase(config_file, "--steps", "3")
+    assert result.exit_code == 0
+    assert "step 3/3" in result.output
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    expected = f"reward {summary['reward_before']:+.4f} before, {summary['reward_after']:+.4f} after"
+    assert result.output.splitlines()[-1] == expected
+
+
+def test_what_the_server_refuses_is_said_in_one_line(onebase, config_file, monkeypatch):
+    server = ToyServer()
+    monkeypatch.setattr(ppo, "_connect", lambda address: server.client())
+    result = onebase(config_file, "--rewards.0.adapter", "nobody")
+    assert result.exit_code == 1
+    assert result.stderr == "onebase train: no adapter 'nobody'\n"
+
+
+def test_a_missing_extra_is_named_with_the_way_out(onebase, config_file, monkeypatch):
+    real = builtins.__import__
+
+    def importing(name, *args, **kwargs):
+        if name == "yaml":
+            raise ModuleNotFoundError("No module named 'yaml'", name="yaml")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", importing)
+    result = onebase(config_file)
+    assert result.exit_code == 1
+    assert result.stderr == "onebase train: yaml is not installed; pip install 'onebase[trainer]'\n"
+
+
+def test_importing_the_trainer_is_light():
+    heavy = ("torch", "transformers", "datasets", "tensorboard", "tensorflow", "yaml", "pandas")
+    code = f"import sys, onebase.trainer.commands; print([name for name in {heavy!r} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
