@@ -11,6 +11,11 @@ from onebase.trainer.parsing import ConfigError, split_arguments
 MINIMAL = "prompts: {path: p.jsonl}\nrewards: [{adapter: sentiment}]\n"
 
 
+@pytest.fixture(autouse=True)
+def no_server_in_the_environment(monkeypatch):
+    monkeypatch.delenv("ONEBASE_SERVER", raising=False)
+
+
 @pytest.fixture
 def config_file(tmp_path):
     def write(text):
@@ -130,6 +135,13 @@ def test_settings_that_cannot_be_used_are_refused_by_name(config_file, flag, val
 def test_files_that_cannot_be_used_are_refused(config_file, text, message):
     with pytest.raises(ConfigError, match=message):
         load_config(config_file(text))
+
+
+def test_the_environment_names_the_server_where_nothing_else_does(config_file, monkeypatch):
+    monkeypatch.setenv("ONEBASE_SERVER", "elsewhere:1")
+    assert load_config(config_file(MINIMAL)).server == "elsewhere:1"
+    assert load_config(config_file(MINIMAL + "server: here:2\n")).server == "here:2"
+    assert load_config(config_file(MINIMAL), [("server", "there:3")]).server == "there:3"
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):

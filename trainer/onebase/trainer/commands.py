@@ -1,6 +1,7 @@
 """The `onebase train` command: reads a configuration, trains, and says what cannot be used in one line.
 
-Imports nothing heavy at the top, so that `onebase --help` is quick and works without the extra `trainer`.
+What the server refuses, and a missing extra, `onebase` itself says. Nothing heavy is imported at the top, so that
+`onebase --help` is quick.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-_EXTRA = ("yaml", "datasets", "tensorboard")  # what the extra `trainer` brings
+from onebase.client.terminal import print_error
 
 EXAMPLE = """\
 server: 127.0.0.1:7070         # where `onebase serve` listens
@@ -70,50 +71,34 @@ A complete example of CONFIG:
 {EXAMPLE}"""
 
 
-def train(
+train = typer.Typer(add_completion=False, rich_markup_mode="rich")
+
+
+@train.command(help=HELP, context_settings={"ignore_unknown_options": True})
+def run(
     arguments: Annotated[
         list[str],
-        typer.Argument(
-            metavar="CONFIG [--KEY VALUE]...", help="A YAML file, and settings over it.", show_default=False
-        ),
+        typer.Argument(metavar="CONFIG [--KEY VALUE]", help="A YAML file, and settings over it.", show_default=False),
     ],
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print all settings, defaults included, and do nothing else.")
     ] = False,
 ) -> None:
-    """See HELP."""
-    from onebase.client.errors import OnebaseError
-    from onebase.trainer.parsing import ConfigError
-
-    try:
-        _train(arguments, print_config=print_config)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in _EXTRA:
-            raise
-        _fail(f"{error.name} is not installed; pip install 'onebase[trainer]'")
-    except (ConfigError, OnebaseError) as error:
-        _fail(str(error))
-
-
-train.__doc__ = HELP  # a docstring cannot hold the example by name
-
-
-def _train(arguments: list[str], *, print_config: bool) -> None:
+    """Reads the settings, and trains."""
     import yaml
 
     from onebase.trainer import config, ppo
-    from onebase.trainer.parsing import plain, split_arguments
+    from onebase.trainer.parsing import ConfigError, plain, split_arguments
 
-    path, flags = split_arguments(arguments)
-    settings = config.load_config(path, flags)
-    if print_config:
-        typer.echo(yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True), nl=False)
-        return
-    summary = ppo.train(settings)
+    try:
+        path, flags = split_arguments(arguments)
+        settings = config.load_config(path, flags)
+        if print_config:
+            typer.echo(yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True), nl=False)
+            return
+        summary = ppo.train(settings)
+    except ConfigError as error:
+        print_error(str(error))
+        raise typer.Exit(1) from None
     if summary is not None and summary["reward_before"] is not None:
         typer.echo(f"reward {summary['reward_before']:+.4f} before, {summary['reward_after']:+.4f} after")
-
-
-def _fail(message: str) -> None:
-    typer.echo(f"onebase train: {message}", err=True)
-    raise typer.Exit(1)

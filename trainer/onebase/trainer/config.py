@@ -6,12 +6,15 @@ The `ppo` section has the names, the meanings and the defaults of TRL 0.11.4's P
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from onebase.trainer.parsing import ConfigError, build, override, require
+
+SERVER_VARIABLE = "ONEBASE_SERVER"
 
 
 @dataclass(frozen=True)
@@ -280,6 +283,8 @@ def load_config(path: str | Path, overrides: Iterable[tuple[str, str]] = ()) -> 
 
     Raises:
         ConfigError: the file is not there, is not YAML, or holds a setting that cannot be used.
+
+    Where neither names a server, the environment's ONEBASE_SERVER does, as for every other command.
     """
     import yaml  # of the extra `trainer`: the settings above are useful without it
 
@@ -300,6 +305,8 @@ def load_config(path: str | Path, overrides: Iterable[tuple[str, str]] = ()) -> 
         raise ConfigError(str(path), f"must be a mapping of settings, not {data!r}")
     for key, value in overrides:
         override(data, key, parse(value, key))
+    if SERVER_VARIABLE in os.environ:
+        data.setdefault("server", os.environ[SERVER_VARIABLE])
     return build(TrainConfig, data)
 
 

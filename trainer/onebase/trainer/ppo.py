@@ -240,4 +240,7 @@ def _state_to_resume(config: TrainConfig) -> TrainerState | None:
 def _connect(server: str) -> Client:
     from onebase.client import connect
 
-    return connect(server)
+    try:
+        return connect(server)
+    except ValueError as error:
+        raise ConfigError("server", str(error)) from error
