@@ -35,7 +35,7 @@ def assert_close(actual: ArrayLike, expected: ArrayLike, what: str = "", scale: 
     assert found.shape == wanted.shape, f"{what}: shape {found.shape} is not {wanted.shape}"
     largest = max(float(np.abs(wanted).max()), scale)
     worst = float(np.abs(found - wanted).max())  # nan if there is one: then the comparison below is false
-    assert worst <= TOLERANCE * largest, f"{what}: differs by {worst / largest:.1e} of {largest:.3g}"
+    assert worst <= TOLERANCE * largest, f"{what}: differs by {worst:.1e}, and its largest magnitude is {largest:.3g}"
 
 
 def assert_rows_close(actual: Iterable[ArrayLike], expected: Sequence[ArrayLike], what: str) -> None:

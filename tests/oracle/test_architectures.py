@@ -21,6 +21,7 @@ from transformers import (
     AutoTokenizer,
     Gemma2Config,
     MistralConfig,
+    Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -86,6 +87,17 @@ def test_an_architecture_that_cannot_be_run_right_is_refused_by_name(tmp_path: P
         pytest.raises(RuntimeError, match=r"Gemma2ForCausalLM is refused, because .* softcap"),
         start_server(tmp_path / "base"),
     ):
+        pass
+
+
+def test_positions_that_depend_on_the_longest_row_of_a_batch_are_refused(tmp_path: Path) -> None:
+    # Beyond its original context longrope takes other frequencies for every row of the batch, so that a short row's
+    # answer would depend on its neighbours. Sequences below that context, such as a proof's at load, cannot show it.
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [1.5, 2.0, 3.0, 4.0]}
+    rope |= {"factor": 2.0, "original_max_position_embeddings": 48}
+    config = Phi3Config(**SIZES, original_max_position_embeddings=48, rope_parameters=rope)
+    _make_base(config, tmp_path / "base")
+    with pytest.raises(RuntimeError, match=r"Phi3ForCausalLM is refused, .*longrope"), start_server(tmp_path / "base"):
         pass
 
 
