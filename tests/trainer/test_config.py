@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from onebase.trainer.commands import EXAMPLE
-from onebase.trainer.config import PpoConfig, RewardTerm, TrainConfig, load_config
+from onebase.trainer.config import PpoConfig, RewardTerm, TrainConfig
+from onebase.trainer.loading import load_config
 from onebase.trainer.parsing import ConfigError, split_arguments
 
 MINIMAL = "prompts: {path: p.jsonl}\nrewards: [{adapter: sentiment}]\n"

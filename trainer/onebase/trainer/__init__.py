@@ -12,8 +12,8 @@ from onebase.trainer.config import (
     PromptsConfig,
     RewardTerm,
     TrainConfig,
-    load_config,
 )
+from onebase.trainer.loading import load_config
 from onebase.trainer.parsing import ConfigError
 from onebase.trainer.ppo import train
 from onebase.trainer.stepper import PpoStepper

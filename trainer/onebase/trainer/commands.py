@@ -87,12 +87,12 @@ def run(
     """Reads the settings, and trains."""
     import yaml
 
-    from onebase.trainer import config, ppo
+    from onebase.trainer import loading, ppo
     from onebase.trainer.parsing import ConfigError, plain, split_arguments
 
     try:
         path, flags = split_arguments(arguments)
-        settings = config.load_config(path, flags)
+        settings = loading.load_config(path, flags)
         if print_config:
             typer.echo(yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True), nl=False)
             return

@@ -1,4 +1,4 @@
-"""Settings of a training run: frozen dataclasses, checked once, read from YAML and flags.
+"""Settings of a training run: frozen dataclasses, checked once.
 
 The `ppo` section has the names, the meanings and the defaults of TRL 0.11.4's PPOConfig.
 """
@@ -6,15 +6,11 @@ The `ppo` section has the names, the meanings and the defaults of TRL 0.11.4's P
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from onebase.trainer.parsing import ConfigError, build, override, require
-
-SERVER_VARIABLE = "ONEBASE_SERVER"
+from onebase.trainer.parsing import require
 
 
 @dataclass(frozen=True)
@@ -276,38 +272,6 @@ class TrainConfig:
     def run_name(self) -> str:
         """The last part of output_path; names the run's checkpoints on the server."""
         return self.output_path.name
-
-
-def load_config(path: str | Path, overrides: Iterable[tuple[str, str]] = ()) -> TrainConfig:
-    """Reads a YAML file and sets (dotted key, YAML value) pairs over it.
-
-    Raises:
-        ConfigError: the file is not there, is not YAML, or holds a setting that cannot be used.
-
-    Where neither names a server, the environment's ONEBASE_SERVER does, as for every other command.
-    """
-    import yaml  # of the extra `trainer`: the settings above are useful without it
-
-    def parse(text: str, what: str) -> Any:
-        try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(what, f"is not YAML: {error}") from None
-
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(str(path), f"cannot be read: {error.strerror}") from None
-    data = parse(text, str(path))
-    if data is None:
-        data = {}
-    if not isinstance(data, dict):
-        raise ConfigError(str(path), f"must be a mapping of settings, not {data!r}")
-    for key, value in overrides:
-        override(data, key, parse(value, key))
-    if SERVER_VARIABLE in os.environ:
-        data.setdefault("server", os.environ[SERVER_VARIABLE])
-    return build(TrainConfig, data)
 
 
 def _at_least(config: object, key: str, least: float) -> None:
