@@ -111,6 +111,7 @@ class FakeWorker:
         until = time.monotonic() + drain_seconds
         with self._wake:
             self._draining = True
+            self._wake.notify_all()
             self._wake.wait_for(lambda: not self._pending, timeout=max(0.0, until - time.monotonic()))
             self._stopped = True
             self._wake.notify_all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -69,7 +70,8 @@ class Live:
         self.channel.close()
 
     def begin_stop(self):
-        self._loop.call_soon_threadsafe(self._stopping.set)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: it has stopped already
+            self._loop.call_soon_threadsafe(self._stopping.set)
 
     def join(self):
         self._thread.join(30)

@@ -62,9 +62,14 @@ def test_a_request_in_flight_keeps_it_alive_and_its_end_renews_it(sessions, cloc
 
 def test_use_counts_every_request_also_one_that_fails(sessions):
     session = sessions.open("a", 10)
-    with pytest.raises(RuntimeError), sessions.use(session.session_id), sessions.use(session.session_id):
-        assert session.in_flight == 2
-        raise RuntimeError
+
+    def fail():
+        with sessions.use(session.session_id), sessions.use(session.session_id):
+            assert session.in_flight == 2
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert session.in_flight == 0
 
 

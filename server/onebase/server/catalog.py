@@ -186,11 +186,11 @@ class Catalog:
     def _bind(self, reservation: Reservation, facts: AdapterFacts, source: str, session: Session | None) -> Entry:
         entry = self._registry.bind(reservation, facts, source)
         log.info(
-            "%s adapter %s has come, version %d, from %s",
+            "%s adapter %s has come, version %d, %s",
             entry.kind.value,
             entry.name,
             facts.version,
-            source or "nothing",
+            source or "made here",
         )
         if session is not None and entry.kind is AdapterKind.POLICY:
             self._sessions.take(session, entry.name)
