@@ -1,9 +1,16 @@
+import re
+from types import SimpleNamespace
+
 import pytest
 from client.fakes import FakeServer
+from typer.testing import CliRunner
 
+from onebase.client import cli
 from onebase.client.client import Client
 from onebase.client.retry import Backoff
 from onebase.client.transport import Transport
+
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @pytest.fixture
@@ -25,3 +32,19 @@ def transport(server):
 def client(transport):
     with Client(transport) as client:
         yield client
+
+
+@pytest.fixture
+def run(server, monkeypatch):
+    """Runs the command line in this process."""
+    monkeypatch.setenv("ONEBASE_SERVER", server.target)
+    monkeypatch.setenv("COLUMNS", "100")
+    runner = CliRunner()
+
+    def run(*args, stdin=None):
+        result = runner.invoke(cli.app, list(args), input=stdin)
+        return SimpleNamespace(
+            code=result.exit_code, out=ANSI.sub("", result.stdout), err=ANSI.sub("", result.stderr), raw=result
+        )
+
+    return run

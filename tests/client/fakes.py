@@ -55,7 +55,7 @@ class FakeServer:
         return f"127.0.0.1:{self.port}"
 
     def fail(self, method, *failures):
-        """The next calls of the method end so."""
+        """The next calls of the method end so; None lets one pass."""
         self.failures[method].extend(failures)
 
     def wait_for(self, method, count):

@@ -1,0 +1,150 @@
+"""`onebase adapters`: list, load, save and delete adapters."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, cast
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from onebase.client.codec.values import KINDS
+from onebase.client.commands.options import DEFAULT_SERVER, Json, Server, open_client
+from onebase.client.terminal import console, human_bytes, print_json
+from onebase.client.types import Adapter, AdapterKind
+
+adapters = typer.Typer(add_completion=False, rich_markup_mode="rich", invoke_without_command=True)
+
+OwnServer = Annotated[str | None, typer.Option("--server", "-s", metavar="HOST:PORT", help="The server to ask.")]
+Name = Annotated[str, typer.Argument(help="The adapter's name on the server.")]
+Directory = Annotated[
+    str, typer.Argument(metavar="PATH", help="A directory on the server, under one of its roots, in PEFT's format.")
+]
+Kind = Annotated[str, typer.Option("--kind", "-k", metavar="KIND", help=f"What it is for: {', '.join(KINDS)}.")]
+
+
+@adapters.callback()
+def list_adapters(ctx: typer.Context, server: Server = DEFAULT_SERVER, as_json: Json = False) -> None:
+    """List the adapters on the base; load, save and delete them.
+
+    [bold]Examples[/bold]
+
+      onebase adapters
+      onebase adapters load helpful rewards/helpful --kind reward
+      onebase adapters save policy_1 policies/policy_1 --overwrite
+      onebase adapters delete policy_1
+    """
+    ctx.obj = server
+    if ctx.invoked_subcommand is not None:
+        return
+    with open_client(server) as client:
+        there = client.adapters()
+    if as_json:
+        for adapter in there:
+            print_json({**asdict(adapter), "total_bytes": adapter.total_bytes})
+    else:
+        console().print(adapters_table(there))
+
+
+def adapters_table(there: list[Adapter] | tuple[Adapter, ...]) -> Table:
+    """A row for each adapter."""
+    table = Table(title=f"{len(there)} adapters", title_justify="left")
+    for heading in ("name", "kind"):
+        table.add_column(heading)
+    for heading in ("version", "rank", "parameters", "memory", "of it training"):
+        table.add_column(heading, justify="right")
+    table.add_column("leased")
+    for adapter in there:
+        training = adapter.gradient_bytes + adapter.optimizer_bytes + adapter.old_version_bytes
+        table.add_row(
+            Text(adapter.name),
+            adapter.kind,
+            str(adapter.version),
+            str(adapter.lora.rank),
+            f"{adapter.parameter_count:,}",
+            human_bytes(adapter.total_bytes),
+            human_bytes(training) if training else "-",
+            "yes" if adapter.leased else "-",
+        )
+    return table
+
+
+@adapters.command()
+def load(
+    ctx: typer.Context,
+    name: Name,
+    path: Directory,
+    kind: Kind = "policy",
+    value_head: Annotated[
+        bool, typer.Option("--value-head", help="Give a policy that has none a fresh value head.")
+    ] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Put it in the place of one of that name.")] = False,
+    with_optimizer: Annotated[
+        bool, typer.Option("--with-optimizer", help="Also read the AdamW moments saved with it.")
+    ] = False,
+    server: OwnServer = None,
+) -> None:
+    """Load an adapter that PEFT or this server has saved.
+
+    [bold]Examples[/bold]
+
+      onebase adapters load helpful rewards/helpful --kind reward
+      onebase adapters load policy_1 policies/policy_1 --value-head
+    """
+    if kind not in KINDS:
+        raise typer.BadParameter(f"must be one of {', '.join(KINDS)}, not {kind!r}", param_hint="--kind")
+    with open_client(server or ctx.obj) as client:
+        adapter = client.load_adapter(
+            name,
+            path,
+            kind=cast("AdapterKind", kind),
+            value_head=value_head,
+            replace=replace,
+            with_optimizer=with_optimizer,
+        )
+    typer.echo(f"loaded {adapter.name}, {adapter.kind}, version {adapter.version}, {human_bytes(adapter.total_bytes)}")
+
+
+@adapters.command()
+def save(
+    ctx: typer.Context,
+    name: Name,
+    path: Directory,
+    with_optimizer: Annotated[
+        bool, typer.Option("--with-optimizer", help="Also write the AdamW moments, to go on training from there.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    server: OwnServer = None,
+) -> None:
+    """Save an adapter in PEFT's format.
+
+    [bold]Example[/bold]
+
+      onebase adapters save policy_1 policies/policy_1 --overwrite
+    """
+    with open_client(server or ctx.obj) as client:
+        saved = client.save_adapter(name, path, with_optimizer=with_optimizer, overwrite=overwrite)
+    typer.echo(
+        f"saved {saved.adapter.name} version {saved.adapter.version} to {saved.path}, {human_bytes(saved.bytes)}"
+    )
+
+
+@adapters.command()
+def delete(
+    ctx: typer.Context,
+    name: Name,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    server: OwnServer = None,
+) -> None:
+    """Forget an adapter and free its memory. What was not saved is lost.
+
+    [bold]Example[/bold]
+
+      onebase adapters delete policy_1
+    """
+    if not yes:
+        typer.confirm(f"Forget {name}? What was not saved is lost.", abort=True)
+    with open_client(server or ctx.obj) as client:
+        client.delete_adapter(name)
+    typer.echo(f"deleted {name}")
