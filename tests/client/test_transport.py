@@ -104,9 +104,18 @@ def test_a_server_that_stays_away_is_told_as_what_it_is_and_not_as_a_deadline(se
     server.fail("GetStatus", *[UNAVAILABLE] * 10_000)
 
     with pytest.raises(UnavailableError, match="draining"):
-        client.status(timeout=0.2)
+        client.status(timeout=1.0)
 
     assert len(server.requests["GetStatus"]) > 1
+
+
+def test_a_last_attempt_that_the_deadline_cuts_short_does_not_hide_why_it_was_made(server, client):
+    server.fail("Reward", UNAVAILABLE, Failure(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded"))
+
+    with pytest.raises(UnavailableError, match="draining"):
+        client.reward(Sequence("p", "c"))
+
+    assert len(server.requests["Reward"]) == 2
 
 
 def test_a_call_that_is_not_answered_ends_at_its_deadline(server, client):

@@ -14,7 +14,7 @@ import grpc
 
 from onebase.client.channel import open_channel
 from onebase.client.codec.rpc import Call
-from onebase.client.errors import CancelledError, OnebaseError, translate
+from onebase.client.errors import CancelledError, DeadlineExceededError, OnebaseError, translate
 from onebase.client.retry import Backoff
 
 Result = TypeVar("Result")
@@ -100,6 +100,7 @@ class Attempts:
         self._repeatable = repeatable
         self._deadline = time.monotonic() + seconds
         self._failed = 0
+        self._last: OnebaseError | None = None
 
     def remaining(self) -> float:
         """Seconds until the deadline; at least 0."""
@@ -111,7 +112,10 @@ class Attempts:
         if self._repeatable:
             delay = self._backoff.delay(failure, self._failed, self.remaining(), random.random())
         if delay is None:
-            raise failure from None
+            # An attempt that the deadline cut short hides why it was not the first one.
+            hidden = self._last if isinstance(failure, DeadlineExceededError) else None
+            raise (hidden or failure) from None
+        self._last = failure
         self._failed += 1
         self._transport.sleep(delay)
 
