@@ -298,12 +298,7 @@ LONG = [5] * 100
             "sequences[1].completion",
             ("120",),
         ),
-        (
-            lambda c: c.reward([Sequence([-1], [5])], "reward"),
-            InvalidArgumentError,
-            "sequences[0].prompt",
-            ("-1",),
-        ),
+        (lambda c: c.reward([Sequence([-1], [5])], "reward"), InvalidArgumentError, "sequences[0].prompt", ("-1",)),
         (
             lambda c: c.logprob([Sequence([5], np.array([], dtype=np.int32))], adapter="policy"),
             InvalidArgumentError,
