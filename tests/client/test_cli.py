@@ -155,6 +155,13 @@ def test_bytes_for_people(count, text):
 
 
 @pytest.mark.parametrize(
+    ("count", "text"), [(0, "0"), (999, "999"), (14_881, "14.9k"), (7_240_000_000, "7.2B"), (350_000_000, "350.0M")]
+)
+def test_counts_for_people(count, text):
+    assert terminal.human_count(count) == text
+
+
+@pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (3723, "1 h 2 min"), (100_000, "1 d 3 h")],
 )

@@ -71,12 +71,12 @@ def test_no_protobuf_is_in_the_surface():
 def test_importing_is_light_and_quick():
     program = (
         "import json, sys, time\n"
-        "begin = time.perf_counter()\n"
+        "begin = time.process_time()\n"
         "import onebase.client\n"
-        "print(json.dumps([time.perf_counter() - begin, sorted(sys.modules)]))"
+        "print(json.dumps([time.process_time() - begin, sorted(sys.modules)]))"
     )
     best, loaded = 10.0, []
-    for _ in range(3):  # the machine may be busy once
+    for _ in range(3):  # CPU seconds, the best of three: what others do on the machine does not count
         out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
         seconds, loaded = json.loads(out)
         best = min(best, seconds)

@@ -19,6 +19,7 @@ from onebase.client.transport import Stream, Transport
 
 _SAMPLING = t.SamplingParams()
 _LEAST_WAIT_SECONDS = 1.0
+_LEASE_SECONDS = 5.0  # the server tells when a lease runs out at the latest; it may be given back long before
 
 
 def connect(target: str = "127.0.0.1:7070", *, wait: float = 30.0, timeout: float = 600.0) -> Client:
@@ -222,7 +223,7 @@ class Client(Calls):
                 remaining = deadline - time.monotonic()
                 if error.retry_after is None or remaining <= 0:
                     raise
-                self._transport.sleep(min(error.retry_after, remaining))
+                self._transport.sleep(min(error.retry_after, remaining, _LEASE_SECONDS))
         session = Session(self._transport, info)
         with self._lock:
             self._sessions.add(session)

@@ -43,6 +43,18 @@ def human_bytes(count: int) -> str:
     return f"{size / 1024:.1f} TiB"
 
 
+def human_count(count: int) -> str:
+    """A number for people, in powers of 1000: "14.9k", "1.5B"."""
+    if count < 1000:
+        return str(count)
+    size = float(count)
+    for unit in ("k", "M"):
+        size /= 1000
+        if size < 1000:
+            return f"{size:.1f}{unit}"
+    return f"{size / 1000:.1f}B"
+
+
 def human_seconds(seconds: float) -> str:
     """A time for people: "42 s", "3 min 5 s", "2 h 7 min", "3 d 4 h"."""
     whole = round(seconds)

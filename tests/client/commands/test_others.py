@@ -91,8 +91,8 @@ def test_adapters_are_loaded_and_listed(run, server):
     shown = run("adapters")
     rows = [[cell.strip() for cell in line.split("│")] for line in shown.out.splitlines() if line.startswith("│")]
     assert [row[1:4] + row[5:7] for row in rows] == [
-        ["helpful", "reward", "7", "375,000", "1.4 MiB"],
-        ["policy_1", "policy", "7", "375,000", "1.4 MiB"],
+        ["helpful", "reward", "7", "375.0k", "1.4 MiB"],
+        ["policy_1", "policy", "7", "375.0k", "1.4 MiB"],
     ]
     listed = [json.loads(line) for line in run("adapters", "--json").out.splitlines()]
     assert [(adapter["name"], adapter["kind"], adapter["total_bytes"]) for adapter in listed] == [
@@ -150,7 +150,7 @@ def test_status_shows_sessions_adapters_queues_and_speed(run, client):
 
     for part in (
         "onebase 9.9", "fake/base", "1 h 2 min", "3.0 GiB resident", "base 2.0 MiB", "1,234.5 generated",
-        "1 sessions", "train [policy_1]", "1 adapters", "375,000", "train", "4",
+        "sessions: 1", "train [policy_1]", "adapters: 1", "375.0k", "train", "4",
     ):  # fmt: skip
         assert part in shown.out, part
 

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from onebase.client.codec.values import KINDS
 from onebase.client.commands.options import DEFAULT_SERVER, Json, Server, open_client
-from onebase.client.terminal import console, human_bytes, print_json
+from onebase.client.terminal import console, human_bytes, human_count, print_json
 from onebase.client.types import Adapter, AdapterKind
 
 adapters = typer.Typer(add_completion=False, rich_markup_mode="rich", invoke_without_command=True)
@@ -48,13 +48,13 @@ def list_adapters(ctx: typer.Context, server: Server = DEFAULT_SERVER, as_json: 
 
 
 def adapters_table(there: list[Adapter] | tuple[Adapter, ...]) -> Table:
-    """A row for each adapter."""
-    table = Table(title=f"{len(there)} adapters", title_justify="left")
-    for heading in ("name", "kind"):
-        table.add_column(heading)
-    for heading in ("version", "rank", "parameters", "memory", "of it training"):
-        table.add_column(heading, justify="right")
-    table.add_column("leased")
+    """A row for each adapter. "training" is the memory that gradients, moments and old versions take of the whole."""
+    table = Table(title=f"adapters: {len(there)}", title_justify="left")
+    table.add_column("name", overflow="fold")
+    table.add_column("kind", no_wrap=True)
+    for heading in ("version", "rank", "params", "memory", "training"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("leased", no_wrap=True)
     for adapter in there:
         training = adapter.gradient_bytes + adapter.optimizer_bytes + adapter.old_version_bytes
         table.add_row(
@@ -62,7 +62,7 @@ def adapters_table(there: list[Adapter] | tuple[Adapter, ...]) -> Table:
             adapter.kind,
             str(adapter.version),
             str(adapter.lora.rank),
-            f"{adapter.parameter_count:,}",
+            human_count(adapter.parameter_count),
             human_bytes(adapter.total_bytes),
             human_bytes(training) if training else "-",
             "yes" if adapter.leased else "-",

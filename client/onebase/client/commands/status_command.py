@@ -94,7 +94,7 @@ def _server_table(info: ServerInfo, now: ServerStatus) -> Table:
 
 
 def _sessions_table(now: ServerStatus) -> Table:
-    table = Table(title=f"{len(now.sessions)} sessions", title_justify="left")
+    table = Table(title=f"sessions: {len(now.sessions)}", title_justify="left")
     for heading in ("label", "active adapter", "leases"):
         table.add_column(heading)
     for heading in ("requests", "age", "idle"):
