@@ -57,6 +57,13 @@ def test_every_service_is_healthy_once_it_serves(live):
         assert health(live, service) == SERVING
 
 
+def test_health_can_be_watched(live):
+    watch = health_pb2_grpc.HealthStub(live.channel).Watch(health_pb2.HealthCheckRequest(service=SERVICES[0]))
+    assert next(watch).status == SERVING
+    live.begin_stop()
+    assert next(watch).status == NOT_SERVING
+
+
 def test_the_named_adapters_are_there_from_the_start(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path)
     named = config(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
+
 import grpc
 import pytest
 from server.harness import floats, pair, refused, tokens_of
 
-from onebase.server.jobs import ForwardBackwardJob, GenerateJob, OptimStepJob, ScoreJob
+from onebase.server.calls import perform, settle
+from onebase.server.errors import Cancelled, FailedPrecondition
+from onebase.server.jobs import DescribeAdaptersJob, ForwardBackwardJob, GenerateJob, OptimStepJob, ScoreJob
 from onebase.v1 import inference_pb2, sessions_pb2, training_pb2
 
 ONE = [pair((9,), (7,))]
@@ -87,8 +92,6 @@ def test_a_generate_that_is_cancelled_stops_its_job(live, session):
 
 
 def test_the_workers_errors_reach_the_client_as_they_are(live, session):
-    from onebase.server.errors import FailedPrecondition
-
     live.worker.failures.append(FailedPrecondition("NONFINITE_LOSS", "the loss is nan", field="sequences"))
     refusal = refused(live.training.ForwardBackward, forward_backward(session))
     assert (refusal.code, refusal.reason, refusal.field) == (
@@ -96,3 +99,31 @@ def test_the_workers_errors_reach_the_client_as_they_are(live, session):
         "NONFINITE_LOSS",
         "sequences",
     )
+
+
+@pytest.mark.parametrize("way", [perform, settle])
+def test_the_error_of_a_job_that_nobody_waits_for_any_more_troubles_nobody(way):
+    """asyncio complains of errors that nobody has looked at when their futures are collected."""
+    complaints = []
+
+    class Worker:
+        def submit(self, job):
+            self.job = job
+
+    async def run():
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, context: complaints.append(context))
+        worker = Worker()
+        task = asyncio.create_task(way(worker, DescribeAdaptersJob(), None, None))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.sleep(0)
+        assert worker.job.cancelled
+        await asyncio.to_thread(worker.job.done.set_exception, Cancelled("CANCELLED", "gone"))
+        with pytest.raises((asyncio.CancelledError, Cancelled)):
+            await task
+        await asyncio.sleep(0)
+        del task, worker
+        gc.collect()
+
+    asyncio.run(run())
+    assert complaints == []

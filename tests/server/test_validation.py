@@ -311,6 +311,7 @@ def test_scores_outputs_weights_and_versions(live, session):
         live, score, request(rewards=[{"adapter": "r1"}, {"adapter": "r1"}]), "DUPLICATE_ADAPTER", "rewards[1].adapter"
     )
     check(live, score, request(rewards=[{"adapter": "r1"}], outputs=[1]), "UNUSED_FIELD", "rewards")
+    check(live, score, request(adapter_version=0, outputs=[2]), "UNUSED_FIELD", "adapter_version")
     check(live, score, request(adapter_version=-1, rewards=[{"adapter": "r1"}]), "OUT_OF_RANGE", "adapter_version")
 
 

@@ -45,10 +45,12 @@ async def perform(worker: WorkerLike, job: Job[R], session: Session | None, dead
         OnebaseError: the worker's, on submission or as the job's outcome.
     """
     submit(worker, job, session, deadline)
+    outcome = _outcome(job)
     try:
-        return await asyncio.shield(asyncio.wrap_future(job.done))
+        await asyncio.wait((outcome,))  # a cancel here does not reach job.done, which is the worker's to resolve
     finally:
         job.cancel()  # means nothing to a job that is done
+    return outcome.result()
 
 
 async def settle(worker: WorkerLike, job: Job[R], session: Session | None = None, deadline: float | None = None) -> R:
@@ -61,11 +63,22 @@ async def settle(worker: WorkerLike, job: Job[R], session: Session | None = None
         OnebaseError: the worker's, on submission or as the job's outcome; then the job had no effect.
     """
     submit(worker, job, session, deadline)
-    outcome = asyncio.wrap_future(job.done)
-    while True:
+    outcome = _outcome(job)
+    while not outcome.done():
         try:
-            return await asyncio.shield(outcome)
+            await asyncio.wait((outcome,))
         except asyncio.CancelledError:
-            if outcome.cancelled():  # the worker broke its word to resolve `done`; there is nothing to wait for
-                raise
             job.cancel()
+    return outcome.result()
+
+
+def _outcome(job: Job[R]) -> asyncio.Future[R]:
+    """The job's `done` on this loop; nobody need be left to look at its error."""
+    outcome = asyncio.wrap_future(job.done)
+    outcome.add_done_callback(_look)
+    return outcome
+
+
+def _look(done: asyncio.Future[Any]) -> None:
+    if not done.cancelled():
+        done.exception()

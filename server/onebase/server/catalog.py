@@ -192,7 +192,8 @@ class Catalog:
             facts.version,
             source or "made here",
         )
-        if session is not None and entry.kind is AdapterKind.POLICY:
+        # The lease is free, or this session's own, unless it closed meanwhile and another was quicker.
+        if session is not None and entry.kind is AdapterKind.POLICY and self._sessions.holder(entry.name) is None:
             self._sessions.take(session, entry.name)
         return entry
 

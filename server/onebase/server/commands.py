@@ -137,9 +137,9 @@ def serve(
     from onebase.server.config import ConfigError, EngineConfig, ServerConfig
     from onebase.server.errors import OnebaseError
 
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
-    )
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    if verbose:
+        logging.getLogger("onebase").setLevel(logging.DEBUG)
     try:
         engine = EngineConfig(
             model=model,
@@ -203,8 +203,8 @@ def _report(config: ServerConfig, console: Console) -> Report:
 
 def _base_line(facts: BaseFacts) -> str:
     return (
-        f"[bold]{escape(facts.model)}[/] {facts.architecture}, {facts.parameter_count / 1e6:.1f} M parameters in "
-        f"{facts.dtype} ({_size(facts.weights_bytes)}) on {facts.device}, context {facts.max_context}: runs right here"
+        f"[bold]{escape(facts.model)}[/] {facts.architecture}, {facts.parameter_count:,} parameters in "
+        f"{facts.dtype} ({_size(facts.weights_bytes)}) on {facts.device}, context {facts.max_context}; checked"
     )
 
 

@@ -120,7 +120,7 @@ def read_outputs(request: inference_pb2.ScoreRequest) -> Outputs:
     """What to compute.
 
     Raises:
-        InvalidArgument: OUT_OF_RANGE for what is no output; UNUSED_FIELD for rewards that are named but not asked for.
+        InvalidArgument: OUT_OF_RANGE for what is no output; UNUSED_FIELD for what is named and not asked for.
     """
     for index, output in enumerate(request.outputs):
         if output not in _KNOWN_OUTPUTS:
@@ -136,6 +136,12 @@ def read_outputs(request: inference_pb2.ScoreRequest) -> Outputs:
         rewards=inference_pb2.SCORE_OUTPUT_REWARDS in asked,
         entropy=inference_pb2.SCORE_OUTPUT_ENTROPY in asked,
     )
+    if request.HasField("adapter_version") and not outputs.policy:
+        raise InvalidArgument(
+            "UNUSED_FIELD",
+            "adapter_version is set, and outputs asks for nothing of the policy: leave it out",
+            field="adapter_version",
+        )
     if request.rewards and not outputs.rewards:
         raise InvalidArgument(
             "UNUSED_FIELD",
