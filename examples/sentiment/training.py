@@ -54,9 +54,9 @@ class PrintProgress(TrainerCallback):  # type: ignore[misc]  # transformers is u
 
     def on_log(
         self,
-        args: TrainingArguments,
+        _args: TrainingArguments,
         state: TrainerState,
-        control: TrainerControl,
+        _control: TrainerControl,
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
