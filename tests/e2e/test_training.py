@@ -60,7 +60,8 @@ def numbers(folder: Path) -> list[dict[str, Any]]:
     """Every step's statistics that do not depend on the clock or on how often the adapter was loaded."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     volatile = ("time/", "seconds", "adapter_version")
-    return [{key: value for key, value in line.items() if not key.startswith(volatile)} for line in lines]
+    steps = [line for line in lines if line["step"]]  # step 0 is the evaluation before
+    return [{key: value for key, value in line.items() if not key.startswith(volatile)} for line in steps]
 
 
 def wait_for_state(folder: Path, step: int) -> None:

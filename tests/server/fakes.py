@@ -251,6 +251,9 @@ class FakeWorker:
         self.adapters[uid] = jobs.AdapterFacts(uid, kind, version, lora, value_head, labels, 250, memory, 0)
         return self.adapters[uid]
 
+    def _DropGradientsJob(self, job):
+        return self._change(job.adapter, pending_gradients=0)
+
     def _CreateAdapterJob(self, job):
         return self._make(job.uid, jobs.AdapterKind.POLICY, 0, job.value_head, job.lora)
 

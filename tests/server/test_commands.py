@@ -75,7 +75,7 @@ def test_defaults_are_the_settings_own(run, tmp_path):
         (["--policy", "p 1"], "adapter is 'p 1'"),
         (["--policy", "p1", "--policy", "p1"], "adapter is 'p1': give each adapter a name of its own"),
         (["--dtype", "int8"], "dtype is 'int8'"),
-        (["--root", "/nowhere/at/all"], "root is '/nowhere/at/all'"),
+        (["--root", __file__], "root is"),
     ],
 )
 def test_a_setting_that_cannot_work_is_one_line_and_exit_code_1(run, arguments, told):

@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
         ("policy_rank", {"policy_rank": 9, "limits": Limits(max_rank=8)}),
         ("policy_alpha", {"policy_alpha": 0.0}),
         ("policy_alpha", {"policy_alpha": float("nan")}),
-        ("root", {"roots": (HERE / "nowhere",)}),
+        ("root", {"roots": (HERE / "test_config.py",)}),
         ("adapter", {"policies": (AdapterSource("a b", None),)}),
         ("adapter", {"policies": (AdapterSource("base", None),)}),
         ("adapter", {"policies": (AdapterSource("a", None), AdapterSource("a", None))}),

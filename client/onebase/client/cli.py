@@ -138,3 +138,7 @@ def onebase(
 def main() -> None:
     """Runs the command line and exits: 0 done, 1 refused, 2 wrong usage, 130 interrupted."""
     app(prog_name="onebase")
+
+
+if __name__ == "__main__":
+    main()

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-Tokens: TypeAlias = "NDArray[np.integer[object]] | SequenceABC[int]"
-Content: TypeAlias = "str | NDArray[np.integer[object]] | SequenceABC[int]"
+Tokens: TypeAlias = "NDArray[np.integer[Any]] | SequenceABC[int]"
+Content: TypeAlias = "str | NDArray[np.integer[Any]] | SequenceABC[int]"
 """A text, or token ids of the base model."""
 
 Floats: TypeAlias = "NDArray[np.float32]"
@@ -193,8 +193,8 @@ class Score:
 class TrainingSequence:
     """A sequence to train on; arrays have one number per completion token."""
 
-    prompt: Tokens
-    completion: Tokens
+    prompt: Content
+    completion: Content
     old_logprobs: Floats
     old_values: Floats
     advantages: Floats

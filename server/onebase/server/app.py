@@ -61,6 +61,7 @@ SERVICES = tuple(
     )
 )
 _SWEEP_SECONDS = 1.0
+_CHATTY = ("bitsandbytes",)  # warns of kernels that it would use for 4-bit bases on a CPU
 _LAST_ANSWERS_SECONDS = 5.0  # for answers on their way out when all work has ended
 
 
@@ -84,15 +85,31 @@ class Report:
     """The server was told to stop, and finishes the work in flight."""
 
 
+def make_roots(config: ServerConfig) -> None:
+    """Makes the roots that are not there yet.
+
+    Raises:
+        ConfigError: one of them cannot be made.
+    """
+    for root in config.roots:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"root is {str(root)!r}: it cannot be made: {error.strerror}") from error
+
+
 def open_parts(config: ServerConfig) -> Parts:
     """Opens the base model and puts a worker in front of it. Blocking and slow; the only way to torch from here.
 
     Raises:
         OnebaseError: the base cannot be opened or is not supported.
     """
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     from onebase.server.engine import open_engine
     from onebase.server.worker import Worker
 
+    make_roots(config)
     engine = open_engine(config.engine)
     return Parts(Worker(engine, config.limits, config.engine.step_tokens), engine.text)
 

@@ -7,6 +7,7 @@ a job that nobody's cancel can stop.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from onebase.server.jobs import (
     CreateAdapterJob,
     DeleteAdapterJob,
     DescribeAdaptersJob,
+    DropGradientsJob,
     Job,
     LoadAdapterJob,
     LoraSpec,
@@ -75,6 +77,7 @@ class Catalog:
         self._worker = worker
         self._registry = registry
         self._sessions = sessions
+        sessions.given_back = self.drop_gradients
 
     async def create(self, new: NewAdapter, session: Session | None, deadline: float | None = None) -> Entry:
         """Makes a policy; the session gets its lease.
@@ -151,6 +154,24 @@ class Catalog:
         self._sessions.drop(name)
         log.info("adapter %s deleted", name)
         self._discard(entry.uid)
+
+    def drop_gradients(self, name: str) -> None:
+        """Has the engine drop a policy's pending gradients: the next holder of its lease begins with none."""
+        entry = self._registry.find(name)
+        if entry is None:
+            return
+        job = DropGradientsJob(adapter=entry.uid)
+        loop = asyncio.get_running_loop()
+        try:
+            submit(self._worker, job, None, None)
+        except OnebaseError as error:  # the server drains: nobody trains any more
+            log.info("pending gradients of adapter %s stay: %s", name, error)
+            return
+        job.done.add_done_callback(lambda done: loop.call_soon_threadsafe(self._take_facts, done))
+
+    def _take_facts(self, done: Future[AdapterFacts]) -> None:
+        if done.exception() is None:
+            self._registry.update(done.result())
 
     async def refresh(self, deadline: float | None = None) -> None:
         """Asks the engine for the facts of all adapters.

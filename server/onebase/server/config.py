@@ -110,7 +110,7 @@ class ServerConfig:
         alpha_fine = math.isfinite(self.policy_alpha) and self.policy_alpha > 0
         _require(alpha_fine, "policy_alpha", self.policy_alpha, "use a number above 0")
         for root in self.roots:
-            _require(root.is_dir(), "root", str(root), "give a directory that is there")
+            _require(root.is_dir() or not root.exists(), "root", str(root), "it is a file: give a directory")
         self._check_adapters()
 
     def _check_adapters(self) -> None:

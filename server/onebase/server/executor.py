@@ -20,6 +20,7 @@ from onebase.server.jobs import (
     CreateAdapterJob,
     DeleteAdapterJob,
     DescribeAdaptersJob,
+    DropGradientsJob,
     Job,
     LoadAdapterJob,
     OptimStepResult,
@@ -105,7 +106,7 @@ class Executor:
         """Optimizer steps, then rows of one or several passes in one batch."""
         for task in plan.steps:
             if isinstance(task, StepTask):
-                self._attempt(task, self._optim_step, task)
+                self._attempt(task, self._end_round, task)
         passes = [task for task in plan.trains if isinstance(task, PassTask)]
         for task in passes:
             self._begin(task)
@@ -124,11 +125,15 @@ class Executor:
         if task.state is not None:
             task.succeed(self._engine, training.finish(task.state))
 
-    def _optim_step(self, task: StepTask) -> None:
+    def _end_round(self, task: StepTask) -> None:
         task.begin(self._engine)
-        adapter = self._engine.adapter(task.job.adapter)
-        adapter.check_version(task.job.expected_version)
-        norm, applied = adapter.step(task.job.adamw, task.job.max_grad_norm)
+        adapter, job = self._engine.adapter(task.adapter), task.job
+        if isinstance(job, DropGradientsJob):
+            adapter.drop_gradients()
+            task.succeed(self._engine, adapter.facts())
+            return
+        adapter.check_version(job.expected_version)
+        norm, applied = adapter.step(job.adamw, job.max_grad_norm)
         task.succeed(self._engine, OptimStepResult(adapter.weights.version, norm, applied, adapter.facts()))
 
     # ------------------------------------------------------------------------------------------------- failure

@@ -309,6 +309,13 @@ class OptimStepJob(Job[OptimStepResult]):
 
 
 @dataclass(eq=False, kw_only=True)
+class DropGradientsJob(Job[AdapterFacts]):
+    """Drops an adapter's pending gradients: who made them has gone. Keeps its place among passes and steps."""
+
+    adapter: int
+
+
+@dataclass(eq=False, kw_only=True)
 class CreateAdapterJob(Job[AdapterFacts]):
     """Makes a fresh policy under a new uid."""
 

@@ -57,6 +57,8 @@ class Sessions:
     """
 
     def __init__(self, clock: Clock = time.monotonic, *, max_sessions: int = MAX_SESSIONS) -> None:
+        self.given_back: Callable[[str], None] = lambda _name: None
+        """Is told the name of each policy whose lease ends."""
         self._clock = clock
         self._max_sessions = max_sessions
         self._sessions: dict[str, Session] = {}
@@ -181,6 +183,7 @@ class Sessions:
         holder = self._holders.pop(name, None)
         if holder is not None:
             holder.leases.pop(name, None)
+            self.given_back(name)
 
     def close(self, session_id: str) -> None:
         """Ends a session and gives its leases back.

@@ -115,6 +115,10 @@ class Registry:
             raise NotFound("ADAPTER_NOT_FOUND", f"there is no {what} {name!r}: {hint(name, known)}", field=field)
         return entry
 
+    def find(self, name: str) -> Entry | None:
+        """The adapter of that name, if there is one."""
+        return self._entries.get(name)
+
     def current(self, uid: int) -> Entry | None:
         """The entry of a uid, if its name still means it."""
         name = self._names.get(uid)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from onebase.server.errors import FailedPrecondition, OnebaseError
 from onebase.server.jobs import (
     CompletionChunk,
+    DropGradientsJob,
     FinishReason,
     ForwardBackwardJob,
     GenerateJob,
@@ -285,10 +286,10 @@ class PassTask(Task[ForwardBackwardJob]):
         self._batches.pop()
 
 
-class StepTask(Task[OptimStepJob]):
-    """An optimizer step."""
+class StepTask(Task[OptimStepJob | DropGradientsJob]):
+    """What ends a round of passes: an optimizer step, or dropping the gradients."""
 
-    def __init__(self, job: OptimStepJob) -> None:
+    def __init__(self, job: OptimStepJob | DropGradientsJob) -> None:
         super().__init__(job)
         self.adapter = job.adapter
 

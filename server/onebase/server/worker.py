@@ -16,6 +16,7 @@ from onebase.server.errors import Cancelled, DeadlineExceeded, OnebaseError, Res
 from onebase.server.executor import AnyTask, Executor, told
 from onebase.server.jobs import (
     BaseFacts,
+    DropGradientsJob,
     ForwardBackwardJob,
     GenerateJob,
     Job,
@@ -170,17 +171,17 @@ class Worker:
             generate = GenerateTask(job)
             self._tasks.append(generate)
             scheduler.prompts.push(job.session, generate)
-        elif isinstance(job, ForwardBackwardJob | OptimStepJob):
+        elif isinstance(job, ForwardBackwardJob | OptimStepJob | DropGradientsJob):
             train = self._train_task(job)
             self._tasks.append(train)
             scheduler.trains.push(job.adapter, train)
         else:
             self._admin.append(job)
 
-    def _train_task(self, job: ForwardBackwardJob | OptimStepJob) -> PassTask | StepTask:
-        if isinstance(job, OptimStepJob):
-            return StepTask(job)
-        return PassTask(job, self._scheduler.step_tokens)
+    def _train_task(self, job: ForwardBackwardJob | OptimStepJob | DropGradientsJob) -> PassTask | StepTask:
+        if isinstance(job, ForwardBackwardJob):
+            return PassTask(job, self._scheduler.step_tokens)
+        return StepTask(job)
 
     def _drop(self) -> None:
         """Ends what was cancelled or is too late."""

@@ -146,6 +146,10 @@ class Adapter:
             self.gradients = dict(gradients)
         self.pending += 1
 
+    def drop_gradients(self) -> None:
+        """Forgets the pending gradients."""
+        self.gradients, self.pending = {}, 0
+
     def step(self, settings: AdamW, max_grad_norm: float) -> tuple[float, int]:
         """One AdamW step (Loshchilov and Hutter 2019, algorithm 2) over this adapter's parameters alone.
 
@@ -159,7 +163,7 @@ class Adapter:
         if not self.pending:
             raise FailedPrecondition("NO_GRADIENTS", f"adapter {self.name!r} has no gradients: call ForwardBackward")
         gradients, applied = self.gradients, self.pending
-        self.gradients, self.pending = {}, 0
+        self.drop_gradients()
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()]))
         if not torch.isfinite(norm):
             raise FailedPrecondition(

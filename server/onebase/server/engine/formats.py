@@ -95,7 +95,8 @@ class Formats:
         return Adapter(job.uid, job.name, AdapterKind.POLICY, config, weights)
 
     def _parameter(self, tensor: torch.Tensor, *, trainable: bool = True) -> torch.Tensor:
-        return tensor.to(self._device, torch.float32).contiguous().requires_grad_(trainable)
+        own = torch.empty(tensor.shape, device=self._device, dtype=torch.float32)
+        return own.copy_(tensor).requires_grad_(trainable)  # not the mapped file's memory, whatever its alignment
 
     def _fresh_head(self, random: torch.Generator) -> Head:
         hidden = self._facts.hidden_size
@@ -237,7 +238,7 @@ class Formats:
         moments.step = int(_take(tensors, "step", ()))
         for part, store in (("exp_avg", moments.exp_avg), ("exp_avg_sq", moments.exp_avg_sq)):
             for name, like in store.items():
-                store[name] = _take(tensors, f"{part}.{name}", tuple(like.shape)).to(like.device, like.dtype)
+                like.copy_(_take(tensors, f"{part}.{name}", tuple(like.shape)))
         return moments
 
     # -------------------------------------------------------------------------------------------------- write

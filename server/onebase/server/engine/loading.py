@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from onebase.server.config import EngineConfig
 from onebase.server.engine import attention, lora
@@ -41,6 +42,7 @@ def open_engine(config: EngineConfig) -> Engine:
         InvalidArgument: a setting does not fit the model or the machine.
         FailedPrecondition: the engine cannot run this architecture right; the message says why.
     """
+    disable_progress_bar()
     torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 2) // 2))
     device = _device(config.device)
     settings, tokenizer = _describe(config)
@@ -50,6 +52,7 @@ def open_engine(config: EngineConfig) -> Engine:
     model.eval().requires_grad_(False)
     skeleton = _skeleton(model.config)
     facts = _facts(config, model, tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    _refuse_longrope(model.config, facts)
     route = Route()
     blocks = model.base_model
     if blocks is model:
@@ -154,6 +157,22 @@ def _facts(
         pad_token_id=pad,
         bos_token_id=bos,
     )
+
+
+def _refuse_longrope(config: PreTrainedConfig, facts: BaseFacts) -> None:
+    """Refuses positions that depend on the longest row of a batch: rows side by side would change each other."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") not in ("longrope", "dynamic"):
+        return
+    short = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    short = short or config.max_position_embeddings
+    if facts.max_context > int(short):
+        raise FailedPrecondition(
+            "ARCHITECTURE_NOT_SUPPORTED",
+            f"{facts.architecture} is refused, because its {rope['rope_type']} positions depend on the longest row of "
+            f"a batch beyond {short} tokens: serve it with --max-context {short}",
+            field="model",
+        )
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer_eos: int | None) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,10 +14,11 @@ _BROKEN = "�"
 
 
 class Text:
-    """The base's tokenizer. Each method is safe from one thread at a time."""
+    """The base's tokenizer, twice: one thread may encode while another decodes."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
+        self._decoder = copy.deepcopy(tokenizer)
 
     def encode_prompt(self, text: str) -> Tokens:
         """Ids of a text that begins a sequence, with the tokenizer's own special tokens in front (but none behind)."""
@@ -36,7 +38,7 @@ class Text:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens left out."""
-        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: str = self._decoder.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
