@@ -91,7 +91,7 @@ def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_the_proof_notices_attention_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     right = attention._fresh
-    monkeypatch.setattr(attention, "_fresh", lambda q, k, v, scale, window: right(q, k, v, scale * 1.05, window))
+    monkeypatch.setattr(attention, "_fresh", lambda *given: right(*given[:4], given[4] * 1.05, *given[5:]))
     with pytest.raises(FailedPrecondition, match="logits differ"):
         open_engine(EngineConfig(model=str(BASE), threads=1))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from peft import LoraConfig
@@ -54,16 +54,24 @@ class Weights:
                     found[f"{name}.bias"] = head.bias
         return found
 
+    @property
+    def largest_rank(self) -> int:
+        """The largest rank of any layer."""
+        return max((pair.a.shape[0] for pair in self.lora.values()), default=0)
+
     def copy(self) -> Weights:
         """The same numbers in tensors of their own, with no reader."""
 
         def own(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
+        def pair(old: LoraPair) -> LoraPair:
+            return LoraPair.of(own(old.a), own(old.b), old.scaling, old.compute_a.dtype)
+
         def head(old: Head | None) -> Head | None:
             return old and Head(own(old.weight), None if old.bias is None else own(old.bias))
 
-        lora = {name: replace(pair, a=own(pair.a), b=own(pair.b)) for name, pair in self.lora.items()}
+        lora = {name: pair(old) for name, old in self.lora.items()}
         return Weights(self.version, lora, head(self.value_head), head(self.score_head))
 
 
@@ -203,6 +211,8 @@ class Adapter:
                 maximize=False,
             )
         moments.step += 1
+        for pair in self.weights.lora.values():
+            pair.refresh()
 
 
 def spec_of(config: LoraConfig) -> LoraSpec:

@@ -1,9 +1,12 @@
 """Attention over a flat batch, for every architecture that asks transformers' AttentionInterface.
 
 Three kinds of rows: fresh ones attend to themselves, single tokens to their slot in the KV cache, and chunks to their
-slot and themselves. Nothing attends across rows. Lengths are padded to KV_BLOCK and a lone query is repeated to
-MIN_ROWS, so that a token's numbers are the same whether it was prefilled, decoded or scored, and whoever else is in
-the batch (bit for bit up to 192 tokens on a CPU; beyond, to the last bit or two).
+slot and themselves. Nothing attends across rows.
+
+On a CPU a token's numbers are the same bit for bit whether it was prefilled, decoded or scored, whoever else is in
+the batch. So the sums are made in one way only: scores and probabilities by batched products of at least MIN_ROWS
+rows over lengths padded to KV_BLOCK, and the values summed SUM_BLOCK positions at a time, since a BLAS is free to cut
+a longer sum in two. Fused kernels (flash attention) round by length; on CUDA they are used nevertheless.
 """
 
 from __future__ import annotations
@@ -12,11 +15,14 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from onebase.server.engine.batch import MIN_ROWS, DecodeBatch, Route, Row, padded
+from onebase.server.engine.batch import MIN_ROWS, DecodeBatch, FreshGroup, Route, Row, padded
 from onebase.server.engine.kv import KVCache
 
 NAME = "onebase"
 """The name under which transformers knows this attention."""
+
+SUM_BLOCK = 128
+"""Positions of one product in the sum over values, and queries of one block."""
 
 _HARMLESS = {"position_ids", "use_cache", "is_causal", "cache_position", "output_attentions", "position_embeddings"}
 
@@ -54,23 +60,21 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     q, k, v = query[0], key[0], value[0]
-    parts: list[tuple[Row, torch.Tensor]] = []
-    for row in batch.fresh:
-        part = slice(row.start, row.stop)
-        if row.slot is not None:
-            _cache(route).write(layer, row.slot, 0, k[:, part], v[:, part])
-        parts.append((row, _fresh(q[:, part], k[:, part], v[:, part], scale, sliding_window)))
+    for row in batch.rows:
+        if row.past == 0 and row.slot is not None:
+            _cache(route).write(layer, row.slot, 0, k[:, row.start : row.stop], v[:, row.start : row.stop])
+    biases = Biases(route, sliding_window, q)
+    parts = [(group.flat, _fresh(group, q, k, v, scale, biases)) for group in batch.fresh]
     for row in batch.chunks:
-        parts.append((row, _chunk(route, layer, row, q, k, v, scale, sliding_window)))
-    if batch.decode is None and sum(len(row.tokens) for row, _ in parts) == batch.size:
-        parts.sort(key=lambda pair: pair[0].start)
-        out = parts[0][1] if len(parts) == 1 else torch.cat([part for _, part in parts], dim=1)
+        part = _chunk(_cache(route), layer, row, q, k, v, scale, biases)
+        parts.append((torch.arange(row.start, row.stop, device=q.device), part))
+    if batch.decode is not None:
+        part = _decode(_cache(route), layer, batch.decode, q, k, v, scale, biases)
+        parts.append((batch.decode.index, part))
+    if len(parts) == 1 and parts[0][1].shape[1] == batch.size and batch.decode is None:
+        out = parts[0][1]  # one group that fills the batch is in its order already
     else:
-        out = torch.zeros_like(q)
-        for row, attended in parts:
-            out[:, row.start : row.stop] = attended
-        if batch.decode is not None:
-            out[:, batch.decode.index] = _decode(_cache(route), layer, batch.decode, q, k, v, scale, sliding_window)
+        out = torch.zeros_like(q).index_copy(1, torch.cat([at for at, _ in parts]), torch.cat([p for _, p in parts], 1))
     return out.transpose(0, 1).unsqueeze(0), None
 
 
@@ -80,55 +84,114 @@ def _cache(route: Route) -> KVCache:
     return route.kv
 
 
-def _sdpa(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None, causal: bool
+class Biases:
+    """What is added to scores: 0 where a query may look, -inf where not. Made once a step for all layers alike."""
+
+    def __init__(self, route: Route, window: int | None, like: torch.Tensor) -> None:
+        self._route = route
+        self._window = window
+        self._like = like
+
+    def causal(self, at: tuple[int, int], stop: int, shared: int) -> torch.Tensor:
+        """[1, shared * (at[1] - at[0]), stop]: queries at these places, keys from 0, once for each head that shares."""
+
+        def make() -> torch.Tensor:
+            places = torch.arange(*at, device=self._like.device)
+            return self._bias(places[:, None], stop).repeat(shared, 1)[None]
+
+        return self._route.remember(("causal", *at, stop, shared, self._window), make)
+
+    def lengths(self, decode: DecodeBatch, kv_heads: int, rows: int) -> torch.Tensor:
+        """[B * kv_heads, rows, span]: the last token of each sequence, keys from 0."""
+
+        def make() -> torch.Tensor:
+            bias = self._bias(decode.lengths[:, None] - 1, decode.span)
+            wide = bias[:, None, None].expand(-1, kv_heads, rows, -1)
+            return wide.reshape(len(decode.slots) * kv_heads, rows, decode.span)
+
+        return self._route.remember(("lengths", kv_heads, rows, self._window), make)
+
+    def _bias(self, at: torch.Tensor, stop: int) -> torch.Tensor:
+        """[Q, stop] for queries at places [Q, 1]."""
+        place = torch.arange(stop, device=at.device)[None]
+        allowed = place <= at
+        if self._window is not None:
+            allowed &= place > at - self._window
+        return torch.zeros_like(allowed, dtype=self._like.dtype).masked_fill_(~allowed, -torch.inf)
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, bias: torch.Tensor) -> torch.Tensor:
+    """Attention of G independent problems.
+
+    Args:
+        q: [G, M, head_dim], M at least MIN_ROWS.
+        k: [G, S, head_dim], S a multiple of KV_BLOCK.
+        v: [G, S, head_dim].
+        scale: of the scores.
+        bias: [G or 1, M, S], added to the scores.
+
+    Returns:
+        [G, M, head_dim].
+    """
+    if q.device.type != "cpu":
+        return nn.functional.scaled_dot_product_attention(
+            q[:, None], k[:, None], v[:, None], attn_mask=bias[:, None], scale=scale
+        )[:, 0]
+    scores = torch.baddbmm(bias.expand(q.shape[0], -1, -1), q, k.transpose(1, 2), alpha=scale)
+    weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
+    out = torch.bmm(weights[:, :, :SUM_BLOCK], v[:, :SUM_BLOCK])
+    for start in range(SUM_BLOCK, k.shape[1], SUM_BLOCK):
+        part = slice(start, start + SUM_BLOCK)
+        out = out + torch.bmm(weights[:, :, part], v[:, part])
+    return out
+
+
+def _fresh(
+    group: FreshGroup, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, biases: Biases
 ) -> torch.Tensor:
-    return nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
-
-
-def _fresh(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None) -> torch.Tensor:
-    """[heads, t, head_dim] of one row that begins its sequence."""
-    length = q.shape[1]
-    fill = padded(length) - length
-    if fill:
-        q, k, v = (nn.functional.pad(t, (0, 0, 0, fill)) for t in (q, k, v))
-    mask = None
-    if window is not None and length > window:
-        place = torch.arange(length + fill, device=q.device)
-        mask = (place[None] <= place[:, None]) & (place[None] > place[:, None] - window)
-    return _sdpa(q[None], k[None], v[None], scale, mask, mask is None)[0, :, :length]
+    """[heads, t, head_dim] of the group's t tokens: rows of one padded length P that begin their sequences."""
+    heads, kv_heads, dim = q.shape[0], k.shape[0], q.shape[2]
+    count, length = group.gather.shape
+    shared = heads // kv_heads  # query heads that share a key-value head stand below each other
+    queries = q[:, group.gather].view(kv_heads, shared, count, length, dim).transpose(1, 2)
+    keys = k[:, group.gather].view(kv_heads * count, length, dim)
+    values = v[:, group.gather].view(kv_heads * count, length, dim)
+    blocks = []
+    for start in range(0, length, SUM_BLOCK):
+        stop = min(start + SUM_BLOCK, length)
+        block = queries[:, :, :, start:stop].reshape(kv_heads * count, shared * (stop - start), dim)
+        bias = biases.causal((start, stop), stop, shared)
+        out = _attend(block, keys[:, :stop], values[:, :stop], scale, bias)
+        blocks.append(out.view(kv_heads, count, shared, stop - start, dim))
+    out = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=3)
+    return out.transpose(1, 2).reshape(heads, count * length, dim)[:, group.real]
 
 
 def _chunk(
-    route: Route,
+    cache: KVCache,
     layer: int,
     row: Row,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     scale: float,
-    window: int | None,
+    biases: Biases,
 ) -> torch.Tensor:
     """[heads, t, head_dim] of several tokens that go on with a cached sequence."""
-    cache, part, slot = _cache(route), slice(row.start, row.stop), row.slot
+    part, slot = slice(row.start, row.stop), row.slot
     if slot is None:
         raise UnsupportedAttention("a row with a past, and no slot")
     cache.write(layer, slot, row.past, k[:, part], v[:, part])
-    keys, values = cache.layer(layer)
-    length = row.past + len(row.tokens)
-    span = padded(length)
-    place = torch.arange(span, device=q.device)
-    at = torch.arange(row.past, length, device=q.device)[:, None]
-    mask = place[None] <= at
-    if window is not None:
-        mask &= place[None] > at - window
-    fill = max(0, MIN_ROWS - len(row.tokens))
-    queries = nn.functional.pad(q[:, part], (0, 0, 0, fill))
-    mask = nn.functional.pad(mask, (0, 0, 0, fill), value=True)
-    out = _sdpa(queries[None], keys[slot : slot + 1, :, :span], values[slot : slot + 1, :, :span], scale, mask, False)
-    return out[0, :, : len(row.tokens)]
+    keys, values = cache.view(layer, slot, 1)
+    heads, count, dim = q.shape[0], len(row.tokens), q.shape[2]
+    kv_heads, span = k.shape[0], padded(row.past + count)
+    shared = heads // kv_heads
+    rows = max(count, MIN_ROWS)
+    fill = rows - count
+    bias = biases.causal((row.past, row.past + rows), span, shared)
+    queries = nn.functional.pad(q[:, part], (0, 0, 0, fill)).view(kv_heads, shared * (count + fill), dim)
+    out = _attend(queries, keys[:, :span], values[:, :span], scale, bias)
+    return out.view(heads, count + fill, dim)[:, :count]
 
 
 def _decode(
@@ -139,23 +202,21 @@ def _decode(
     k: torch.Tensor,
     v: torch.Tensor,
     scale: float,
-    window: int | None,
+    biases: Biases,
 ) -> torch.Tensor:
     """[heads, B, head_dim] of single tokens, each against its own slot."""
     cache.write_tokens(layer, decode.slots, decode.lengths - 1, decode.span, k[:, decode.index], v[:, decode.index])
-    keys, values = cache.layer(layer)
-    span, first, count = decode.span, decode.first_slot, len(decode.slots)
-    if first is not None:
-        keys, values = keys[first : first + count, :, :span], values[first : first + count, :, :span]
+    heads, kv_heads, dim, count, span = q.shape[0], k.shape[0], q.shape[2], len(decode.slots), decode.span
+    if decode.first_slot is not None:
+        keys, values = cache.view(layer, decode.first_slot, count)
+        keys, values = keys[:, :span], values[:, :span]
     else:
-        keys, values = keys[decode.slots, :, :span], values[decode.slots, :, :span]
-    place = torch.arange(span, device=q.device)
-    mask = place[None] < decode.lengths[:, None]
-    if window is not None:
-        mask &= place[None] >= decode.lengths[:, None] - window
-    queries = q[:, decode.index].transpose(0, 1).unsqueeze(2).expand(-1, -1, MIN_ROWS, -1).contiguous()
-    wide = mask[:, None, None].expand(-1, 1, MIN_ROWS, -1)
-    return _sdpa(queries, keys, values, scale, wide, False)[:, :, 0].transpose(0, 1)
+        keys, values = (t[decode.slots, :, :span].view(count * kv_heads, span, dim) for t in cache.layer(layer))
+    shared = heads // kv_heads
+    copies = -(-MIN_ROWS // shared)
+    queries = q[:, decode.index].transpose(0, 1).reshape(count * kv_heads, shared, dim).repeat(1, copies, 1)
+    out = _attend(queries, keys, values, scale, biases.lengths(decode, kv_heads, shared * copies))
+    return out[:, :shared].reshape(count, heads, dim).transpose(0, 1)
 
 
 def install(model: nn.Module, route: Route) -> int:

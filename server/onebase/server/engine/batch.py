@@ -11,7 +11,7 @@ the batch they are in; it holds one batch at a time and is owned by the one thre
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ import torch
 if TYPE_CHECKING:
     from onebase.server.engine.adapters import Weights
     from onebase.server.engine.kv import KVCache
+    from onebase.server.engine.stacks import SegmentGroup
 
 MIN_ROWS = 4
 """Matrix products of fewer rows take another path in the CPU's BLAS and round otherwise; so none has fewer."""
@@ -27,6 +28,9 @@ MIN_ROWS = 4
 KV_BLOCK = 16
 """Lengths that attention sums over are padded to a multiple of this, so that cached and fresh sums round alike."""
 
+
+MAX_SCORES = 2**22
+"""Most attention scores of one head that are held at once for a group of rows."""
 
 VECTOR = 64
 """Elementwise kernels work on this many elements at a time, and round the rest of an array otherwise."""
@@ -71,6 +75,15 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class FreshGroup:
+    """Rows of one padded length P that begin their sequences, n of them with t tokens in all."""
+
+    gather: torch.Tensor  # [n, P] flat places; any place where a row has ended
+    flat: torch.Tensor  # [t] flat places of the real tokens, row by row
+    real: torch.Tensor  # [t] the same in n * P
+
+
+@dataclass(frozen=True)
 class DecodeBatch:
     """Single tokens with a past in the cache, in the order of their slots."""
 
@@ -89,7 +102,7 @@ class Batch:
     input_ids: torch.Tensor  # [1, N]
     position_ids: torch.Tensor  # [1, N]
     segments: tuple[Segment, ...]
-    fresh: tuple[Row, ...]  # rows that attend to themselves alone
+    fresh: tuple[FreshGroup, ...]  # rows that attend to themselves alone
     chunks: tuple[Row, ...]  # rows of several tokens with a past
     decode: DecodeBatch | None
     size: int  # N
@@ -101,11 +114,24 @@ class Route:
     def __init__(self) -> None:
         self.batch: Batch | None = None
         self.kv: KVCache | None = None
+        self.groups: tuple[SegmentGroup, ...] = ()  # the adapters' slices of the current batch
+        self._memo: dict[Hashable, torch.Tensor] = {}
 
-    @property
-    def segments(self) -> tuple[Segment, ...]:
-        """The adapters' slices of the current batch."""
-        return () if self.batch is None else self.batch.segments
+    def begin(self, batch: Batch, kv: KVCache, groups: tuple[SegmentGroup, ...]) -> None:
+        """Shows the modules a batch."""
+        self.batch, self.kv, self.groups = batch, kv, groups
+
+    def end(self) -> None:
+        """Shows them nothing any more."""
+        self.batch, self.kv, self.groups = None, None, ()
+        self._memo.clear()
+
+    def remember(self, key: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """A tensor that many layers of one step need: made by the first of them."""
+        found = self._memo.get(key)
+        if found is None:
+            found = self._memo[key] = make()
+        return found
 
 
 def flatten(rows: Sequence[Row], device: torch.device, multiple: int = 1) -> Batch:
@@ -138,11 +164,33 @@ def flatten(rows: Sequence[Row], device: torch.device, multiple: int = 1) -> Bat
         input_ids=torch.tensor([ids], device=device),
         position_ids=torch.tensor([positions], device=device),
         segments=tuple(segments),
-        fresh=tuple(row for row in ordered if row.past == 0),
+        fresh=_fresh_groups([row for row in ordered if row.past == 0], device),
         chunks=tuple(row for row in ordered if row.past > 0 and len(row.tokens) > 1),
         decode=_decode_batch([row for row in ordered if row.past > 0 and len(row.tokens) == 1], device),
         size=len(ids),
     )
+
+
+def _fresh_groups(rows: Sequence[Row], device: torch.device) -> tuple[FreshGroup, ...]:
+    by_length: dict[int, list[list[Row]]] = {}
+    for row in rows:
+        length = padded(len(row.tokens))
+        groups = by_length.setdefault(length, [[]])
+        if (len(groups[-1]) + 1) * length * length > MAX_SCORES:
+            groups.append([])
+        groups[-1].append(row)
+    return tuple(
+        _fresh_group(group, length, device) for length, groups in by_length.items() for group in groups if group
+    )
+
+
+def _fresh_group(rows: Sequence[Row], length: int, device: torch.device) -> FreshGroup:
+    starts = torch.tensor([row.start for row in rows])[:, None]
+    counts = torch.tensor([len(row.tokens) for row in rows])[:, None]
+    place = torch.arange(length)[None]
+    gather = starts + torch.minimum(place, counts - 1)
+    real = (place < counts).view(-1).nonzero()[:, 0]
+    return FreshGroup(gather.to(device), gather.view(-1)[real].to(device), real.to(device))
 
 
 def _decode_batch(rows: Sequence[Row], device: torch.device) -> DecodeBatch | None:

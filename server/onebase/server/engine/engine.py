@@ -20,6 +20,7 @@ from onebase.server.engine.formats import Formats
 from onebase.server.engine.heads import LmHead, linear_head, token_logprobs
 from onebase.server.engine.kv import KVCache
 from onebase.server.engine.sampling import draw
+from onebase.server.engine.stacks import Stacks
 from onebase.server.engine.text import Detokenizer, Text
 from onebase.server.engine.training import Pass, begin
 from onebase.server.errors import FailedPrecondition, NotFound
@@ -108,6 +109,7 @@ class Engine:
         self._formats = formats
         self._device = torch.device(facts.device)
         self._multiple = row_multiple(widths)
+        self._stacks = Stacks()
 
     # ------------------------------------------------------------------------------------------------ adapters
 
@@ -165,13 +167,13 @@ class Engine:
     def forward(self, rows: Sequence[Row]) -> tuple[Batch, torch.Tensor]:
         """Runs rows through the base: the batch, and the last hidden states [N, hidden] after the final norm."""
         batch = flatten(rows, self._device, self._multiple)
-        self._route.batch, self._route.kv = batch, self.kv
+        self._route.begin(batch, self.kv, self._stacks.group(batch.segments))
         try:
             out = self._model.base_model(
                 input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None, use_cache=False
             )
         finally:
-            self._route.batch = self._route.kv = None
+            self._route.end()
         return batch, out.last_hidden_state[0]
 
     @torch.no_grad()

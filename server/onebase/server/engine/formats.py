@@ -77,6 +77,7 @@ class Formats:
         self._facts = facts
         self._conv1d = conv1d
         self._device = torch.device(facts.device)
+        self._dtype: torch.dtype = getattr(torch, facts.dtype)
 
     # --------------------------------------------------------------------------------------------------- make
 
@@ -90,7 +91,7 @@ class Formats:
             a = torch.empty(target.rank, target.in_features)
             nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=random)
             b = torch.zeros(target.out_features, target.rank)
-            lora[name] = LoraPair(self._parameter(a), self._parameter(b), target.scaling)
+            lora[name] = LoraPair.of(self._parameter(a), self._parameter(b), target.scaling, self._dtype)
         weights = Weights(0, lora, value_head=self._fresh_head(random) if job.value_head else None)
         return Adapter(job.uid, job.name, AdapterKind.POLICY, config, weights)
 
@@ -188,9 +189,8 @@ class Formats:
     def _read_pair(self, name: str, target: Target, tensors: dict[str, torch.Tensor], trainable: bool) -> LoraPair:
         a = _take(tensors, f"{PREFIX}{name}.lora_A.weight", (target.rank, target.in_features))
         b = _take(tensors, f"{PREFIX}{name}.lora_B.weight", (target.out_features, target.rank))
-        return LoraPair(
-            self._parameter(a, trainable=trainable), self._parameter(b, trainable=trainable), target.scaling
-        )
+        a, b = (self._parameter(tensor, trainable=trainable) for tensor in (a, b))
+        return LoraPair.of(a, b, target.scaling, self._dtype)
 
     def _read_score(self, tensors: dict[str, torch.Tensor]) -> Head:
         for head in HEAD_NAMES:

@@ -69,6 +69,15 @@ class KVCache:
         """Keys and values of a layer, [slots, kv_heads, capacity, head_dim]."""
         return self._layers[layer]
 
+    def view(self, layer: int, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of neighbouring slots in place, [count * kv_heads, capacity, head_dim]."""
+        found = []
+        for t in self._layers[layer]:
+            slots, kv_heads, capacity, dim = t.shape
+            flat = t.view(slots * kv_heads, capacity, dim)
+            found.append(flat[first * kv_heads : (first + count) * kv_heads])
+        return found[0], found[1]
+
     def copy(self, source: int, targets: list[int], length: int) -> None:
         """Gives other slots a copy of the first `length` tokens of one: a prompt's completions share its prefill."""
         for k, v in self._layers.values():

@@ -10,21 +10,39 @@ Source: LoRA, Hu et al. 2021 (arXiv:2106.09685), section 4.1; scaling as in PEFT
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from onebase.server.engine.batch import MIN_ROWS, Route, Segment
+from onebase.server.engine.stacks import SegmentGroup, Stack, padded_rank
 
 
 @dataclass(frozen=True)
 class LoraPair:
-    """One layer's update, scaling · B · A."""
+    """One layer's update, scaling · B · A: parameters in float32, and the numbers that products use.
+
+    On a float32 base the two are the same tensors; on a base of lower precision the products use a rounded copy.
+    """
 
     a: torch.Tensor  # [r, in]
     b: torch.Tensor  # [out, r]
     scaling: float
+    compute_a: torch.Tensor  # [r, in] in the base's dtype, without gradients
+    compute_b: torch.Tensor  # [out, r]
+
+    @classmethod
+    def of(cls, a: torch.Tensor, b: torch.Tensor, scaling: float, dtype: torch.dtype) -> LoraPair:
+        """A pair whose products are made in `dtype`."""
+        return cls(a, b, scaling, a.detach().to(dtype), b.detach().to(dtype))
+
+    def refresh(self) -> None:
+        """Brings the products' numbers up to date after the parameters changed."""
+        if self.compute_a.dtype != self.a.dtype:
+            self.compute_a.copy_(self.a.detach())
+            self.compute_b.copy_(self.b.detach())
 
 
 class MultiLoraLinear(nn.Module):
@@ -58,52 +76,82 @@ class MultiLoraLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(1, N, in) to (1, N, out)."""
         y: torch.Tensor = self.base(x)
-        pairs = [(segment, segment.weights.lora.get(self.name)) for segment in self.route.segments]
-        work = [(segment, pair) for segment, pair in pairs if pair is not None]
-        if not work:
+        groups = self.route.groups
+        if not groups:
             return y
         flat_x, flat_y = x.reshape(-1, self.in_features), y.view(-1, self.out_features)
         if torch.is_grad_enabled():
-            return _add_for_training(flat_x, flat_y, work).view(y.shape)
-        for segment, pair in work:
-            _add_in_place(flat_x, flat_y, segment, pair)
+            return self._train(flat_x, flat_y, groups).view(y.shape)
+        for group in groups:
+            if group.stack is None:
+                self._add(flat_x, flat_y, group.segments[0])
+            else:
+                self._add_stacked(flat_x, flat_y, group, group.stack)
         return y
 
+    def _add(self, x: torch.Tensor, y: torch.Tensor, segment: Segment) -> None:
+        """Adds one adapter's update to its slice of y, never with fewer than MIN_ROWS rows in a product."""
+        pair = segment.weights.lora.get(self.name)
+        if pair is None:
+            return
+        start, stop = segment.start, segment.stop
+        first, last = window(start, stop, x.shape[0])
+        a, b = widened(pair.compute_a, pair.compute_b)
+        low = torch.mm(x[first:last], a.t()).mul_(pair.scaling)
+        if last - first == stop - start:
+            y[start:stop].addmm_(low, b.t())
+        else:  # neighbours were borrowed; their results are thrown away
+            y[start:stop] = torch.addmm(y[first:last], low, b.t())[start - first : stop - first]
 
-def _add_in_place(x: torch.Tensor, y: torch.Tensor, segment: Segment, pair: LoraPair) -> None:
-    """Adds one adapter's update to its slice of y, never with fewer than MIN_ROWS rows in a product."""
-    start, stop = segment.start, segment.stop
-    if stop - start < MIN_ROWS:  # borrow neighbours and throw their results away
-        first = min(start, x.shape[0] - MIN_ROWS)
-        window = y[first : first + MIN_ROWS].clone()
-        _product(x[first : first + MIN_ROWS], window, pair)
-        y[start:stop] = window[start - first : stop - first]
-    else:
-        _product(x[start:stop], y[start:stop], pair)
+    def _add_stacked(self, x: torch.Tensor, y: torch.Tensor, group: SegmentGroup, stack: Stack) -> None:
+        """Adds several adapters' updates at once (see `stacks`)."""
+        pair = stack.layer(self.name)
+        if pair is None:
+            return
+        start, stop = group.start, group.stop
+        first, last = window(start, stop, x.shape[0])
+        low = torch.mm(x[first:last], pair.a.t())
+        own = group.own(pair)
+        if last - first == stop - start:
+            y[start:stop].addmm_(low.mul_(own), pair.b.t())
+        else:
+            low[start - first : stop - first].mul_(own)
+            y[start:stop] = torch.addmm(y[first:last], low, pair.b.t())[start - first : stop - first]
+
+    def _train(self, x: torch.Tensor, y: torch.Tensor, groups: Sequence[SegmentGroup]) -> torch.Tensor:
+        """The same sum, out of place, so that autograd reaches each adapter's own parameters."""
+        pieces: list[torch.Tensor] = []
+        end = 0
+        for segment in (segment for group in groups for segment in group.segments):
+            pair = segment.weights.lora.get(self.name)
+            if pair is None:
+                continue
+            if segment.start > end:
+                pieces.append(y[end : segment.start])
+            start, stop = segment.start, segment.stop
+            a, b = widened(pair.a.to(y.dtype), pair.b.to(y.dtype))
+            low = torch.mm(x[start:stop], a.t()) * pair.scaling
+            pieces.append(torch.addmm(y[start:stop], low, b.t()))
+            end = stop
+        if end < y.shape[0]:
+            pieces.append(y[end:])
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def _product(x: torch.Tensor, y: torch.Tensor, pair: LoraPair) -> None:
-    low = torch.mm(x.to(pair.a.dtype), pair.a.t())
-    if y.dtype == pair.b.dtype:
-        y.addmm_(low, pair.b.t(), alpha=pair.scaling)
-    else:  # a base of lower precision: the update is made in the adapter's and rounded once
-        y.copy_(torch.addmm(y.to(pair.b.dtype), low, pair.b.t(), alpha=pair.scaling))
+def window(start: int, stop: int, size: int) -> tuple[int, int]:
+    """The rows of a product for [start, stop): itself, or with neighbours if it has fewer than MIN_ROWS."""
+    if stop - start >= MIN_ROWS:
+        return start, stop
+    first = min(start, size - MIN_ROWS)
+    return first, first + MIN_ROWS
 
 
-def _add_for_training(x: torch.Tensor, y: torch.Tensor, work: list[tuple[Segment, LoraPair]]) -> torch.Tensor:
-    """The same sum, out of place, so that autograd reaches each adapter's own parameters."""
-    pieces: list[torch.Tensor] = []
-    end = 0
-    for segment, pair in work:
-        if segment.start > end:
-            pieces.append(y[end : segment.start])
-        low = torch.mm(x[segment.start : segment.stop].to(pair.a.dtype), pair.a.t())
-        part = torch.addmm(y[segment.start : segment.stop].to(pair.b.dtype), low, pair.b.t(), alpha=pair.scaling)
-        pieces.append(part.to(y.dtype))
-        end = segment.stop
-    if end < y.shape[0]:
-        pieces.append(y[end:])
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+def widened(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B with zeros up to a rank whose products round alike, alone and stacked."""
+    fill = padded_rank(a.shape[0]) - a.shape[0]
+    if not fill:
+        return a, b
+    return nn.functional.pad(a, (0, 0, 0, fill)), nn.functional.pad(b, (0, fill))
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
