@@ -186,7 +186,7 @@ def pairs(seed: int, count: int, *, held_out: bool, avoid: frozenset[str] = froz
     for start in openings(rng, held_out=held_out):
         drawn = [opinion(rng, start.genre, tone) for tone in rng.sample(list(TONES), 2)]
         rejected, chosen = sorted(drawn, key=lambda opinion: opinion.degree)
-        if chosen.degree - rejected.degree >= 1.5 and not avoid & {chosen.text, rejected.text}:
+        if chosen.degree - rejected.degree >= 1 and not avoid & {chosen.text, rejected.text}:
             found.append({"prompt": start.text, "chosen": chosen.text, "rejected": rejected.text})
         if len(found) == count:
             break
@@ -205,7 +205,7 @@ def prompts(seed: int, count: int, *, held_out: bool) -> list[str]:
 
 def main(
     output: Annotated[Path, typer.Argument(help="Directory to write the five files to.")],
-    reviews: Annotated[int, typer.Option(help="Reviews in corpus.jsonl.")] = 13_000,
+    reviews: Annotated[int, typer.Option(help="Reviews in corpus.jsonl.")] = 12_000,
     train_pairs: Annotated[int, typer.Option(help="Pairs in pairs.jsonl.")] = 4_000,
     heldout_pairs: Annotated[int, typer.Option(help="Pairs in pairs_heldout.jsonl.")] = 400,
     train_prompts: Annotated[int, typer.Option(help="Openings in prompts.jsonl.")] = 2_000,

@@ -96,7 +96,7 @@ def main(
     batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 32,
     learning_rate: Annotated[float, typer.Option(help="Peak rate; use 2e-5 or so with --model.")] = 4e-3,
     max_length: Annotated[int, typer.Option(help="Longest row in tokens; the rest of it is cut.")] = 128,
-    threads: Annotated[int, typer.Option(help="CPU threads; 0 is all cores.")] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
     seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
 ) -> None:
     """Trains the base model."""
@@ -119,7 +119,6 @@ def main(
         learning_rate=learning_rate,
         warmup_steps=0.05,
         max_length=max_length,
-        train_sampling_strategy="group_by_length",
         seed=seed,
         **CPU_SETTINGS,
     )

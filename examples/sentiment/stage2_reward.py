@@ -31,10 +31,10 @@ def main(
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
     rank: Annotated[int, typer.Option(help="LoRA rank; alpha is twice as much.")] = 8,
     epochs: Annotated[float, typer.Option(help="Passes over the pairs.")] = 1.0,
-    batch_size: Annotated[int, typer.Option(help="Pairs per step.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Pairs per step.")] = 16,
     learning_rate: Annotated[float, typer.Option(help="Peak rate; use 1e-4 or so for a large base.")] = 3e-3,
     max_length: Annotated[int, typer.Option(help="Pairs with a longer text, in tokens, are left out.")] = 128,
-    threads: Annotated[int, typer.Option(help="CPU threads; 0 is all cores.")] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
     seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
 ) -> None:
     """Trains the reward adapter."""
@@ -51,7 +51,7 @@ def main(
         output_dir=str(output),
         num_train_epochs=epochs,
         per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=20,
+        per_device_eval_batch_size=20,  # a divisor of 400, since TRL averages accuracy over batches
         learning_rate=learning_rate,
         warmup_steps=0.1,
         max_length=max_length,
@@ -79,7 +79,7 @@ def main(
     measured = trainer.evaluate()
     trainer.model.save_pretrained(output)
     record = {
-        "pair_accuracy": float(measured["eval_accuracy"]),
+        "pair_accuracy": round(float(measured["eval_accuracy"]), 6),
         "margin": float(measured["eval_margin"]),
         "heldout_pairs": len(heldout),
         "seconds": time.monotonic() - began,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,12 @@ CPU_SETTINGS: dict[str, Any] = {
 
 
 def prepare(threads: int, seed: int) -> None:
-    """Sets seeds and torch's threads, and leaves the screen to PrintProgress.
+    """Sets torch's threads and every seed, and leaves the screen to PrintProgress.
 
-    0 threads takes every core, for a stage has the machine to itself: two threads train the small Llama about 1.6
-    times as fast as one.
+    One thread is the default: a second one makes the small Llama 1.6 times as fast on an idle machine, but where
+    another process wants that core, two threads wait for each other and take two to four times as long.
     """
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    torch.set_num_threads(threads)
     set_seed(seed)
     disable_progress_bars()
     disable_progress_bar()
