@@ -34,6 +34,7 @@ class Prompt:
     session: str
     cost: int
     work: Work = Work.GENERATE
+    needs_slot: bool = True
 
     def next_cost(self) -> int:
         return self.cost

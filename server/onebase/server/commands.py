@@ -83,6 +83,14 @@ MaxContext = Annotated[
     int, typer.Option(help="Longest sequence in tokens; 0 is the model's own.", rich_help_panel=_ENGINE)
 ]
 KvSlots = Annotated[int, typer.Option(help="Most completions that run at once.", rich_help_panel=_ENGINE)]
+KvBytes = Annotated[
+    int,
+    typer.Option(
+        help="Most bytes of the key-value cache; completions that find no room wait, or go on later. 0: what "
+        "--kv-slots completions of full length need.",
+        rich_help_panel=_ENGINE,
+    ),
+]
 StepTokens = Annotated[
     int, typer.Option(help="Most tokens of prompts and scored rows in one engine step.", rich_help_panel=_ENGINE)
 ]
@@ -109,6 +117,7 @@ def serve(
     threads: Threads = 0,
     max_context: MaxContext = 0,
     kv_slots: KvSlots = 32,
+    kv_bytes: KvBytes = 0,
     step_tokens: StepTokens = 2048,
     trust_remote_code: TrustRemoteCode = False,
     verbose: Verbose = False,
@@ -148,6 +157,7 @@ def serve(
             threads=threads,
             max_context=max_context,
             kv_slots=kv_slots,
+            kv_bytes=kv_bytes,
             step_tokens=step_tokens,
             trust_remote_code=trust_remote_code,
         )

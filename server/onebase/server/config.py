@@ -34,6 +34,8 @@ class EngineConfig:
     """Longest sequence in tokens; 0 is the model's own."""
     kv_slots: int = 32
     """Most completions that run at once."""
+    kv_bytes: int = 0
+    """Most bytes of the key-value cache; 0 is what kv_slots completions of full length need."""
     step_tokens: int = 2048
     """Most tokens of prompts and scored rows in one engine step; a longer row makes a step of its own."""
     trust_remote_code: bool = False
@@ -52,6 +54,7 @@ class EngineConfig:
         _require(self.threads >= 0, "threads", self.threads, "use 0 or more")
         _require(self.max_context >= 0, "max_context", self.max_context, "use 0 or more")
         _require(self.kv_slots >= 1, "kv_slots", self.kv_slots, "use 1 or more")
+        _require(self.kv_bytes >= 0, "kv_bytes", self.kv_bytes, "use 0 or more")
         _require(self.step_tokens >= 16, "step_tokens", self.step_tokens, "use 16 or more")
 
 

@@ -28,14 +28,12 @@ from onebase.server.jobs import (
 )
 from onebase.server.meter import Meter
 from onebase.server.scheduler import Plan
-from onebase.server.tasks import Completion, GenerateTask, PassTask, ScoreTask, StepTask
+from onebase.server.tasks import Completion, GenerateTask, PassTask, Prefill, ScoreTask, StepTask
 
 log = logging.getLogger(__name__)
 
 AnyTask = ScoreTask | GenerateTask | PassTask | StepTask
 Scored = tuple[ScoreTask, int]
-Group = Sequence[Completion]
-"""Completions that continue from the same state: one that runs, or all that begin from one prompt."""
 Part = TypeVar("Part")
 
 
@@ -62,42 +60,51 @@ class Executor:
             self._begin(task)
         for scored, _ in scores:
             self._begin(scored)
-        groups: list[Group] = [[completion] for completion in running]
-        groups += [group for task in prompts if not task.ended and (group := task.take(self._engine))]
-        parts: list[tuple[AnyTask, Scored | Group]] = [
-            (task, (task, index)) for task, index in scores if not task.ended
-        ]
-        parts += [(group[0].task, group) for group in groups]
+        parts: list[tuple[AnyTask, Scored | Completion | Prefill]]
+        parts = [(task, (task, index)) for task, index in scores if not task.ended]
+        parts += [(completion.task, completion) for completion in self._make_room(running)]
+        parts += [(task, prompt) for task in prompts if not task.ended and (prompt := task.take(self._engine))]
         self._isolate(parts, self._infer_step)
 
-    def _infer_step(self, parts: Sequence[Scored | Group]) -> None:
+    def _make_room(self, running: Sequence[Completion]) -> list[Completion]:
+        """The completions that go on; the youngest ones give up their slots while the cache's budget is too small."""
+        kept = list(running)
+        while kept and not self._engine.kv.fits(max(completion.length for completion in kept)):
+            youngest = kept.pop()
+            youngest.task.preempt(self._engine, youngest)
+        return kept
+
+    def _infer_step(self, parts: Sequence[Scored | Completion | Prefill]) -> None:
         engine = self._engine
         scores = [part for part in parts if isinstance(part, tuple)]
-        groups = [part for part in parts if isinstance(part, list)]
+        groups = [part for part in parts if not isinstance(part, tuple)]
         scorings = [Scoring(row := task.job.rows[index], task.weights[row.adapter]) for task, index in scores]
         decodings = [self._decoding(group) for group in groups]
         results, drawn = engine.step(scorings, decodings)
-        for group in groups:
-            if len(group) > 1:  # they share the prompt's prefill
-                engine.kv.copy(group[0].slot, [c.slot for c in group[1:]], group[0].length)
-        prefilled = sum(len(d.row.tokens) for d in decodings if d.row.past == 0)
+        prefilled = sum(part.stop - part.done for part in groups if isinstance(part, Prefill))
         self.scored.add(prefilled + sum(len(s.row.tokens) for s in scorings))
-        self.generated.add(sum(len(group) for group in groups))
+        self.generated.add(sum(len(d.draws) for d in decodings))
+        for part in groups:
+            if isinstance(part, Prefill):
+                part.completions[0].task.filled(engine)
         for (task, index), result in zip(scores, results, strict=True):
             self._attempt(task, task.accept, engine, index, result)
-        for group, tokens in zip(groups, drawn, strict=True):
-            for completion, one in zip(group, tokens, strict=True):
+        for part, tokens in zip(groups, drawn, strict=True):
+            completions = part.completions if isinstance(part, Prefill) else [part]
+            for completion, one in zip(completions, tokens, strict=False):  # no token before a prompt's end
                 if not completion.task.ended:
                     self._attempt(completion.task, completion.task.accept, engine, completion, one)
 
-    def _decoding(self, group: Group) -> Decoding:
-        first = group[0]
-        job, eos = first.task.job, self._engine.facts.eos_token_ids
-        if first.tokens:
-            row = Row(first.task.weights, first.tokens[-1:], first.length - 1, first.slot)
+    def _decoding(self, part: Completion | Prefill) -> Decoding:
+        eos = self._engine.facts.eos_token_ids
+        if isinstance(part, Completion):
+            first, drawing = part, [part]
+            row = Row(part.task.weights, part.tokens[-1:], part.length - 1, part.slot)
         else:
-            row = Row(first.task.weights, job.prompts[first.prompt_index].tolist(), 0, first.slot)
-        draws = tuple(Draw(job.sampling, c.place, c.banned(eos)) for c in group)
+            first, drawing = part.completions[0], part.completions if part.whole else []
+            row = Row(first.task.weights, part.tokens[part.done : part.stop], part.done, first.slot)
+        job = first.task.job
+        draws = tuple(Draw(job.sampling, completion.place, completion.banned(eos)) for completion in drawing)
         return Decoding(row, draws, value=job.return_values)
 
     # ------------------------------------------------------------------------------------------------ training

@@ -42,8 +42,12 @@ class ScoreWork(Task, Protocol):
 class GenerateWork(Task, Protocol):
     """Prompts to complete."""
 
+    @property
+    def needs_slot(self) -> bool:
+        """Whether its next prompt needs a free slot; one that is under way has its own."""
+
     def next_cost(self) -> int:
-        """Tokens of its next prompt; 0 when all completions have begun."""
+        """Tokens of its next prompt, or of the next part of a long one; 0 when all completions have begun."""
 
 
 class TrainWork(Task, Protocol):
@@ -94,6 +98,10 @@ class FairQueue(Generic[T]):
         """Notes what an owner was served."""
         self._floor = max(self._floor, min(self._served[o] for o in self._tasks))
         self._served[owner] += tokens
+
+    def has(self, owner: Hashable, task: T) -> bool:
+        """Whether a task stands in the queue."""
+        return task in self._tasks.get(owner, ())
 
     def remove(self, owner: Hashable, task: T) -> None:
         """Takes a task out, wherever it stands; nothing happens if it is not there."""
@@ -149,7 +157,8 @@ class Scheduler:
             running: completions under way.
             slots: free places for new ones.
         """
-        inference = bool(running or any(self.scores.values()) or (self.prompts and slots))
+        prompts = any(slots or not task.needs_slot for task in self.prompts)
+        inference = bool(running or any(self.scores.values()) or prompts)
         training = bool(self.trains)
         if not (inference and training):  # time that nobody else wanted is not held against anyone
             level = max(self._seconds.values())
@@ -158,6 +167,14 @@ class Scheduler:
         if training and not urgent and (not inference or self._seconds["training"] <= self._seconds["inference"]):
             return self._plan_training()
         return self._plan_inference(running, slots)
+
+    def keep_prompts(self, task: GenerateWork) -> None:
+        """Lets a task stand in the queue of prompts exactly while it has some to begin."""
+        queued = self.prompts.has(task.session, task)
+        if task.next_cost() and not queued:  # a completion had to give up its slot
+            self.prompts.push(task.session, task)
+        elif queued and not task.next_cost():
+            self.prompts.remove(task.session, task)
 
     def _plan_inference(self, running: int, slots: int) -> Plan:
         plan = Plan(decode=running > 0)
@@ -187,14 +204,17 @@ class Scheduler:
 
     def _take_prompts(self, plan: Plan, budget: int, slots: int) -> int:
         """Begins at most one prompt of each session in a step; the worker takes as many of its n as have a place."""
-        for owner in self.prompts.owners()[:slots]:
+        for owner in self.prompts.owners():
             task = self.prompts.first(owner)
             cost = task.next_cost()
+            if task.needs_slot and not slots:
+                continue
             if cost > budget and (plan.scores or plan.prompts):
                 break
             plan.prompts.append(task)
             self.prompts.charge(owner, cost)
             budget -= cost
+            slots -= task.needs_slot
         return budget
 
     def _plan_training(self) -> Plan:

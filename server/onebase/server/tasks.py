@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from onebase.server.errors import FailedPrecondition, OnebaseError
+from onebase.server.errors import FailedPrecondition, OnebaseError, ResourceExhausted
 from onebase.server.jobs import (
     CompletionChunk,
     DropGradientsJob,
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from onebase.server.engine.engine import Drawn, Engine
     from onebase.server.engine.text import Detokenizer
     from onebase.server.engine.training import Pass
+
+HEADROOM = 32
+"""Tokens that a completion should be able to write before it may have to make room again."""
 
 J = TypeVar("J", bound=Job[Any])
 
@@ -144,6 +147,16 @@ class Completion:
         """Tokens of prompt and completion."""
         return len(self.task.job.prompts[self.prompt_index]) + len(self.tokens)
 
+    @property
+    def all_tokens(self) -> list[int]:
+        """Prompt and completion."""
+        prompt: list[int] = self.task.job.prompts[self.prompt_index].tolist()
+        return prompt + self.tokens
+
+    def like(self, other: Completion) -> bool:
+        """Whether both begin now, from the same prompt."""
+        return self.prompt_index == other.prompt_index and not self.tokens and not other.tokens
+
     def banned(self, eos: Sequence[int]) -> tuple[int, ...]:
         """Tokens that may not come yet."""
         sampling = self.task.job.sampling
@@ -204,55 +217,142 @@ def held_back(text: str, stops: Sequence[str]) -> int:
     return 0
 
 
-class GenerateTask(Task[GenerateJob]):
-    """Prompts to complete. All completions are made by the version that was newest when the task began."""
+@dataclass(eq=False)
+class Prefill:
+    """A prompt on its way into the cache, for the completions that begin from it; long ones take several steps."""
 
-    def __init__(self, job: GenerateJob) -> None:
+    completions: list[Completion]
+    tokens: list[int]
+    done: int  # tokens that are in the cache
+    stop: int  # where the next step ends
+
+    @property
+    def whole(self) -> bool:
+        """Whether the next step brings the last token, so that the completions get theirs."""
+        return self.stop == len(self.tokens)
+
+
+class GenerateTask(Task[GenerateJob]):
+    """Prompts to complete. All completions are made by the version that was newest when the task began.
+
+    Args:
+        job: the request.
+        step_tokens: most tokens of a prompt in one step.
+    """
+
+    def __init__(self, job: GenerateJob, step_tokens: int) -> None:
         super().__init__(job)
         self.weights: Weights | None = None
-        self._waiting = [(p, c) for p in range(len(job.prompts)) for c in range(job.n)]
-        self._waiting.reverse()
         self.running: list[Completion] = []
+        self.filling: Prefill | None = None
+        self._step_tokens = step_tokens
+        self._waiting = [Completion(self, p, c, None) for p in range(len(job.prompts)) for c in range(job.n)]
+        self._waiting.reverse()
 
     def begin(self, engine: Engine) -> None:
-        """Binds the policy."""
+        """Binds the policy.
+
+        Raises:
+            ResourceExhausted: a completion could never be held by the cache.
+        """
         super().begin(engine)
+        longest = max(len(prompt) for prompt in self.job.prompts) + self.job.sampling.max_new_tokens
+        if not engine.kv.holds(longest):
+            raise ResourceExhausted(
+                "KV_CACHE_TOO_SMALL",
+                f"prompt and max_new_tokens are {longest} tokens, more than the server's key-value cache holds: ask "
+                "for fewer, or serve with more --kv-bytes",
+                field="sampling.max_new_tokens",
+            )
         self.weights = engine.bind(self.job.adapter, self.job.version)
+        if self.job.stream_tokens or self.job.sampling.stop:
+            for completion in self._waiting:
+                completion.detokenizer = engine.detokenizer()
 
     def release(self, engine: Engine) -> None:
-        """Gives the version and the places in the cache back."""
+        """Gives the version and the slots back."""
         engine.release(self.weights)
-        for completion in self.running:
-            engine.kv.give_back(completion.slot)
-        self.running.clear()
+        filling = [] if self.filling is None else self.filling.completions
+        for completion in (*self.running, *filling):
+            self._leave(engine, completion)
+        self.running, self.filling = [], None
+
+    @property
+    def needs_slot(self) -> bool:
+        """Whether its next prompt needs a free slot; one that is being filled has its own."""
+        return self.filling is None
 
     def next_cost(self) -> int:
-        """Tokens of the next prompt; 0 when all completions have begun."""
-        return len(self.job.prompts[self._waiting[-1][0]]) if self._waiting else 0
+        """Tokens of its next prompt, or of the next part of a long one; 0 when all completions have begun."""
+        if self.filling is not None:
+            return min(len(self.filling.tokens) - self.filling.done, self._step_tokens)
+        return min(self._waiting[-1].length, self._step_tokens) if self._waiting else 0
 
-    def take(self, engine: Engine) -> list[Completion]:
-        """Begins completions of the next prompt, as many as there are places for."""
-        prompt = self._waiting[-1][0]
-        streaming = self.job.stream_tokens or bool(self.job.sampling.stop)
+    def take(self, engine: Engine) -> Prefill | None:
+        """The next prompt, or part of one, with as many of its completions as there are slots for; None if none is."""
+        if self.filling is None:
+            self.filling = self._begin_prompt(engine)
+        if self.filling is not None:
+            self.filling.stop = min(self.filling.done + self._step_tokens, len(self.filling.tokens))
+        return self.filling
+
+    def _begin_prompt(self, engine: Engine) -> Prefill | None:
+        first = self._waiting[-1]
+        tokens = first.all_tokens
+        source, shared = engine.kv.shared(self._key, tokens)  # looked up before a slot is taken: it may be that one
+        places = engine.kv.free(min(first.length + HEADROOM, engine.facts.max_context))
         begun: list[Completion] = []
-        while self._waiting and self._waiting[-1][0] == prompt and engine.kv.free:
-            index = self._waiting.pop()[1]
-            completion = Completion(self, prompt, index, engine.detokenizer() if streaming else None)
+        while self._waiting and len(begun) < places and (not begun or self._waiting[-1].like(first)):
+            completion = self._waiting.pop()
             completion.slot = engine.kv.take()
             begun.append(completion)
-        self.running += begun
-        return begun
+        if not begun:
+            return None
+        shared = max(0, min(shared, len(tokens) - 1))  # the last token is run, for what comes after it
+        if shared and source != first.slot:
+            engine.kv.copy(source, [first.slot], shared)
+        return Prefill(begun, tokens, shared, shared)
+
+    @property
+    def _key(self) -> tuple[int, int]:
+        """What made a slot's numbers: the adapter and its version."""
+        return (0, 0) if self.weights is None else (self.weights.serial, self.weights.version)
+
+    def filled(self, engine: Engine) -> None:
+        """The step is done: the prompt, or a part of it, is in the cache."""
+        filling = self.filling
+        if filling is None:
+            return
+        filling.done = filling.stop
+        first, others = filling.completions[0], filling.completions[1:]
+        engine.kv.note(first.slot, self._key, filling.tokens[: filling.done])
+        if filling.done == len(filling.tokens):
+            engine.kv.copy(first.slot, [completion.slot for completion in others], filling.done)
+            self.running += filling.completions
+            self.filling = None
+
+    def preempt(self, engine: Engine, completion: Completion) -> None:
+        """Takes a running completion's slot away; it goes on later, from its tokens, as if nothing had happened."""
+        self.running.remove(completion)
+        self._leave(engine, completion)
+        self._waiting.append(completion)
 
     def accept(self, engine: Engine, completion: Completion, drawn: Drawn) -> None:
         """Gives a completion its next token; sends what is new; the last completion ends the task."""
         reason = completion.add(drawn, engine.facts.eos_token_ids, engine)
         if reason is not None:
             self.running.remove(completion)
-            engine.kv.give_back(completion.slot)
+            self._leave(engine, completion)
         if reason is not None or self.job.stream_tokens:
             self.job.emit(completion.chunk(reason))
-        if reason is not None and not self.running and not self._waiting:
+        if reason is not None and not (self.running or self._waiting or self.filling):
             self.succeed(engine, None)
+
+    def _leave(self, engine: Engine, completion: Completion) -> None:
+        """Gives a slot back, saying what it holds: all but the last token, which was drawn and not yet run."""
+        held = completion.all_tokens[:-1] if completion.tokens else []
+        engine.kv.give_back(completion.slot, self._key, held)
+        completion.slot = -1
 
 
 class PassTask(Task[ForwardBackwardJob]):

@@ -168,7 +168,7 @@ class Worker:
             self._tasks.append(score)
             scheduler.scores[job.work].push(job.session, score)
         elif isinstance(job, GenerateJob):
-            generate = GenerateTask(job)
+            generate = GenerateTask(job, scheduler.step_tokens)
             self._tasks.append(generate)
             scheduler.prompts.push(job.session, generate)
         elif isinstance(job, ForwardBackwardJob | OptimStepJob | DropGradientsJob):
@@ -213,7 +213,7 @@ class Worker:
     def _work(self) -> None:
         """One engine step, if there is anything to do."""
         running = [c for task in self._tasks if isinstance(task, GenerateTask) for c in task.running]
-        plan = self._scheduler.plan(running=len(running), slots=self._engine.kv.free)
+        plan = self._scheduler.plan(running=len(running), slots=self._engine.kv.free(1))
         if plan.empty:
             return
         began = time.perf_counter()
@@ -227,8 +227,10 @@ class Worker:
         for task in list(self._tasks):
             if task.ended:
                 self._end(task)
-            elif isinstance(task, GenerateTask) and not task.next_cost():
-                self._scheduler.prompts.remove(task.session, task)
+            elif isinstance(task, GenerateTask):
+                self._scheduler.keep_prompts(task)
+        if not self._tasks:
+            self._engine.rest()
 
     def _run_admin(self, job: Job[Any]) -> None:
         if not job.done.set_running_or_notify_cancel():

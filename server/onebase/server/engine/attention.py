@@ -189,7 +189,7 @@ def _chunk(
     rows = max(count, MIN_ROWS)
     fill = rows - count
     bias = biases.causal((row.past, row.past + rows), span, shared)
-    queries = nn.functional.pad(q[:, part], (0, 0, 0, fill)).view(kv_heads, shared * (count + fill), dim)
+    queries = nn.functional.pad(q[:, part], (0, 0, 0, fill)).reshape(kv_heads, shared * (count + fill), dim)
     out = _attend(queries, keys[:, :span], values[:, :span], scale, bias)
     return out.view(heads, count + fill, dim)[:, :count]
 

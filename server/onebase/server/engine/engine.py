@@ -158,6 +158,10 @@ class Engine:
         """For the text of a new completion."""
         return Detokenizer(self.text)
 
+    def rest(self) -> None:
+        """Frees what is only worth keeping while there is work."""
+        self._stacks.drop()
+
     def begin_pass(self, job: ForwardBackwardJob) -> Pass:
         """A training pass before its first row; see `training`."""
         return begin(self.adapter(job.adapter), job)
@@ -219,12 +223,15 @@ class Engine:
         return results
 
     def _draw(self, decodings: Sequence[Decoding], hidden: torch.Tensor) -> list[list[Drawn]]:
-        last = torch.tensor([d.row.stop - 1 for d in decodings], device=self._device)
+        drawing = [d for d in decodings if d.draws]
+        if not drawing:
+            return [[] for _ in decodings]
+        last = torch.tensor([d.row.stop - 1 for d in drawing], device=self._device)
         states = hidden[last]
         logits = self.head.logits(states)  # [D, vocabulary]
         totals = torch.logsumexp(logits, dim=-1)
-        owners = [i for i, d in enumerate(decodings) for _ in d.draws]
-        draws = [one for d in decodings for one in d.draws]
+        owners = [i for i, d in enumerate(drawing) for _ in d.draws]
+        draws = [one for d in drawing for one in d.draws]
         allowed = logits[owners]
         for i, one in enumerate(draws):
             if one.banned:
@@ -234,12 +241,13 @@ class Engine:
         logprobs = (logits[owners, chosen] - totals[owners]).tolist()
         values = [
             float(_values(d.row.weights, states[i : i + 1])[0]) if d.value else float("nan")
-            for i, d in enumerate(decodings)
+            for i, d in enumerate(drawing)
         ]
-        drawn: list[list[Drawn]] = [[] for _ in decodings]
+        drawn: list[list[Drawn]] = [[] for _ in drawing]
         for owner, token, logprob in zip(owners, tokens, logprobs, strict=True):
             drawn[owner].append(Drawn(token, logprob, values[owner]))
-        return drawn
+        rest = iter(drawn)
+        return [next(rest) if d.draws else [] for d in decodings]
 
 
 def _needed(row: ScoreRow) -> list[int]:

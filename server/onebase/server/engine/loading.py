@@ -73,7 +73,7 @@ def open_engine(config: EngineConfig) -> Engine:
         [layer.out_features for layer in wrapped.values()],
     )
     prove(engine, model)
-    engine.kv = KVCache(config.kv_slots, facts.max_context)
+    engine.kv = KVCache(config.kv_slots, facts.max_context, config.kv_bytes, engine.kv.token_bytes)
     return engine
 
 

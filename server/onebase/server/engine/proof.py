@@ -51,7 +51,7 @@ def prove(engine: Engine, model: PreTrainedModel) -> float:
         raise _refusal(name, f"its forward failed in a flat batch: {error}") from error
     worst = 0.0
     for way, found in (("packed", packed), ("cached", cached)):
-        difference = max(_relative(f, t) for f, t in zip(found, truth, strict=True))
+        difference = max(_relative(f, t) for f, t in zip(found, truth, strict=False))  # a small cache holds fewer
         if not difference <= TOLERANCE.get(model.dtype, 1e-4):
             raise _refusal(name, f"{way} logits differ from transformers' own by {difference:.1e} of their magnitude")
         worst = max(worst, difference)
@@ -66,14 +66,13 @@ def _packed(engine: Engine, texts: list[list[int]]) -> list[torch.Tensor]:
 
 
 def _cached(engine: Engine, texts: list[list[int]]) -> list[torch.Tensor]:
-    """Prefill of the first part, a chunk of two tokens, then one token at a time, all sequences side by side."""
-    slots = [engine.kv.take() for _ in texts] if engine.kv.free >= len(texts) else []
-    if not slots:
-        slots, texts = [engine.kv.take()], texts[:1]
+    """Prefill of the first part, a chunk of five tokens, then one token at a time, all sequences side by side."""
+    texts = texts[: max(1, engine.kv.free(max(len(text) for text in texts)))]
+    slots = [engine.kv.take() for _ in texts]
     done = [len(text) // 2 for text in texts]
     rows = [Row(None, text[:n], 0, slot) for text, n, slot in zip(texts, done, slots, strict=True)]
     found = [[] for _ in texts]  # type: list[list[torch.Tensor]]
-    step = 2
+    step = 5
     while rows:
         _, hidden = engine.forward(rows)
         for row in rows:

@@ -1,0 +1,241 @@
+"""What the segmented kernel reads beside the activations: where the adapters' tensors lie, and whose the rows are.
+
+Both are small index tensors, made on the host. `LoraTables` depends on which adapters are in a step, `Tiles` on how
+many rows each has; every layer shares the latter. Nothing of an adapter is copied: its own A and B are read where they
+are, at their own rank, so a table stays right while their numbers change in place.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import gcd
+from typing import Protocol
+
+import torch
+
+SMALL_TILE = 16
+"""Rows of a tile of a segment with few rows: the least that a tensor core multiplies."""
+
+LARGE_TILE = 64
+"""Rows of a tile of a segment with many rows."""
+
+FIELDS = 4
+"""Numbers of one entry: A's address, B's address, the rank, the bits of the scaling as float32."""
+
+_LEAST_RANK_BLOCK, _MOST_RANK_BLOCK = 16, 128
+_VECTOR_BYTES = 16
+
+
+class Pair(Protocol):
+    """One layer's update of one adapter, scaling · B · A (see `lora.LoraPair`)."""
+
+    @property
+    def a(self) -> torch.Tensor:
+        """[r, in], the parameter."""
+
+    @property
+    def b(self) -> torch.Tensor:
+        """[out, r], the parameter."""
+
+    @property
+    def scaling(self) -> float:
+        """What the product is multiplied by."""
+
+    @property
+    def compute_a(self) -> torch.Tensor:
+        """[r, in] in the dtype of the activations."""
+
+    @property
+    def compute_b(self) -> torch.Tensor:
+        """[out, r] in the dtype of the activations."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the kernels are compiled for, beside a layer's shape; equal for all layers of one set of adapters."""
+
+    dtype: torch.dtype
+    rank_block: int  # ranks of one product, a power of two; larger ranks take several
+    rank_multiple: int  # divides every rank; lets rows of B be read 16 bytes at a time
+    aligned: bool  # every A and B begins at a multiple of 16 bytes
+
+
+@dataclass(frozen=True)
+class LoraTable:
+    """One layer of several adapters.
+
+    Attributes:
+        pairs: the adapters' pairs in the order of `Tiles.bounds`; None for one that leaves the layer alone. They are
+            held here so that the addresses stay valid.
+        entries: [adapters, FIELDS] int64 on the device; rank 0 where there is no pair.
+        launch: what the kernels are compiled for.
+        in_features, out_features: the layer's.
+        width: columns of the low-rank products, a multiple of `launch.rank_block`.
+    """
+
+    pairs: tuple[Pair | None, ...]
+    entries: torch.Tensor
+    launch: Launch
+    in_features: int
+    out_features: int
+    width: int
+
+
+class LoraTables:
+    """The tables of all layers for one set of adapters, moved to the device in one transfer.
+
+    A CUDA graph captured with `capacity` may be replayed for other adapters: where `launch` and `width` are equal,
+    copy the `entries` of the new tables into the captured ones, and keep the new ones for as long.
+
+    Args:
+        adapters: each adapter's pairs by layer, in the order of the segments (and of `Tiles.bounds`).
+        device: where the entries go; the pairs must be there already.
+        capacity: adapters that the entries have room for; by default as many as there are.
+
+    Raises:
+        ValueError: if pairs of one layer differ in shape, or pairs in dtype or device, or one is not contiguous; it
+            names the layer.
+    """
+
+    def __init__(
+        self, adapters: Sequence[Mapping[str, Pair]], device: torch.device, capacity: int | None = None
+    ) -> None:
+        room = len(adapters) if capacity is None else capacity
+        if room < len(adapters):
+            raise ValueError(f"{len(adapters)} adapters do not fit a capacity of {room}")
+        layers = {name: [pairs.get(name) for pairs in adapters] for name in sorted({n for ps in adapters for n in ps})}
+        there = [pair for pairs in layers.values() for pair in pairs if pair is not None]
+        self.launch = _launch(there) if there else None
+        ranks = max((pair.a.shape[0] for pair in there), default=0)
+        self.width = 0 if self.launch is None else _round_up(ranks, self.launch.rank_block)
+        rows = [[_entry(pair) for pair in pairs] + [[0] * FIELDS] * (room - len(pairs)) for pairs in layers.values()]
+        self.entries = torch.tensor(rows, dtype=torch.int64).view(len(layers), room, FIELDS).to(device)
+        self._layers = {
+            name: self._table(name, pairs, entries)
+            for (name, pairs), entries in zip(layers.items(), self.entries, strict=True)
+        }
+
+    def layer(self, name: str) -> LoraTable | None:
+        """The table of a layer; None if no adapter has a pair for it."""
+        return self._layers.get(name)
+
+    def _table(self, name: str, pairs: Sequence[Pair | None], entries: torch.Tensor) -> LoraTable:
+        if self.launch is None:
+            raise ValueError(f"layer {name!r} has no pair")
+        first = next(pair for pair in pairs if pair is not None)
+        in_features, out_features = first.compute_a.shape[1], first.compute_b.shape[0]
+        for pair in pairs:
+            if pair is not None:
+                _check(name, pair, in_features, out_features, self.launch.dtype, entries.device)
+        return LoraTable(tuple(pairs), entries, self.launch, in_features, out_features, self.width)
+
+
+@dataclass(frozen=True)
+class TileList:
+    """Tiles of one size: the grid of one launch."""
+
+    block: int  # most rows of a tile
+    tiles: torch.Tensor  # [T, 3] int32 on the device: adapter, start, stop
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The rows of a batch, cut into tiles, each of one adapter.
+
+    Attributes:
+        bounds: each adapter's flat places [start, stop), ascending; they may be empty.
+        lists: tiles by size; no tile is empty, save those that fill a capacity.
+    """
+
+    bounds: tuple[tuple[int, int], ...]
+    lists: tuple[TileList, ...]
+
+    @classmethod
+    def of(
+        cls,
+        bounds: Sequence[tuple[int, int]],
+        device: torch.device,
+        *,
+        exact: bool = False,
+        capacity: int | None = None,
+    ) -> Tiles:
+        """Cuts rows into tiles.
+
+        Args:
+            bounds: each adapter's flat places [start, stop), in ascending order.
+            device: where the tiles go.
+            exact: the same tile size for every row, so that a row's numbers do not depend on how many rows its adapter
+                has. Otherwise segments of few and of many rows take tiles of two sizes.
+            capacity: pad to this many tiles, for a CUDA graph that is replayed with other tiles; implies `exact`.
+
+        Raises:
+            ValueError: if bounds overlap or descend, or their tiles exceed the capacity.
+        """
+        end = 0
+        for start, stop in bounds:
+            if start < end or stop < start:
+                raise ValueError(f"segment [{start}, {stop}) begins before {end} or ends before it begins")
+            end = stop
+        cut: dict[int, list[tuple[int, int, int]]] = {}
+        for adapter, (start, stop) in enumerate(bounds):
+            few = exact or capacity is not None or stop - start <= SMALL_TILE
+            block = SMALL_TILE if few else LARGE_TILE
+            places = range(start, stop, block)
+            cut.setdefault(block, []).extend((adapter, place, min(place + block, stop)) for place in places)
+        if capacity is not None:
+            tiles = cut.setdefault(SMALL_TILE, [])
+            if len(tiles) > capacity:
+                raise ValueError(f"{len(tiles)} tiles do not fit a capacity of {capacity}")
+            tiles.extend([(0, 0, 0)] * (capacity - len(tiles)))
+        lists = [
+            TileList(block, torch.tensor(tiles, dtype=torch.int32).to(device)) for block, tiles in cut.items() if tiles
+        ]
+        return cls(tuple(bounds), tuple(lists))
+
+    @property
+    def stop(self) -> int:
+        """One past the last place of any segment."""
+        return self.bounds[-1][1] if self.bounds else 0
+
+
+def _launch(pairs: Sequence[Pair]) -> Launch:
+    size = pairs[0].compute_a.element_size()
+    addresses = [t.data_ptr() for pair in pairs for t in (pair.compute_a, pair.compute_b)]
+    ranks = [pair.a.shape[0] for pair in pairs]
+    block = 1 << (max(ranks) - 1).bit_length()
+    return Launch(
+        dtype=pairs[0].compute_a.dtype,
+        rank_block=min(max(block, _LEAST_RANK_BLOCK), _MOST_RANK_BLOCK),
+        rank_multiple=gcd(_VECTOR_BYTES // size, *ranks),
+        aligned=all(address % _VECTOR_BYTES == 0 for address in addresses),
+    )
+
+
+def _entry(pair: Pair | None) -> list[int]:
+    if pair is None:
+        return [0] * FIELDS
+    scaling: int = struct.unpack("<i", struct.pack("<f", pair.scaling))[0]
+    return [pair.compute_a.data_ptr(), pair.compute_b.data_ptr(), pair.a.shape[0], scaling]
+
+
+def _check(
+    name: str, pair: Pair, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    a, b = pair.compute_a, pair.compute_b
+    rank = pair.a.shape[0]
+    if a.shape != (rank, in_features) or b.shape != (out_features, rank):
+        raise ValueError(
+            f"layer {name!r}: A is {tuple(a.shape)} and B {tuple(b.shape)}, not {(rank, in_features)} and "
+            f"{(out_features, rank)}"
+        )
+    for tensor in (a, b):
+        if tensor.dtype != dtype or tensor.device.type != device.type:
+            raise ValueError(f"layer {name!r}: a {tensor.dtype} on {tensor.device}, not {dtype} on {device}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"layer {name!r}: a tensor of shape {tuple(tensor.shape)} is not contiguous")
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
