@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
-from engine.conftest import Run, generation, texts
+from engine.conftest import BASE, Run, generation, perturb, texts
 from engine.test_mixed import row, train_rows
 
-from onebase.server.engine import Engine
+from onebase.server.config import EngineConfig, Limits
+from onebase.server.engine import Engine, open_engine, training
 from onebase.server.errors import Aborted, FailedPrecondition
-from onebase.server.jobs import AdamW, CompletionChunk, ForwardBackwardJob, OptimStepJob, PpoLoss, ScoreJob
+from onebase.server.jobs import (
+    AdamW,
+    CompletionChunk,
+    CreateAdapterJob,
+    ForwardBackwardJob,
+    Job,
+    LoraSpec,
+    OptimStepJob,
+    PpoLoss,
+    ScoreJob,
+)
 from onebase.server.worker import Worker
 
 
@@ -134,3 +146,46 @@ def test_clip_norm_scales_the_whole_gradient_of_this_policy(run: Run) -> None:
     free = run(OptimStepJob(adapter=1, adamw=AdamW(0.0))).grad_norm
     run(ForwardBackwardJob(adapter=1, rows=train_rows(1), loss=PpoLoss()))
     assert run(OptimStepJob(adapter=1, adamw=AdamW(0.0), max_grad_norm=free / 10)).grad_norm == pytest.approx(free)
+
+
+def test_a_version_in_the_window_can_still_be_read(engine: Engine) -> None:
+    engine.version_window = 2
+    worker = Worker(engine, Limits())
+    worker.start()
+
+    def run(job: Job[Any]) -> Any:
+        worker.submit(job)
+        return job.done.result(30)
+
+    run(CreateAdapterJob(uid=1, name="p", lora=LoraSpec(rank=4), value_head=True))
+    perturb(engine, 1)
+    tokens, seen = texts(1)[0], []
+    for version in range(4):
+        seen.append(run(ScoreJob(rows=[row(1, tokens)])).rows[0].logprobs)
+        run(ForwardBackwardJob(adapter=1, rows=train_rows(version), loss=PpoLoss()))
+        run(OptimStepJob(adapter=1, adamw=AdamW(1e-2)))
+    for version in (2, 3):
+        result = run(ScoreJob(rows=[row(1, tokens)], versions={1: version}))
+        assert result.versions == {1: version}
+        np.testing.assert_array_equal(result.rows[0].logprobs, seen[version])
+    for version in (1, 5):
+        with pytest.raises(Aborted, match=f"version 4, not {version}"):
+            run(ScoreJob(rows=[row(1, tokens)], versions={1: version}))
+    assert len(engine.adapters[1].old) == 2
+    worker.stop(0.0)
+
+
+@pytest.mark.parametrize("count", [6, 60])
+def test_gradients_with_checkpointed_layers_are_the_same(count: int) -> None:
+    found = []
+    for checkpointing in (False, True):
+        engine = open_engine(EngineConfig(model=str(BASE), threads=1, gradient_checkpointing=checkpointing))
+        job = CreateAdapterJob(uid=1, name="p", lora=LoraSpec(rank=4), value_head=True)
+        engine.add(engine.formats.create(job))
+        perturb(engine, 1)
+        task = engine.begin_pass(ForwardBackwardJob(adapter=1, rows=train_rows(1, count), loss=PpoLoss()))
+        training.run(engine, [(task, count)])
+        found.append((task.gradients, training.finish(task).metrics))
+    assert found[0][1] == found[1][1]
+    for name, gradient in found[0][0].items():
+        np.testing.assert_array_equal(gradient.numpy(), found[1][0][name].numpy(), err_msg=name)

@@ -94,6 +94,22 @@ KvBytes = Annotated[
 StepTokens = Annotated[
     int, typer.Option(help="Most tokens of prompts and scored rows in one engine step.", rich_help_panel=_ENGINE)
 ]
+GradientCheckpointing = Annotated[
+    bool,
+    typer.Option(
+        "--gradient-checkpointing",
+        help="Recompute layers in the backward pass: a third more time in training, far less memory.",
+        rich_help_panel=_ENGINE,
+    ),
+]
+VersionWindow = Annotated[
+    int,
+    typer.Option(
+        help="How many old versions of each policy a request may still name; each costs its weights. A version that "
+        "is being read is always kept.",
+        rich_help_panel=_ENGINE,
+    ),
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python that comes with the model.", rich_help_panel=_ENGINE)
 ]
@@ -119,6 +135,8 @@ def serve(
     kv_slots: KvSlots = 32,
     kv_bytes: KvBytes = 0,
     step_tokens: StepTokens = 2048,
+    gradient_checkpointing: GradientCheckpointing = False,
+    version_window: VersionWindow = 0,
     trust_remote_code: TrustRemoteCode = False,
     verbose: Verbose = False,
 ) -> None:
@@ -159,6 +177,8 @@ def serve(
             kv_slots=kv_slots,
             kv_bytes=kv_bytes,
             step_tokens=step_tokens,
+            gradient_checkpointing=gradient_checkpointing,
+            version_window=version_window,
             trust_remote_code=trust_remote_code,
         )
         config = ServerConfig(

@@ -38,6 +38,10 @@ class EngineConfig:
     """Most bytes of the key-value cache; 0 is what kv_slots completions of full length need."""
     step_tokens: int = 2048
     """Most tokens of prompts and scored rows in one engine step; a longer row makes a step of its own."""
+    gradient_checkpointing: bool = False
+    """Keep no activations inside layers while training: a third more time, far less memory."""
+    version_window: int = 0
+    """How many old versions of each policy can still be asked for by number; each costs its weights."""
     trust_remote_code: bool = False
     """Run Python that comes with the model."""
 
@@ -55,6 +59,7 @@ class EngineConfig:
         _require(self.max_context >= 0, "max_context", self.max_context, "use 0 or more")
         _require(self.kv_slots >= 1, "kv_slots", self.kv_slots, "use 1 or more")
         _require(self.kv_bytes >= 0, "kv_bytes", self.kv_bytes, "use 0 or more")
+        _require(self.version_window >= 0, "version_window", self.version_window, "use 0 or more")
         _require(self.step_tokens >= 16, "step_tokens", self.step_tokens, "use 16 or more")
 
 

@@ -105,12 +105,13 @@ class Adapter:
     moments: Moments | None = None
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
     pending: int = 0  # passes whose gradients wait for a step
-    old: list[Weights] = field(default_factory=list)  # versions that still had readers when a step came
+    old: list[Weights] = field(default_factory=list)  # versions that are still read, or kept for those who may ask
+    window: int = 0  # how many old versions are kept for those who may ask
 
     def facts(self) -> AdapterFacts:
         """What is true of it now."""
         parameters = self.weights.parameters()
-        self.old = [weights for weights in self.old if weights.readers]
+        self._forget_old()
         moments = self.moments
         return AdapterFacts(
             uid=self.uid,
@@ -128,6 +129,25 @@ class Adapter:
             ),
             pending_gradients=self.pending,
         )
+
+    def at(self, version: int | None) -> Weights:
+        """A version that can be read: the newest, or one in the window.
+
+        Raises:
+            Aborted: that version is gone, or has not come yet.
+        """
+        if version is None:
+            return self.weights
+        newest = self.weights.version
+        for weights in (self.weights, *self.old):
+            if weights.version == version and newest - version <= self.window:
+                return weights
+        self.check_version(version)
+        return self.weights
+
+    def _forget_old(self) -> None:
+        oldest = self.weights.version - self.window
+        self.old = [weights for weights in self.old if weights.readers or weights.version >= oldest]
 
     def check_version(self, version: int | None) -> None:
         """Aborted unless it has the version that is asked for, if any."""
@@ -182,11 +202,12 @@ class Adapter:
         if max_grad_norm > 0:
             scale = torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_
             torch._foreach_mul_(list(gradients.values()), scale)
-        if self.weights.readers:
+        if self.weights.readers or self.window:
             self.old.append(self.weights)
             self.weights = self.weights.copy()
         self._adamw(settings, gradients)
         self.weights.version += 1
+        self._forget_old()
         return norm.item(), applied
 
     def _adamw(self, settings: AdamW, gradients: Mapping[str, torch.Tensor]) -> None:

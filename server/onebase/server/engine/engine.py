@@ -7,11 +7,13 @@ Nothing here knows of requests, sessions or queues; and only one thread may call
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from onebase.server.engine.adapters import Adapter, Weights
@@ -104,6 +106,8 @@ class Engine:
         self.kv = kv
         self.head = head
         self.adapters: dict[int, Adapter] = {}
+        self.version_window = 0
+        self.recomputed: list[nn.Module] = []
         self._model = model
         self._route = route
         self._formats = formats
@@ -115,6 +119,7 @@ class Engine:
 
     def add(self, adapter: Adapter) -> AdapterFacts:
         """Takes an adapter in."""
+        adapter.window = self.version_window
         self.adapters[adapter.uid] = adapter
         return adapter.facts()
 
@@ -136,18 +141,19 @@ class Engine:
         return self._formats
 
     def bind(self, uid: int, version: int | None = None) -> Weights | None:
-        """Begins to read an adapter: its newest version, which now cannot change. Give it back with `release`.
+        """Begins to read an adapter: a version of it, the newest if none is named, which now cannot change.
+
+        Give it back with `release`.
 
         Raises:
             NotFound: it is gone.
-            Aborted: it has another version than the one asked for.
+            Aborted: it does not have that version any more, or not yet.
         """
         if uid == BASE:
             return None
-        adapter = self.adapter(uid)
-        adapter.check_version(version)
-        adapter.weights.readers += 1
-        return adapter.weights
+        weights = self.adapter(uid).at(version)
+        weights.readers += 1
+        return weights
 
     def release(self, weights: Weights | None) -> None:
         """Ends what `bind` began."""
@@ -170,15 +176,28 @@ class Engine:
 
     def forward(self, rows: Sequence[Row]) -> tuple[Batch, torch.Tensor]:
         """Runs rows through the base: the batch, and the last hidden states [N, hidden] after the final norm."""
+        with self.showing(rows) as batch:
+            return batch, self.run(batch)
+
+    @contextlib.contextmanager
+    def showing(self, rows: Sequence[Row]) -> Iterator[Batch]:
+        """Shows the base's layers a batch; as long as layers may be run again for it (recomputed in a backward)."""
         batch = flatten(rows, self._device, self._multiple)
         self._route.begin(batch, self.kv, self._stacks.group(batch.segments))
         try:
-            out = self._model.base_model(
-                input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None, use_cache=False
-            )
+            yield batch
         finally:
             self._route.end()
-        return batch, out.last_hidden_state[0]
+
+    def run(self, batch: Batch) -> torch.Tensor:
+        """The last hidden states [N, hidden] of the batch that is shown, after the final norm."""
+        for layer in self.recomputed:
+            layer.training = torch.is_grad_enabled()
+        out = self._model.base_model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None, use_cache=False
+        )
+        hidden: torch.Tensor = out.last_hidden_state[0]
+        return hidden
 
     @torch.no_grad()
     def step(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from onebase.server.engine.adapters import Head
 from onebase.server.engine.batch import MIN_ROWS
@@ -49,14 +50,27 @@ def token_logprobs(
     """
     logprobs: list[torch.Tensor] = []
     entropies: list[torch.Tensor] = []
+    recompute = torch.is_grad_enabled() and hidden.shape[0] > CHUNK  # logits of one chunk alone may be kept
     for part, wanted in zip(torch.split(hidden, CHUNK), torch.split(targets, CHUNK), strict=True):
-        logits = head.logits(part)
-        total = torch.logsumexp(logits, dim=-1)
-        logprobs.append(logits.gather(1, wanted[:, None])[:, 0] - total)
-        if entropy:
-            with torch.no_grad():
-                entropies.append(total - (torch.softmax(logits, dim=-1) * logits).sum(-1))
+        if recompute:
+            found = checkpoint(_chunk_logprobs, head, part, wanted, entropy, use_reentrant=False)
+        else:
+            found = _chunk_logprobs(head, part, wanted, entropy)
+        logprobs.append(found[0])
+        entropies.append(found[1])
     return torch.cat(logprobs), torch.cat(entropies) if entropy else None
+
+
+def _chunk_logprobs(
+    head: LmHead, hidden: torch.Tensor, targets: torch.Tensor, entropy: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    logits = head.logits(hidden)
+    total = torch.logsumexp(logits, dim=-1)
+    logprobs = logits.gather(1, targets[:, None])[:, 0] - total
+    if not entropy:
+        return logprobs, total.detach()
+    with torch.no_grad():
+        return logprobs, total - (torch.softmax(logits, dim=-1) * logits).sum(-1)
 
 
 def linear_head(head: Head, hidden: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar
 
 from onebase.server.config import EngineConfig
@@ -72,6 +73,9 @@ def open_engine(config: EngineConfig) -> Engine:
         KVCache(config.kv_slots, facts.max_context),
         [layer.out_features for layer in wrapped.values()],
     )
+    engine.version_window = config.version_window
+    if config.gradient_checkpointing:
+        engine.recomputed = recomputed_layers(model)
     prove(engine, model)
     engine.kv = KVCache(config.kv_slots, facts.max_context, config.kv_bytes, engine.kv.token_bytes)
     return engine
@@ -157,6 +161,23 @@ def _facts(
         pad_token_id=pad,
         bos_token_id=bos,
     )
+
+
+def recomputed_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The blocks that recompute their activations in the backward pass when they are told that they train.
+
+    Only the blocks themselves are told so: their parts stay in evaluation mode, so no dropout comes with it.
+
+    Raises:
+        InvalidArgument: the architecture has no such blocks.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise InvalidArgument(
+            "NO_GRADIENT_CHECKPOINTING", f"{type(model).__name__} has no gradient checkpointing: serve it without"
+        )
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def _refuse_longrope(config: PreTrainedConfig, facts: BaseFacts) -> None:

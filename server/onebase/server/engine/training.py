@@ -69,8 +69,8 @@ def run(engine: Engine, parts: Sequence[tuple[Pass, int]]) -> None:
     """
     work = [(task, task.job.rows[task.done : task.done + count]) for task, count in parts]
     rows = [[Row(task.adapter.weights, row.tokens[:-1].tolist()) for row in train] for task, train in work]
-    with torch.enable_grad():
-        _, hidden = engine.forward([row for of_task in rows for row in of_task])
+    with torch.enable_grad(), engine.showing([row for of_task in rows for row in of_task]) as batch:
+        hidden = engine.run(batch)
         said = [_say(engine, task, train, of_task, hidden) for (task, train), of_task in zip(work, rows, strict=True)]
         losses = [_loss(task, train, now) for (task, train), now in zip(work, said, strict=True)]
         parameters = [task.adapter.weights.parameters() for task, _ in work]
