@@ -28,6 +28,8 @@ class EngineConfig:
     """auto, cpu, cuda, or cuda:N; auto takes CUDA where there is one."""
     dtype: str = "auto"
     """auto, float32, bfloat16 or float16; auto is what the model was saved in."""
+    quantization: str = "none"
+    """none, int8 or nf4: how the weights of the linear layers are kept; products are made in the dtype all the same."""
     threads: int = 0
     """CPU threads of the engine; 0 is half the cores: other programs share them, and small matrices gain nothing."""
     max_context: int = 0
@@ -55,6 +57,8 @@ class EngineConfig:
         )
         dtypes = ("auto", "float32", "bfloat16", "float16")
         _require(self.dtype in dtypes, "dtype", self.dtype, f"use one of {', '.join(dtypes)}")
+        kinds = ("none", "int8", "nf4")
+        _require(self.quantization in kinds, "quantization", self.quantization, f"use one of {', '.join(kinds)}")
         _require(self.threads >= 0, "threads", self.threads, "use 0 or more")
         _require(self.max_context >= 0, "max_context", self.max_context, "use 0 or more")
         _require(self.kv_slots >= 1, "kv_slots", self.kv_slots, "use 1 or more")

@@ -383,6 +383,17 @@ class BaseFacts:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
     bos_token_id: int | None
+    quantization: str = "none"  # none, int8 or nf4: how the linear layers' weights are kept
+
+    @property
+    def precision(self) -> str:
+        """Of its weights, for people."""
+        return precision(self.dtype, self.quantization)
+
+
+def precision(dtype: str, quantization: str) -> str:
+    """What a base's weights are kept in, for people."""
+    return dtype if quantization == "none" else f"{quantization} with {dtype} products"
 
 
 @dataclass(frozen=True)

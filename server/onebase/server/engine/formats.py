@@ -4,7 +4,7 @@
     adapter_model.safetensors    base_model.model.{layer}.lora_{A,B}.weight; rewards: base_model.model.score.weight
     value_head.safetensors       v_head.summary.{weight,bias}, where there is a value head (TRL's names)
     optimizer.safetensors        AdamW's moments, where they were asked for
-    onebase.json                 version, kind, the base's fingerprint, and a SHA-256 of each file
+    onebase.json                 version, kind, the base's fingerprint and precision, and a SHA-256 of each file
 
 PEFT resolves which layers an adapter targets, on a copy of the architecture without weights. Pickle is never opened.
 What we do not compute the way PEFT does is refused by the name of its setting.
@@ -13,6 +13,7 @@ What we do not compute the way PEFT does is refused by the name of its setting.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,17 @@ from onebase.server.engine.adapters import Adapter, Head, Moments, Weights
 from onebase.server.engine.files import SavedFiles, write_directory
 from onebase.server.engine.lora import LoraPair
 from onebase.server.errors import FailedPrecondition, InvalidArgument, OnebaseError, ResourceExhausted
-from onebase.server.jobs import AdapterKind, BaseFacts, CreateAdapterJob, LoadAdapterJob, LoraSpec, SaveResult
+from onebase.server.jobs import (
+    AdapterKind,
+    BaseFacts,
+    CreateAdapterJob,
+    LoadAdapterJob,
+    LoraSpec,
+    SaveResult,
+    precision,
+)
+
+log = logging.getLogger(__name__)
 
 PREFIX = "base_model.model."
 HEAD_NAMES = ("score", "classifier")
@@ -150,6 +161,7 @@ class Formats:
         files = SavedFiles(job.path)
         manifest = files.manifest()
         self._check_base(manifest, job.path)
+        self._compare_precision(manifest, job.name)
         config = read_config(files)
         check_config(config, job.kind)
         ranks = [config.r, *(config.rank_pattern or {}).values()]
@@ -184,6 +196,22 @@ class Formats:
                 f"{path} was saved from the base {manifest['base'].get('model')!r} ({theirs[:12]}), and this server "
                 f"has {self._facts.model!r} ({self._facts.fingerprint[:12]}): serve that base, or train a new adapter",
                 field="path",
+            )
+
+    def _compare_precision(self, manifest: dict[str, Any], name: str) -> None:
+        """Warns where the adapter was saved from the same base in another precision."""
+        base = manifest.get("base", {})
+        if "dtype" not in base:
+            return
+        theirs = precision(base["dtype"], base.get("quantization", "none"))
+        if theirs != self._facts.precision:
+            log.warning(
+                "adapter %r was trained on the base in %s, and this server has it in %s: it was fitted to the other's "
+                "rounding, so its logprobs, values and rewards shift, and a policy that goes on training may not "
+                "converge. Serve the base as it was then (--dtype, --quantization), or watch the first rewards and KL",
+                name,
+                theirs,
+                self._facts.precision,
             )
 
     def _read_pair(self, name: str, target: Target, tensors: dict[str, torch.Tensor], trainable: bool) -> LoraPair:
@@ -275,7 +303,12 @@ class Formats:
             "format": 1,
             "kind": adapter.kind.value,
             "version": weights.version,
-            "base": {"model": self._facts.model, "fingerprint": self._facts.fingerprint, "dtype": self._facts.dtype},
+            "base": {
+                "model": self._facts.model,
+                "fingerprint": self._facts.fingerprint,
+                "dtype": self._facts.dtype,
+                "quantization": self._facts.quantization,
+            },
         }
         size = write_directory(path, config, files, manifest, overwrite=overwrite)
         return SaveResult(path, weights.version, size)

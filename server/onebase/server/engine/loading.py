@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 import os
 
@@ -21,9 +20,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar
 
 from onebase.server.config import EngineConfig
-from onebase.server.engine import attention, lora
+from onebase.server.engine import attention, lora, quantized
 from onebase.server.engine.batch import Route
 from onebase.server.engine.engine import Engine
+from onebase.server.engine.fingerprint import fingerprint
 from onebase.server.engine.formats import Formats
 from onebase.server.engine.heads import LmHead, logits_finish
 from onebase.server.engine.kv import KVCache
@@ -47,12 +47,11 @@ def open_engine(config: EngineConfig) -> Engine:
     torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 2) // 2))
     device = _device(config.device)
     settings, tokenizer = _describe(config)
-    dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
     log.info("loading %s", config.model)
-    model = _load(config, settings, dtype).to(device)
+    model = _load(config, settings, device)
     model.eval().requires_grad_(False)
-    skeleton = _skeleton(model.config)
-    facts = _facts(config, model, tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    skeleton = _skeleton(settings)
+    facts = _facts(config, model, skeleton, tokenizer)
     _refuse_longrope(model.config, facts)
     route = Route()
     blocks = model.base_model
@@ -62,7 +61,7 @@ def open_engine(config: EngineConfig) -> Engine:
         )
     wrapped = lora.install(model, blocks, route)
     attention.install(model, route)
-    conv1d = any(not isinstance(layer.base, nn.Linear) for layer in wrapped.values())
+    conv1d = any(not isinstance(skeleton.get_submodule(name), nn.Linear) for name in wrapped)
     engine = Engine(
         model,
         route,
@@ -108,10 +107,26 @@ def _describe(config: EngineConfig) -> tuple[PreTrainedConfig, PreTrainedTokeniz
     return settings, tokenizer
 
 
-def _load(config: EngineConfig, settings: PreTrainedConfig, dtype: object) -> PreTrainedModel:
+def _load(config: EngineConfig, settings: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
+    """The model on the device, its linear layers quantized if the settings say so."""
+    quantization = quantized.loading_config(config.quantization)
+    saved = getattr(settings, "quantization_config", None)
+    if saved and (quantization is not None or saved.get("quant_method", "bitsandbytes") == "bitsandbytes"):
+        raise FailedPrecondition(
+            "QUANTIZED_ALREADY",
+            f"{config.model!r} was saved with quantized weights: serve the model that they were made from, with "
+            "--quantization int8 or nf4",
+            field="model",
+        )
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            config.model, config=settings, dtype=dtype, trust_remote_code=config.trust_remote_code, use_safetensors=True
+            config.model,
+            config=settings,
+            dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+            quantization_config=quantization,
+            device_map=None if quantization is None else {"": device},
         )
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
@@ -120,6 +135,9 @@ def _load(config: EngineConfig, settings: PreTrainedConfig, dtype: object) -> Pr
             f"{config.model!r} ({settings.model_type}) is no causal LM that can be loaded: {first}",
             field="model",
         ) from error
+    if quantization is None:
+        return model.to(device)
+    quantized.take_over(model)
     return model
 
 
@@ -130,7 +148,7 @@ def _skeleton(settings: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _facts(
-    config: EngineConfig, model: PreTrainedModel, pad: int | None, bos: int | None, eos: int | None
+    config: EngineConfig, model: PreTrainedModel, skeleton: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> BaseFacts:
     settings = model.config.get_text_config()
     longest = int(getattr(settings, "max_position_embeddings", 0) or 0) or config.max_context
@@ -144,22 +162,22 @@ def _facts(
             f"max_context is {config.max_context}, and the model was made for {longest}",
             field="max_context",
         )
-    parameters = list(model.named_parameters())
     return BaseFacts(
         model=config.model,
         architecture=type(model).__name__,
-        fingerprint=_fingerprint(model),
+        fingerprint=fingerprint(model, skeleton, config.model),
         vocab_size=int(model.get_input_embeddings().weight.shape[0]),
         hidden_size=int(settings.hidden_size),
         num_layers=int(settings.num_hidden_layers),
         max_context=config.max_context or longest,
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
-        parameter_count=sum(p.numel() for _, p in parameters),
-        weights_bytes=sum(p.numel() * p.element_size() for _, p in parameters),
-        eos_token_ids=_eos_ids(model, eos),
-        pad_token_id=pad,
-        bos_token_id=bos,
+        parameter_count=sum(p.numel() for p in skeleton.parameters()),
+        weights_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        eos_token_ids=_eos_ids(model, tokenizer.eos_token_id),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        quantization=config.quantization,
     )
 
 
@@ -204,14 +222,3 @@ def _eos_ids(model: PreTrainedModel, tokenizer_eos: int | None) -> tuple[int, ..
     more = given if isinstance(given, list) else [given]
     ids = [i for i in [tokenizer_eos, *more] if i is not None]
     return tuple(dict.fromkeys(ids))
-
-
-def _fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 over names, shapes and a sample of every weight, in bfloat16 so that precision does not count."""
-    digest = hashlib.sha256(type(model).__name__.encode())
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16).view(torch.int16).cpu()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from onebase.server.engine.batch import MIN_ROWS, Route, Segment
+from onebase.server.engine.quantized import QuantizedLinear
 from onebase.server.engine.stacks import SegmentGroup, Stack, padded_rank
 
 
@@ -163,7 +164,9 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether LoRA can adapt this layer: nn.Linear and its quantized kin, and transformers' Conv1D."""
-    return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
+    return isinstance(module, nn.Linear | QuantizedLinear) or (
+        type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    )
 
 
 def install(model: nn.Module, layers: nn.Module, route: Route) -> dict[str, MultiLoraLinear]:
