@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from processes import ChildFailed, Children
+from processes import Child, ChildFailed, Children
 
 FOREVER = [sys.executable, "-c", "import time; print('on', flush=True); time.sleep(600)"]
 DEAF = [
@@ -25,21 +25,30 @@ def wait_for(path: Path) -> None:
 
 
 def test_a_failing_child_ends_the_wait_for_another_and_leaves_nobody(tmp_path: Path) -> None:
-    with (
-        pytest.raises(ChildFailed, match="(?s)trainer ended with code 3.*what went wrong"),
-        Children(tmp_path) as children,
-    ):
-        server = children.start("server", FOREVER)
-        children.start("trainer", FAILING)
-        children.wait(server, lambda: None, every=0.05)
-    assert not psutil.pid_exists(server.process.pid)
+    started: list[Child] = []
+
+    def demo() -> None:
+        with Children(tmp_path) as children:
+            started.append(children.start("server", FOREVER))
+            children.start("trainer", FAILING)
+            children.wait(started[0], lambda: None, every=0.05)
+
+    with pytest.raises(ChildFailed, match=r"(?s)trainer ended with code 3.*what went wrong"):
+        demo()
+    assert not psutil.pid_exists(started[0].process.pid)
 
 
 def test_an_error_in_the_demo_itself_leaves_nobody(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), Children(tmp_path) as children:
-        child = children.start("server", FOREVER)
-        raise KeyboardInterrupt
-    assert child.process.poll() is not None
+    started: list[Child] = []
+
+    def demo() -> None:
+        with Children(tmp_path) as children:
+            started.append(children.start("server", FOREVER))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        demo()
+    assert started[0].process.poll() is not None
 
 
 def test_a_child_that_does_not_listen_is_killed(tmp_path: Path) -> None:
@@ -51,7 +60,6 @@ def test_a_child_that_does_not_listen_is_killed(tmp_path: Path) -> None:
 
 
 def test_a_child_that_ends_well_ends_the_wait(tmp_path: Path) -> None:
-    ticks = []
     with Children(tmp_path) as children:
         children.wait(
             children.start("quick", [sys.executable, "-c", "print('done')"]), lambda: ticks.append(1), every=0.02
