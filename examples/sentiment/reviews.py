@@ -25,7 +25,7 @@ import typer
 import vocabulary as words
 from common import write_jsonl
 
-TONES = {-2: 0.05, -1: 0.2, 0: 0.5, 1: 0.2, 2: 0.05}
+TONES = {-2: 0.08, -1: 0.15, 0: 0.54, 1: 0.15, 2: 0.08}
 """How often a review of each tone is written."""
 
 
@@ -157,7 +157,7 @@ class Writer:
 def opinion(rng: random.Random, genre: str, tone: int) -> Opinion:
     """One to three sentences: the first has the tone, a later one may be a step nearer to the middle."""
     writer = Writer(rng, genre)
-    count = rng.choices([1, 2, 3], [1, 3, 3])[0]
+    count = rng.choices([1, 2, 3], [1, 3, 1])[0]
     nearer = tone - (tone > 0) + (tone < 0)
     degrees = [tone, *(tone if rng.random() < 0.85 else nearer for _ in range(count - 1))]
     texts = [writer.any(degree, last=0 < index == count - 1) for index, degree in enumerate(degrees)]
