@@ -1,6 +1,6 @@
 """The segmented low-rank update in Triton: rows sorted by adapter, each adapter's A and B read where they are.
 
-    shrink:  low[m] = x[m] · A[a(m)]ᵀ                     a partial sum for each part of the inputs, in float32
+    shrink:  low[m] = x[m] · A[a(m)]ᵀ                     a partial sum for each part of the inputs
     expand:  y[m]  += scaling[a(m)] · low[m] · B[a(m)]ᵀ    the parts added in their order
 
 A program handles one tile of rows of one adapter (see `table`), so no program is empty and rows without an adapter are
@@ -17,7 +17,6 @@ Punica, Chen et al. 2023 (arXiv:2310.18547), section 4. Unlike there, sums are n
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -38,20 +37,24 @@ class Blocks:
     stages: int  # loads of shrink in flight
 
 
-def blocks_for(rows: int, in_features: int, out_features: int, itemsize: int) -> Blocks:
-    """The default cut, by the tile's rows, the layer and the bytes of a number; the same for every batch.
+def blocks_for(rows: int, table: LoraTable) -> Blocks:
+    """The default cut for tiles of so many rows.
 
     A tile of few rows waits for memory: long rows of A at a time, and about four products to a program. A tile of many
-    rows has company enough, so its inputs are split only where they are very long.
+    rows has company enough, so its inputs are split only where they are very long. `inputs` and `split`, the order in
+    which sums are made, depend on the tile's rows and on the layer alone: not on the batch, and not on other adapters.
     """
+    in_features, out_features = table.in_features, table.out_features
+    itemsize = table.launch.dtype.itemsize
+    rank_bytes = table.launch.rank_block * itemsize
     few = rows <= SMALL_TILE
     inputs = (256 if few else 128) // itemsize
     steps = -(-in_features // inputs)
     return Blocks(
         inputs=min(inputs, _block(in_features)),
         split=_power_below(steps // 4 if few else steps // 32, 16),
-        outputs=min(64 if few else 128, _block(out_features)),
-        warps=4,
+        outputs=min(64 if few else 256 // itemsize, _block(out_features)),
+        warps=8 if rank_bytes >= (256 if few else 128) else 4,  # what fits the registers of so many threads
         stages=3,
     )
 
@@ -67,13 +70,14 @@ def add_lora_(x: torch.Tensor, y: torch.Tensor, table: LoraTable, tiles: Tiles, 
         blocks: how the work is cut; by default `blocks_for`.
     """
     for part in tiles.lists:
-        cut = blocks or blocks_for(part.block, table.in_features, table.out_features, x.element_size())
-        _launch(x, y, table, part, cut)
+        _launch(x, y, table, part, blocks or blocks_for(part.block, table))
 
 
 def _launch(x: torch.Tensor, y: torch.Tensor, table: LoraTable, part: TileList, cut: Blocks) -> None:
     count, launch = part.tiles.shape[0], table.launch
-    low = torch.empty(cut.split, count, part.block, table.width, dtype=torch.float32, device=x.device)
+    # Whole sums are rounded at once, as the next product wants them; parts stay in float32 until they are added.
+    dtype = x.dtype if cut.split == 1 else torch.float32
+    low = torch.empty(cut.split, count, part.block, table.width, dtype=dtype, device=x.device)
     common = {
         "width": table.width,
         "fields": FIELDS,
@@ -107,19 +111,20 @@ def _launch(x: torch.Tensor, y: torch.Tensor, table: LoraTable, part: TileList, 
         outputs_block=cut.outputs,
         outputs_even=table.out_features % cut.outputs == 0,
         rank_multiple=launch.rank_multiple,
+        num_stages=1,  # most ranks take one turn of the loop: nothing to overlap, and all parts would be held at once
         **common,
     )
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def shrink(
-    x: Any,  # [N, in]
-    low: Any,  # [split, T, rows_block, width] float32
-    entries: Any,  # [adapters, fields] int64
-    tiles: Any,  # [T, 3] int32
-    in_features: Any,
-    x_stride: Any,
-    width: Any,
+    x: tl.tensor,  # [N, in]
+    low: tl.tensor,  # [split, T, rows_block, width], float32 if there are parts
+    entries: tl.tensor,  # [adapters, fields] int64
+    tiles: tl.tensor,  # [T, 3] int32
+    in_features: tl.tensor,
+    x_stride: tl.tensor,
+    width: tl.tensor,
     fields: tl.constexpr,
     rows_block: tl.constexpr,
     rank_block: tl.constexpr,
@@ -158,18 +163,18 @@ def shrink(
             if widened:
                 xs, ws = xs.to(tl.float32), ws.to(tl.float32)
             total = tl.dot(xs, tl.trans(ws), total, input_precision="ieee")
-        tl.store(at + r[None, :], total)
+        tl.store(at + r[None, :], total.to(low.dtype.element_ty))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def expand(
-    low: Any,  # [split, T, rows_block, width] float32
-    y: Any,  # [N, out]
-    entries: Any,  # [adapters, fields] int64
-    tiles: Any,  # [T, 3] int32
-    out_features: Any,
-    y_stride: Any,
-    width: Any,
+    low: tl.tensor,  # [split, T, rows_block, width], float32 if there are parts
+    y: tl.tensor,  # [N, out]
+    entries: tl.tensor,  # [adapters, fields] int64
+    tiles: tl.tensor,  # [T, 3] int32
+    out_features: tl.tensor,
+    y_stride: tl.tensor,
+    width: tl.tensor,
     fields: tl.constexpr,
     rows_block: tl.constexpr,
     rank_block: tl.constexpr,
@@ -204,8 +209,8 @@ def expand(
     for first in range(0, rank, rank_block):
         r = (first + tl.arange(0, rank_block))[None, :]
         ws = tl.load(b + n[:, None] * rank + r, mask=known & (r < rank), other=0.0)
-        lows = tl.zeros((rows_block, rank_block), dtype=tl.float32)
-        for part in tl.static_range(split):
+        lows = tl.load(low + tile.to(tl.int64) * rows_block * width + m[:, None] * width + r)
+        for part in tl.static_range(1, split):
             lows += tl.load(low + (part * count + tile).to(tl.int64) * rows_block * width + m[:, None] * width + r)
         lows = lows.to(ws.dtype)
         if widened:
@@ -216,7 +221,7 @@ def expand(
 
 def _block(size: int) -> int:
     """The least power of two that covers a size and that a tensor core multiplies."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, int(triton.next_power_of_2(size)))
 
 
 def _power_below(number: int, most: int) -> int:

@@ -15,6 +15,8 @@ from typing import Protocol
 
 import torch
 
+from onebase.server.engine.kernels.availability import available
+
 SMALL_TILE = 16
 """Rows of a tile of a segment with few rows: the least that a tensor core multiplies."""
 
@@ -24,7 +26,8 @@ LARGE_TILE = 64
 FIELDS = 4
 """Numbers of one entry: A's address, B's address, the rank, the bits of the scaling as float32."""
 
-_LEAST_RANK_BLOCK, _MOST_RANK_BLOCK = 16, 128
+_LEAST_RANK_BLOCK = 16
+_RANK_BLOCK_BYTES = 256
 _VECTOR_BYTES = 16
 
 
@@ -57,7 +60,7 @@ class Launch:
     """What the kernels are compiled for, beside a layer's shape; equal for all layers of one set of adapters."""
 
     dtype: torch.dtype
-    rank_block: int  # ranks of one product, a power of two; larger ranks take several
+    rank_block: int  # ranks of one product, a power of two up to 128 (64 in float32); larger ranks take several
     rank_multiple: int  # divides every rank; lets rows of B be read 16 bytes at a time
     aligned: bool  # every A and B begins at a multiple of 16 bytes
 
@@ -73,6 +76,7 @@ class LoraTable:
         launch: what the kernels are compiled for.
         in_features, out_features: the layer's.
         width: columns of the low-rank products, a multiple of `launch.rank_block`.
+        kernel: whether the kernel makes the update, or plain torch.
     """
 
     pairs: tuple[Pair | None, ...]
@@ -81,6 +85,7 @@ class LoraTable:
     in_features: int
     out_features: int
     width: int
+    kernel: bool
 
 
 class LoraTables:
@@ -93,6 +98,7 @@ class LoraTables:
         adapters: each adapter's pairs by layer, in the order of the segments (and of `Tiles.bounds`).
         device: where the entries go; the pairs must be there already.
         capacity: adapters that the entries have room for; by default as many as there are.
+        kernel: whether the kernel is to be used; by default, where it is `available`.
 
     Raises:
         ValueError: if pairs of one layer differ in shape, or pairs in dtype or device, or one is not contiguous; it
@@ -100,8 +106,14 @@ class LoraTables:
     """
 
     def __init__(
-        self, adapters: Sequence[Mapping[str, Pair]], device: torch.device, capacity: int | None = None
+        self,
+        adapters: Sequence[Mapping[str, Pair]],
+        device: torch.device,
+        *,
+        capacity: int | None = None,
+        kernel: bool | None = None,
     ) -> None:
+        self._kernel = available(device) if kernel is None else kernel
         room = len(adapters) if capacity is None else capacity
         if room < len(adapters):
             raise ValueError(f"{len(adapters)} adapters do not fit a capacity of {room}")
@@ -129,7 +141,7 @@ class LoraTables:
         for pair in pairs:
             if pair is not None:
                 _check(name, pair, in_features, out_features, self.launch.dtype, entries.device)
-        return LoraTable(tuple(pairs), entries, self.launch, in_features, out_features, self.width)
+        return LoraTable(tuple(pairs), entries, self.launch, in_features, out_features, self.width, self._kernel)
 
 
 @dataclass(frozen=True)
@@ -207,7 +219,7 @@ def _launch(pairs: Sequence[Pair]) -> Launch:
     block = 1 << (max(ranks) - 1).bit_length()
     return Launch(
         dtype=pairs[0].compute_a.dtype,
-        rank_block=min(max(block, _LEAST_RANK_BLOCK), _MOST_RANK_BLOCK),
+        rank_block=min(max(block, _LEAST_RANK_BLOCK), _RANK_BLOCK_BYTES // size),
         rank_multiple=gcd(_VECTOR_BYTES // size, *ranks),
         aligned=all(address % _VECTOR_BYTES == 0 for address in addresses),
     )
@@ -231,7 +243,7 @@ def _check(
             f"{(out_features, rank)}"
         )
     for tensor in (a, b):
-        if tensor.dtype != dtype or tensor.device.type != device.type:
+        if tensor.dtype != dtype or tensor.device != device:
             raise ValueError(f"layer {name!r}: a {tensor.dtype} on {tensor.device}, not {dtype} on {device}")
         if not tensor.is_contiguous():
             raise ValueError(f"layer {name!r}: a tensor of shape {tuple(tensor.shape)} is not contiguous")
