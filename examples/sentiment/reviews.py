@@ -8,14 +8,16 @@ neither. Most reviews are lukewarm, as most films are.
     python examples/sentiment/reviews.py .demo/data
 
 writes corpus.jsonl {"text"}, pairs.jsonl and pairs_heldout.jsonl {"prompt", "chosen", "rejected"}, prompts.jsonl and
-prompts_heldout.jsonl {"prompt"}. An opening is held out or not by a hash of its text, so nothing that is trained on,
-in any stage, begins with a held-out prompt; and no opinion of a held-out pair occurs in a pair that is trained on.
+prompts_heldout.jsonl {"prompt"}, and .demo/data.json when all of them are there. An opening is held out or not by a
+hash of its text, so nothing that is trained on, in any stage, begins with a held-out prompt; and no opinion of a
+held-out pair occurs in a pair that is trained on.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from typing import Annotated
 
 import typer
 import vocabulary as words
-from common import write_jsonl
+from common import record_path, write_json, write_jsonl
 
 TONES = {-2: 0.08, -1: 0.15, 0: 0.54, 1: 0.15, 2: 0.08}
 """How often a review of each tone is written."""
@@ -213,6 +215,8 @@ def main(
     seed: Annotated[int, typer.Option(help="The same seed writes the same files.")] = 0,
 ) -> None:
     """Writes the data of the three stages."""
+    began = time.monotonic()
+    record_path(output).unlink(missing_ok=True)
     training = pairs(seed, train_pairs, held_out=False)
     seen = frozenset(pair[side] for pair in training for side in ("chosen", "rejected"))
     write_jsonl(output / "corpus.jsonl", ({"text": text} for text in corpus(seed, reviews)))
@@ -220,6 +224,7 @@ def main(
     write_jsonl(output / "pairs_heldout.jsonl", pairs(seed, heldout_pairs, held_out=True, avoid=seen))
     for name, count, held in (("prompts", train_prompts, False), ("prompts_heldout", heldout_prompts, True)):
         write_jsonl(output / f"{name}.jsonl", ({"prompt": text} for text in prompts(seed, count, held_out=held)))
+    write_json(record_path(output), {"reviews": reviews, "seconds": time.monotonic() - began})
 
 
 if __name__ == "__main__":
