@@ -27,6 +27,8 @@ def perturb(engine: Engine, uid: int) -> None:
         for name, parameter in engine.adapters[uid].weights.parameters().items():
             if "lora_B" in name:
                 parameter.normal_(0, 0.1, generator=random)
+    for pair in engine.adapters[uid].weights.lora.values():
+        pair.refresh()
 
 
 @pytest.fixture

@@ -307,6 +307,7 @@ def test_what_the_server_tells_of_itself(live):
     base = info.base
     assert (base.model, base.vocab_size, base.max_context, base.hidden_size) == ("fake", 1000, 64, 8)
     assert (base.pad_token_id, base.bos_token_id, list(base.eos_token_ids)) == (-1, 1, [2, 3])
+    assert (base.dtype, base.quantization) == ("float32", "none")
     assert (info.limits.max_rank, info.limits.max_message_bytes) == (512, 64 * 2**20)
     assert info.version
 

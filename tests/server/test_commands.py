@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import typer
-from server.fakes import FakeText, FakeWorker
+from server.fakes import FACTS, FakeText, FakeWorker
 from typer.testing import CliRunner
 
 from onebase.server import app, commands
@@ -45,6 +46,7 @@ def test_it_tells_what_it_does(run, tmp_path):
         "model", "--reward", f"r1={tmp_path}/r", "--policy", "p1", "--policy", f"p2={tmp_path}/p", "--port", "0",
         "--root", str(tmp_path), "--policy-rank", "4", "--policy-alpha", "8", "--kv-slots", "3", "--step-tokens", "64",
         "--max-context", "77", "--threads", "1", "--drain-seconds", "2", "--dtype", "float32", "--device", "cpu",
+        "--quantization", "nf4",
     )  # fmt: skip
     assert code == 0, output
     assert "FakeForCausalLM" in output
@@ -58,6 +60,7 @@ def test_it_tells_what_it_does(run, tmp_path):
     engine = config.engine
     assert (engine.model, engine.kv_slots, engine.step_tokens, engine.max_context) == ("model", 3, 64, 77)
     assert (engine.threads, engine.dtype, engine.device, engine.trust_remote_code) == (1, "float32", "cpu", False)
+    assert engine.quantization == "nf4"
 
 
 def test_defaults_are_the_settings_own(run, tmp_path):
@@ -75,6 +78,7 @@ def test_defaults_are_the_settings_own(run, tmp_path):
         (["--policy", "p 1"], "adapter is 'p 1'"),
         (["--policy", "p1", "--policy", "p1"], "adapter is 'p1': give each adapter a name of its own"),
         (["--dtype", "int8"], "dtype is 'int8'"),
+        (["--quantization", "int4"], "quantization is 'int4': use one of none, int8, nf4"),
         (["--root", __file__], "root is"),
     ],
 )
@@ -85,6 +89,13 @@ def test_a_setting_that_cannot_work_is_one_line_and_exit_code_1(run, arguments, 
     assert told in output
     assert len(output.splitlines()) == 1
     assert seen == []
+
+
+def test_the_base_is_told_with_its_quantization(run, monkeypatch):
+    facts = replace(FACTS, dtype="bfloat16", quantization="int8")
+    monkeypatch.setattr(app, "open_parts", lambda config: Parts(FakeWorker(facts), FakeText()))
+    _, output, _ = run("model", "--port", "0")
+    assert "12,345 parameters in int8 with bfloat16 products (48.2 KiB) on cpu" in output
 
 
 def test_a_base_that_does_not_open_is_one_line_and_exit_code_1(run, monkeypatch):

@@ -38,7 +38,15 @@ def test_a_setting_that_cannot_work_is_named(key, settings):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("model", ""), ("device", "tpu"), ("device", "cuda:x"), ("dtype", "int8"), ("threads", -1), ("max_context", -1)],
+    [
+        ("model", ""),
+        ("device", "tpu"),
+        ("device", "cuda:x"),
+        ("dtype", "int8"),
+        ("quantization", "int4"),
+        ("threads", -1),
+        ("max_context", -1),
+    ],
 )
 def test_so_is_one_of_the_engine(key, value):
     with pytest.raises(ConfigError) as caught:

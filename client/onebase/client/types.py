@@ -283,6 +283,8 @@ class BaseModel:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
     bos_token_id: int | None
+    quantization: str
+    """How the weights of its linear layers are kept: none (in its dtype), int8 or nf4."""
 
 
 @dataclass(frozen=True)

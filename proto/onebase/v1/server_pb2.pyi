@@ -51,6 +51,7 @@ class BaseModel(google.protobuf.message.Message):
     EOS_TOKEN_IDS_FIELD_NUMBER: builtins.int
     PAD_TOKEN_ID_FIELD_NUMBER: builtins.int
     BOS_TOKEN_ID_FIELD_NUMBER: builtins.int
+    QUANTIZATION_FIELD_NUMBER: builtins.int
     model: builtins.str
     """The hub id or directory it was loaded from."""
     architecture: builtins.str
@@ -77,6 +78,8 @@ class BaseModel(google.protobuf.message.Message):
     """Padding id; -1 without one."""
     bos_token_id: builtins.int
     """Beginning-of-sequence id; -1 without one."""
+    quantization: builtins.str
+    """How the weights of its linear layers are kept: none (in its dtype), int8 or nf4."""
     @property
     def eos_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """End-of-sequence ids."""
@@ -98,8 +101,9 @@ class BaseModel(google.protobuf.message.Message):
         eos_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         pad_token_id: builtins.int = ...,
         bos_token_id: builtins.int = ...,
+        quantization: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["architecture", b"architecture", "bos_token_id", b"bos_token_id", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "fingerprint", b"fingerprint", "hidden_size", b"hidden_size", "max_context", b"max_context", "model", b"model", "num_layers", b"num_layers", "pad_token_id", b"pad_token_id", "parameter_count", b"parameter_count", "vocab_size", b"vocab_size", "weights_bytes", b"weights_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["architecture", b"architecture", "bos_token_id", b"bos_token_id", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "fingerprint", b"fingerprint", "hidden_size", b"hidden_size", "max_context", b"max_context", "model", b"model", "num_layers", b"num_layers", "pad_token_id", b"pad_token_id", "parameter_count", b"parameter_count", "quantization", b"quantization", "vocab_size", b"vocab_size", "weights_bytes", b"weights_bytes"]) -> None: ...
 
 Global___BaseModel: typing_extensions.TypeAlias = BaseModel
 

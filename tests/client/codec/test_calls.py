@@ -180,3 +180,10 @@ def test_a_missing_special_token_is_none():
     base = server.info().read(info).base
 
     assert (base.pad_token_id, base.bos_token_id) == (None, 0)
+
+
+@pytest.mark.parametrize(("told", "read"), [("nf4", "nf4"), ("none", "none"), ("", "none")])
+def test_a_server_that_does_not_speak_of_quantization_has_none(told, read):
+    info = server_pb2.ServerInfo(base=server_pb2.BaseModel(quantization=told))
+
+    assert server.info().read(info).base.quantization == read

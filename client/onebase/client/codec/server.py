@@ -54,6 +54,7 @@ def _read_base(base: pb.BaseModel) -> t.BaseModel:
         eos_token_ids=tuple(base.eos_token_ids),
         pad_token_id=None if base.pad_token_id < 0 else base.pad_token_id,
         bos_token_id=None if base.bos_token_id < 0 else base.bos_token_id,
+        quantization=base.quantization or "none",  # servers before it did not say
     )
 
 

@@ -130,19 +130,25 @@ class Int8Linear(QuantizedLinear):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """x · Wᵀ: [..., in] to [..., out]."""
-        return self._by_blocks(x * SMALLER).mul_(self.scales)
+        return self._scaled(self._by_blocks(x * SMALLER))
 
     def product_back(self, y: torch.Tensor) -> torch.Tensor:
         """y · W: [..., out] to [..., in]."""
-        scaled = (y * self.scales).to(y.dtype)
-        return torch.matmul(scaled, self._widened(0, self.out_features, y.dtype)).mul_(SMALLER)
+        return torch.matmul(self._scaled(y), self._widened(0, self.out_features, y.dtype)).mul_(SMALLER)
+
+    def _scaled(self, y: torch.Tensor) -> torch.Tensor:
+        return (y.float() * self.scales).to(y.dtype)  # a product of two dtypes is ten times slower on a CPU
 
     def _widened(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         return self.codes[start:stop].to(dtype)
 
 
 class Nf4Linear(QuantizedLinear):
-    """Codes of four bits in uint8 [out · in / 2], row by row; a block of neighbours shares one of the scales."""
+    """Codes of four bits, two in a byte, row by row; each block of `block` neighbours shares one of the scales.
+
+    bitsandbytes widens them as rows of one block: told the weight's own shape, its CPU kernel (0.50) takes wrong scales
+    where a row is no multiple of a block. So the last block is filled up here.
+    """
 
     def __init__(
         self,
@@ -152,7 +158,8 @@ class Nf4Linear(QuantizedLinear):
         shape: tuple[int, int],
         block: int,
     ) -> None:
-        super().__init__(codes, scales, bias, shape)
+        fill = scales.numel() * block // 2 - codes.numel()
+        super().__init__(nn.functional.pad(codes, (0, fill)) if fill else codes, scales, bias, shape)
         self._block = block
 
     @classmethod
@@ -172,16 +179,17 @@ class Nf4Linear(QuantizedLinear):
     def _widened(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        first, last = start * self.in_features, stop * self.in_features
+        block, size = self._block, (stop - start) * self.in_features
+        first, last = start * self.in_features // block, -(-stop * self.in_features // block)
         state = QuantState(
-            absmax=self.scales[first // self._block : -(-last // self._block)],
-            shape=torch.Size((stop - start, self.in_features)),
+            absmax=self.scales[first:last],
+            shape=torch.Size((last - first, block)),
             dtype=dtype,
-            blocksize=self._block,
+            blocksize=block,
             quant_type="nf4",
         )
-        weight: torch.Tensor = dequantize_4bit(self.codes[first // 2 : -(-last // 2)].view(-1, 1), state)
-        return weight
+        numbers: torch.Tensor = dequantize_4bit(self.codes[first * block // 2 : last * block // 2, None], state)
+        return numbers.view(-1)[:size].view(stop - start, self.in_features)
 
 
 def take_over(model: nn.Module) -> None:
