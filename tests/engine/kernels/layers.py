@@ -20,7 +20,7 @@ class Layer:
     """x and y of a batch, and each adapter's pair."""
 
     x: torch.Tensor  # [N, in]; NaN where a row has no adapter
-    y: torch.Tensor  # [N, out], a view into `around`
+    y: torch.Tensor  # [N, out], a view into `around`; -0.0 where a row has no adapter
     around: torch.Tensor  # y's memory, with canaries before, between and after its rows
     pairs: list[LoraPair | None]
     bounds: list[tuple[int, int]]
@@ -47,7 +47,8 @@ class Layer:
     def error(self, y: torch.Tensor) -> float:
         """The largest relative error of a row, by its Euclidean norm."""
         expected = self.expected()
-        return float(((y.double() - expected).norm(dim=1) / expected.norm(dim=1)).max())
+        errors = (y.double() - expected).norm(dim=1) / expected.norm(dim=1)
+        return max(errors[~self.untouched()].tolist(), default=0.0)
 
     def untouched(self) -> torch.Tensor:
         """[N], whether a row is to stay as it is."""
@@ -57,11 +58,12 @@ class Layer:
                 outside[start:stop] = False
         return outside
 
-    def canaries_hold(self) -> bool:
-        """Whether y's memory is unchanged around its rows."""
+    def rest_holds(self) -> bool:
+        """Whether rows without an adapter and y's memory around are unchanged; adding 0.0 would make -0.0 into 0.0."""
         rows, width = self.y.shape
         beside = (self.around[0], self.around[-1], self.around[1 : rows + 1, width:])
-        return all(bool((memory == CANARY).all()) for memory in beside)
+        rest = self.y[self.untouched()]
+        return bool((rest.signbit() & (rest == 0)).all()) and all(bool((memory == CANARY).all()) for memory in beside)
 
     def gradients(self, *, kernel: bool | None = None) -> list[torch.Tensor | None]:
         """Of the sum of the updated y times fixed numbers: by x, y and every A and B."""
@@ -138,4 +140,5 @@ def make_layer(
     inside = around[1 : rows + 1, :out_features].copy_(y)
     layer = Layer(guarded(x), inside, around, pairs, bounds)
     layer.x[layer.untouched()] = torch.nan
+    layer.y[layer.untouched()] = -0.0
     return layer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import subprocess
 import sys
@@ -35,6 +36,14 @@ def test_interpreted() -> None:
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert re.search(r"^\d\d passed", ran.stdout, re.MULTILINE), ran.stdout
+
+
+def test_the_benchmark_runs_dry(tmp_path: Path) -> None:
+    script, out = Path(__file__).parents[3] / "benchmarks" / "gpu" / "segmented_lora.py", tmp_path / "out.json"
+    command = [sys.executable, str(script), "--dry-run", "--out", str(out)]
+    subprocess.run(command, env=environment(), stdout=subprocess.DEVNULL, check=True, timeout=240)
+    shapes = json.loads(out.read_text())["shapes"]
+    assert [sorted(shape["error"]) for shape in shapes] == [["exact", "kernel", "torch"]] * 2
 
 
 def table(dtype: torch.dtype, rank_block: int, in_features: int, out_features: int) -> LoraTable:
