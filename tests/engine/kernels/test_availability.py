@@ -27,6 +27,9 @@ def test_cuda_needs_bfloat16_products(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not available(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert available(torch.device("cuda")) == there
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert not available(torch.device("cuda"))  # the interpreter reads addresses of this machine's memory

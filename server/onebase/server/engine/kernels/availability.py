@@ -25,6 +25,7 @@ def available(device: torch.device) -> bool:
         device.type == "cuda"
         and not interpreted()
         and torch.version.hip is None
+        and torch.cuda.is_available()
         and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
     )
 
