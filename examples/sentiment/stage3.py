@@ -33,6 +33,7 @@ HERE = Path(__file__).resolve().parent
 ONEBASE = (sys.executable, "-m", "onebase.client.cli")
 START_SECONDS = 120.0
 PLAIN_LINE_SECONDS = 10.0
+TREND_WIDTH = 24
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ def progress(policies: Sequence[Policy], asked: Latencies, status: ServerStatus)
     for policy in policies:
         curve = policy.curve
         step, reward, kl = curve[-1] if curve else (0, float("nan"), float("nan"))
-        trend = sparkline([reward for _, reward, _ in curve]) if curve else ""
+        trend = sparkline([reward for _, reward, _ in curve], TREND_WIDTH) if curve else ""
         table.add_row(policy.name, f"{policy.weight:+g}", str(step), f"{reward:+.2f}", trend, f"{kl:.2f}")
     questions = f"reward questions asked: {asked.count}"
     if asked.count:
