@@ -18,11 +18,11 @@ from typing import Annotated
 import typer
 from common import read_record, write_json
 from processes import ChildFailed, Children
-from report import plot, read_result, shortcomings, show, summarize
 from rich.console import Console
 from rich.markup import escape
 from stage3 import Paths, read_latencies, train_policies
 from stages import demo_stages, run_stage
+from verdict import plot, read_result, shortcomings, show, summarize
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = (HERE / "policy_1.yaml", HERE / "policy_2.yaml")

@@ -6,8 +6,8 @@ import dataclasses
 import math
 
 import pytest
-from report import Result, shortcomings
 from stage3 import Latencies
+from verdict import Result, shortcomings
 
 UP = Result(1.0, 0.1, 1.7, 1.0, 3.0, 40, 320, ())
 DOWN = dataclasses.replace(UP, weight=-1.0, reward_after=-1.5)
