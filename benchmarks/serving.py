@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from measure import NotMeasured
+from measure import NotMeasured, status_bytes
 
 from onebase.server.app import Report, open_parts, running
 from onebase.server.config import ServerConfig
@@ -123,7 +123,6 @@ class Iteration:
 
     wall: float
     cpu: float
-    peak_rss: int
 
 
 class Peer:
@@ -158,12 +157,16 @@ class Peer:
     def result(self) -> Iteration:
         """Waits for the iteration that was begun."""
         answer = self._answer()
-        return Iteration(float(answer["wall"]), float(answer["cpu"]), int(answer["peak_rss"]))
+        return Iteration(float(answer["wall"]), float(answer["cpu"]))
 
     def iterate(self) -> Iteration:
         """One iteration."""
         self.go()
         return self.result()
+
+    def peak_bytes(self) -> int:
+        """Most resident memory so far; not getrusage's, which begins with what this process held at the fork."""
+        return status_bytes("VmHWM", self._process.pid)
 
     def close(self) -> None:
         """Ends the program: it stops when there are no more lines to read."""

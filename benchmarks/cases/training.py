@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -51,14 +51,12 @@ def four_over_one_adapter(bench: Bench) -> Figure:
 
 def cross_policy_gradient(bench: Bench) -> Figure:
     """The largest gradient that one policy's loss leaves in the three others of its pass: fp32 and bf16, 39M."""
-    worst = {dtype: _cross(bench, dtype) for dtype in ("float32", "bfloat16")}
-    return exactly(max(worst.values()), len(RANKS) * len(worst), worst)
+    return _worst_of_dtypes(bench, _cross)
 
 
 def mixed_against_solo_gradient(bench: Bench) -> Figure:
     """The largest difference of a policy's gradients in a pass of four from those alone: fp32 and bf16, 39M."""
-    worst = {dtype: _mixed_against_solo(bench, dtype) for dtype in ("float32", "bfloat16")}
-    return exactly(max(worst.values()), len(RANKS) * len(worst), worst)
+    return _worst_of_dtypes(bench, _mixed_against_solo)
 
 
 def backward(
@@ -103,23 +101,37 @@ def train_rows(ids: torch.Tensor, prompt: int = PROMPT) -> list[TrainRow]:
     ]
 
 
-def _cross(bench: Bench, dtype: str) -> float:
-    engine, rows = bench.once(_four_ranks, dtype), _mixed_rows()
-    worst = 0.0
+def _worst_of_dtypes(bench: Bench, find: Callable[[Engine], tuple[float, float]]) -> Figure:
+    """The larger figure of both precisions; `detail` has the smallest largest gradient, which must not be zero."""
+    found = {dtype: find(bench.once(_four_ranks, dtype)) for dtype in ("float32", "bfloat16")}
+    detail = {dtype: worst for dtype, (worst, _) in found.items()}
+    detail["own_gradient_max_abs"] = min(own for _, own in found.values())
+    return exactly(max(worst for worst, _ in found.values()), len(RANKS) * len(found), detail)
+
+
+def _cross(engine: Engine) -> tuple[float, float]:
+    """The largest gradient of policies without a loss, and the smallest of those with one."""
+    rows = _mixed_rows()
+    leaks: list[float] = []
+    owns: list[float] = []
     for losing in rows:
-        found = backward(engine, rows, losing)
-        others = [gradient for uid, gradients in found.items() if uid != losing for gradient in gradients.values()]
-        worst = max(worst, *(float(gradient.abs().max()) for gradient in others))
-    return worst
+        found = {uid: _largest(gradients) for uid, gradients in backward(engine, rows, losing).items()}
+        owns.append(found.pop(losing))
+        leaks += found.values()
+    return max(leaks), min(owns)
 
 
-def _mixed_against_solo(bench: Bench, dtype: str) -> float:
-    engine, rows = bench.once(_four_ranks, dtype), _mixed_rows()
+def _mixed_against_solo(engine: Engine) -> tuple[float, float]:
+    """The largest difference, and the smallest of the policies' largest gradients."""
+    rows = _mixed_rows()
     mixed = backward(engine, rows)
     alone = {uid: backward(engine, {uid: of_one})[uid] for uid, of_one in rows.items()}
-    return max(
-        float((mixed[uid][name] - gradient).abs().max()) for uid in rows for name, gradient in alone[uid].items()
-    )
+    differences = {uid: {name: mixed[uid][name] - g for name, g in alone[uid].items()} for uid in rows}
+    return max(map(_largest, differences.values())), min(map(_largest, alone.values()))
+
+
+def _largest(gradients: Gradients) -> float:
+    return max(float(gradient.abs().max()) for gradient in gradients.values())
 
 
 def _four_ranks(dtype: str) -> Engine:
