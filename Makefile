@@ -88,6 +88,14 @@ proto-check: .venv-proto/.installed  ## fail if the stubs are not what the .prot
 oracle: .venv-oracle/.installed  ## remake the fixtures with TRL 0.11.4 and PEFT, in an environment of their own
 	$(ORACLE_BIN)/python tests/oracle/generate.py
 
+.PHONY: bench
+bench: .venv/.installed  ## ratios against transformers and PEFT, into benchmarks/results/; alone on the machine, please
+	$(BIN)/python benchmarks/run.py
+
+.PHONY: bench-peers
+bench-peers: .venv/.installed .venv-oracle/.installed  ## PPO beside TRL 0.11.4 on the same work
+	$(BIN)/python benchmarks/run.py --only ppo_ --only memory_
+
 .PHONY: wheel
 wheel: .venv/.installed  ## build the wheel into dist/
 	$(BIN)/python -m build --no-isolation --wheel
