@@ -41,6 +41,7 @@ from onebase.server.worker import Worker
 
 GPT2 = BASE.parent / "base_gpt2"
 KINDS = ("int8", "nf4")
+MAPS = Path("/proc/self/maps")
 STEP = {"int8": 1.02 / 127, "nf4": 0.305}
 """The widest gap between two numbers that a kind can tell apart, relative to the largest."""
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -188,6 +189,16 @@ def test_facts_say_what_is_kept(kind: str, type_of: type[QuantizedLinear], base:
     assert facts.weights_bytes == 4 * (facts.parameter_count - numbers) + kept
     for outside in (engine._model.get_input_embeddings(), engine._model.get_output_embeddings()):
         assert outside.weight.dtype == torch.float32
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="this system does not tell which files are mapped")
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_file_of_the_plain_weights_does_not_stay_in_memory(kind: str, tmp_path: Path) -> None:
+    for file in BASE.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    engine = opened(kind, base=tmp_path)
+    assert str(tmp_path) not in MAPS.read_text()
+    assert engine.facts.quantization == kind
 
 
 def test_the_fingerprint_tells_bases_apart_by_quantized_weights_alone(tmp_path: Path) -> None:
@@ -400,11 +411,12 @@ def test_a_manifest_that_does_not_speak_of_quantization_means_a_plain_base(
     assert len(loaded(opened("nf4"), path, caplog)) == 1
 
 
-def test_an_adapter_of_a_quantized_conv1d_base_is_one_of_the_plain_base(tmp_path: Path) -> None:
-    path = saved(opened("int8", base=GPT2), tmp_path / "p")
-    assert json.loads((path / "adapter_config.json").read_text())["fan_in_fan_out"] is True
+@pytest.mark.parametrize(("base", "conv1d"), [(BASE, False), (GPT2, True)], ids=["llama", "gpt2"])
+def test_an_adapter_of_a_quantized_base_is_one_of_the_plain_base(base: Path, conv1d: bool, tmp_path: Path) -> None:
+    path = saved(opened("int8", base=base), tmp_path / "p")
+    assert json.loads((path / "adapter_config.json").read_text())["fan_in_fan_out"] is conv1d
     job = LoadAdapterJob(uid=3, name="p", kind=AdapterKind.POLICY, path=path)
-    weights = opened("none", base=GPT2).formats.load(job, max_rank=64).weights.parameters()
+    weights = opened("none", base=base).formats.load(job, max_rank=64).weights.parameters()
     stored = load_file(path / "adapter_model.safetensors")
     assert {name: tuple(p.shape) for name, p in weights.items()} == {
         name.removeprefix("base_model.model."): tuple(p.shape) for name, p in stored.items()

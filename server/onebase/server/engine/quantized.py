@@ -16,7 +16,10 @@ blocks are not quantized in their turn.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib.util
+import sys
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +80,7 @@ class QuantizedLinear(nn.Module, ABC):
         self.out_features, self.in_features = shape
         self.codes = nn.Parameter(codes, requires_grad=False)
         self.scales = nn.Parameter(scales, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] to [..., out], in x's dtype."""
@@ -193,7 +196,7 @@ class Nf4Linear(QuantizedLinear):
 
 
 def take_over(model: nn.Module) -> None:
-    """Puts our layers in the place of bitsandbytes', over the same storage."""
+    """Puts our layers in the place of bitsandbytes', over the same storage, and gives back what loading used."""
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     for name, module in list(model.named_modules()):
@@ -205,3 +208,21 @@ def take_over(model: nn.Module) -> None:
             continue
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, ours)
+    _let_go(model)
+
+
+def _let_go(model: nn.Module) -> None:
+    """Frees the whole model's worth of memory that loading leaves behind on a CPU.
+
+    What was not quantized may be a view of the mapped file, which keeps all of it resident; and glibc keeps the copies
+    that bitsandbytes made and freed.
+    """
+    for module in model.modules():
+        if not isinstance(module, QuantizedLinear):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.clone()
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; other C libraries have none
+        if trim is not None:
+            trim(0)
