@@ -133,14 +133,13 @@ class Int8Linear(QuantizedLinear):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """x · Wᵀ: [..., in] to [..., out]."""
-        return self._scaled(self._by_blocks(x * SMALLER))
+        # In float32: a product of two dtypes is ten times slower on a CPU.
+        return self._by_blocks(x * SMALLER).float().mul_(self.scales).to(x.dtype)
 
     def product_back(self, y: torch.Tensor) -> torch.Tensor:
         """y · W: [..., out] to [..., in]."""
-        return torch.matmul(self._scaled(y), self._widened(0, self.out_features, y.dtype)).mul_(SMALLER)
-
-    def _scaled(self, y: torch.Tensor) -> torch.Tensor:
-        return (y.float() * self.scales).to(y.dtype)  # a product of two dtypes is ten times slower on a CPU
+        scaled = (y.float() * self.scales).to(y.dtype)
+        return torch.matmul(scaled, self._widened(0, self.out_features, y.dtype)).mul_(SMALLER)
 
     def _widened(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         return self.codes[start:stop].to(dtype)
