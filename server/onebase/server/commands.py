@@ -83,8 +83,8 @@ Quantization = Annotated[
     typer.Option(
         help="none, int8 or nf4: keep the weights of the linear layers in 8 or 4 bits. Saves memory, not time: on a "
         "CPU prompts, scores and training take up to a tenth longer, decoding up to two fifths. Adapters and heads "
-        "stay float32, embeddings as they are, and a row's numbers depend on its batch no more than without it. An adapter "
-        "trained on another precision is loaded with a warning.",
+        "stay float32, embeddings as they are, and a row's numbers depend on its batch no more than without it. An "
+        "adapter trained on another precision is loaded with a warning.",
         rich_help_panel=_ENGINE,
     ),
 ]
