@@ -103,4 +103,6 @@ def test_the_proof_notices_a_cache_that_is_wrong(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_difference_is_rounding(engine: Engine) -> None:
-    assert proof.prove(engine, engine._model) < 1e-5
+    found = proof.prove(engine, engine._model)
+    assert found.difference < 1e-5
+    assert found.exact

@@ -173,6 +173,20 @@ def test_one_score_call_a_step_and_the_settings_reach_the_server(config, server)
     assert all(call["max_grad_norm"] == 0.5 for kind, call in server.calls if kind == "optim_step")
 
 
+def test_an_exact_server_is_not_asked_again_for_what_came_with_the_completions(config, server):
+    """The policy's logprobs and values are the rollout's, and everything that follows is the same."""
+    config = dataclasses.replace(config, eval=EvalConfig(samples=0), steps=3)
+    asked = {}
+    for exact in (False, True):
+        server = ToyServer(exact=exact)
+        result = dataclasses.replace(config, output_dir=f"{config.output_dir}-{exact}")
+        run(result, server)
+        outputs = [set(call["outputs"]) for kind, call in server.calls if kind == "score"]
+        asked[exact] = outputs[0], [without_times(line) for line in lines(result)]
+    assert asked[False][0] - asked[True][0] == {"logprobs", "values"}
+    assert asked[True][1] == asked[False][1]
+
+
 def test_no_steps_only_evaluate(config, server):
     summary, _ = run(dataclasses.replace(config, steps=0), server)
     assert summary["reward_after"] == summary["reward_before"]

@@ -32,6 +32,14 @@ def test_jsonl(tmp_path):
     assert rows == (PromptRow("The film", {"label": 1}), PromptRow("I, for one,", {"label": 0}))
 
 
+def test_a_line_is_a_line_whatever_its_text_holds(tmp_path):
+    rows = [{"prompt": "one\u2028two\r"}, {"prompt": "Zoë 🎉", "topic": "x"}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    read = load_prompts(PromptsConfig(str(tmp_path / "p.jsonl")))
+    assert [row.prompt for row in read] == [row["prompt"] for row in rows]
+    assert [row.columns for row in read] == [{"topic": None}, {"topic": "x"}]
+
+
 def test_csv_with_another_column(tmp_path):
     (tmp_path / "p.csv").write_text('text,label\n"The film",1\n"I, for one,",0\n')
     rows = load_prompts(PromptsConfig(str(tmp_path / "p.csv"), column="text"))
@@ -101,7 +109,8 @@ def test_rows_that_are_no_prompts_are_refused(tmp_path, rows, settings, message)
         ("p.txt", "hello", "ends in none of .jsonl, .json, .csv, .parquet"),
         ("p.csv", "prompt\n", "no data"),
         ("p.jsonl", "", "holds no rows"),
-        ("p.jsonl", "{not json", "cannot be read"),
+        ("p.jsonl", '{"prompt": "a"}\n\n{not json', "line 3, cannot be read"),
+        ("p.jsonl", '["a"]', "line 1, is no JSON object"),
     ],
 )
 def test_files_that_cannot_be_read_are_named(tmp_path, name, content, message):

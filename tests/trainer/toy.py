@@ -68,10 +68,19 @@ class ToyAdapter:
         )
 
 
+def base_model(*, exact):
+    """What the toy says of its base."""
+    numbers = dict.fromkeys(("hidden_size", "num_layers", "max_context", "parameter_count", "weights_bytes"), 1)
+    texts = dict.fromkeys(("model", "architecture", "fingerprint", "dtype", "device", "quantization"), "toy")
+    ids = {"eos_token_ids": (EOS,), "pad_token_id": None, "bos_token_id": None}
+    return t.BaseModel(vocab_size=VOCABULARY, exact=exact, **numbers, **texts, **ids)
+
+
 class ToyServer:
     """What survives its clients: adapters, checkpoints, sessions, and a log of the calls that were made."""
 
-    def __init__(self, *, can_save=True):
+    def __init__(self, *, can_save=True, exact=False):
+        self.exact = exact
         self.reference = np.random.default_rng(7).normal(0, 0.5, (VOCABULARY, VOCABULARY))
         self.adapters = {}
         self.checkpoints = {}
@@ -102,6 +111,9 @@ class ToyClient:
 
     def __exit__(self, *_):
         pass
+
+    def info(self):
+        return t.ServerInfo(version="0", base=base_model(exact=self.server.exact), limits=None, reward_adapters=())
 
     def adapter(self, name):
         if name not in self.server.adapters:
@@ -179,7 +191,7 @@ class ToySession:
         for index, prompt in enumerate(prompts):
             rng = np.random.default_rng((sampling.seed, index))
             ids = self._ids(prompt)
-            tokens, reason = [], "length"
+            tokens, before, reason = [], [], "length"
             while len(tokens) < sampling.max_new_tokens:
                 row = logits[tokens[-1] if tokens else ids[-1]] / sampling.temperature
                 row = (
@@ -187,6 +199,7 @@ class ToySession:
                     if len(tokens) < sampling.min_new_tokens
                     else row
                 )
+                before.append(tokens[-1] if tokens else ids[-1])
                 tokens.append(int(np.argmax(row + rng.gumbel(size=VOCABULARY))))
                 if tokens[-1] == EOS:
                     reason = "eos"
@@ -197,8 +210,8 @@ class ToySession:
                     completion_index=0,
                     text=decode(tokens),
                     tokens=np.array(tokens, dtype=np.int32),
-                    logprobs=None,
-                    values=None,
+                    logprobs=log_softmax(logits)[before, tokens].astype(np.float32) if logprobs else None,
+                    values=self._adapter(adapter).weights[before, VOCABULARY].astype(np.float32) if values else None,
                     finish_reason=reason,
                     adapter=self._version(self._adapter(adapter)),
                     seed=sampling.seed,
@@ -217,9 +230,11 @@ class ToySession:
             raw = {name: self._reward(name, tokens) for name in rewards or {}} if "rewards" in outputs else {}
             scores.append(
                 t.Score(
-                    logprobs=policy[before, tokens].astype(np.float32),
-                    reference_logprobs=base[before, tokens].astype(np.float32),
-                    values=adapter.weights[before, VOCABULARY].astype(np.float32),
+                    logprobs=policy[before, tokens].astype(np.float32) if "logprobs" in outputs else None,
+                    reference_logprobs=base[before, tokens].astype(np.float32)
+                    if "reference_logprobs" in outputs
+                    else None,
+                    values=adapter.weights[before, VOCABULARY].astype(np.float32) if "values" in outputs else None,
                     entropy=None,
                     scores=raw,
                     reward=sum((rewards or {})[name] * score for name, score in raw.items()),

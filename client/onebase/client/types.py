@@ -285,6 +285,8 @@ class BaseModel:
     bos_token_id: int | None
     quantization: str
     """How the weights of its linear layers are kept: none (in its dtype), int8 or nf4."""
+    exact: bool
+    """Whether Generate's logprobs and values are Logprob's bit for bit: then PPO takes its old ones from there."""
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ class BaseModel(google.protobuf.message.Message):
     PAD_TOKEN_ID_FIELD_NUMBER: builtins.int
     BOS_TOKEN_ID_FIELD_NUMBER: builtins.int
     QUANTIZATION_FIELD_NUMBER: builtins.int
+    EXACT_FIELD_NUMBER: builtins.int
     model: builtins.str
     """The hub id or directory it was loaded from."""
     architecture: builtins.str
@@ -80,6 +81,8 @@ class BaseModel(google.protobuf.message.Message):
     """Beginning-of-sequence id; -1 without one."""
     quantization: builtins.str
     """How the weights of its linear layers are kept: none (in its dtype), int8 or nf4."""
+    exact: builtins.bool
+    """Whether Generate's logprobs and values equal Logprob's bit for bit, so that PPO can take its old ones from there."""
     @property
     def eos_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """End-of-sequence ids."""
@@ -102,8 +105,9 @@ class BaseModel(google.protobuf.message.Message):
         pad_token_id: builtins.int = ...,
         bos_token_id: builtins.int = ...,
         quantization: builtins.str = ...,
+        exact: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["architecture", b"architecture", "bos_token_id", b"bos_token_id", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "fingerprint", b"fingerprint", "hidden_size", b"hidden_size", "max_context", b"max_context", "model", b"model", "num_layers", b"num_layers", "pad_token_id", b"pad_token_id", "parameter_count", b"parameter_count", "quantization", b"quantization", "vocab_size", b"vocab_size", "weights_bytes", b"weights_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["architecture", b"architecture", "bos_token_id", b"bos_token_id", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "exact", b"exact", "fingerprint", b"fingerprint", "hidden_size", b"hidden_size", "max_context", b"max_context", "model", b"model", "num_layers", b"num_layers", "pad_token_id", b"pad_token_id", "parameter_count", b"parameter_count", "quantization", b"quantization", "vocab_size", b"vocab_size", "weights_bytes", b"weights_bytes"]) -> None: ...
 
 Global___BaseModel: typing_extensions.TypeAlias = BaseModel
 

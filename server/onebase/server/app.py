@@ -111,7 +111,8 @@ def open_parts(config: ServerConfig) -> Parts:
 
     make_roots(config)
     engine = open_engine(config.engine)
-    return Parts(Worker(engine, config.limits, config.engine.step_tokens), engine.text)
+    worker = Worker(engine, config.limits, config.engine.step_tokens, config.engine.train_tokens)
+    return Parts(worker, engine.text)
 
 
 class Server:

@@ -104,6 +104,24 @@ KvBytes = Annotated[
 StepTokens = Annotated[
     int, typer.Option(help="Most tokens of prompts and scored rows in one engine step.", rich_help_panel=_ENGINE)
 ]
+TrainTokens = Annotated[
+    int,
+    typer.Option(
+        help="Most tokens of training rows in one engine step, of one or several policies: what their activations "
+        "take, and how long others wait.",
+        rich_help_panel=_ENGINE,
+    ),
+]
+Exact = Annotated[
+    str,
+    typer.Option(
+        help="on, off or auto. Exact: a completion's logprobs and values are, bit for bit, those that Logprob and "
+        "training give its tokens, whoever else is in the batch, so PPO takes them from the rollout and skips a "
+        "pass. Shown by running when the base is loaded. auto: on a CPU, where it can be shown. on: or do not "
+        "serve. COST",
+        rich_help_panel=_ENGINE,
+    ),
+]
 GradientCheckpointing = Annotated[
     bool,
     typer.Option(
@@ -146,6 +164,8 @@ def serve(
     kv_slots: KvSlots = 32,
     kv_bytes: KvBytes = 0,
     step_tokens: StepTokens = 2048,
+    train_tokens: TrainTokens = 512,
+    exact: Exact = "auto",
     gradient_checkpointing: GradientCheckpointing = False,
     version_window: VersionWindow = 0,
     trust_remote_code: TrustRemoteCode = False,
@@ -189,6 +209,8 @@ def serve(
             kv_slots=kv_slots,
             kv_bytes=kv_bytes,
             step_tokens=step_tokens,
+            train_tokens=train_tokens,
+            exact=exact,
             gradient_checkpointing=gradient_checkpointing,
             version_window=version_window,
             trust_remote_code=trust_remote_code,
@@ -244,9 +266,10 @@ def _report(config: ServerConfig, console: Console) -> Report:
 
 
 def _base_line(facts: BaseFacts) -> str:
+    checked = "checked, exact" if facts.exact else "checked"
     return (
         f"[bold]{escape(facts.model)}[/] {facts.architecture}, {facts.parameter_count:,} parameters in "
-        f"{facts.precision} ({_size(facts.weights_bytes)}) on {facts.device}, context {facts.max_context}; checked"
+        f"{facts.precision} ({_size(facts.weights_bytes)}) on {facts.device}, context {facts.max_context}; {checked}"
     )
 
 

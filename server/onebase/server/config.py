@@ -40,6 +40,10 @@ class EngineConfig:
     """Most bytes of the key-value cache; 0 is what kv_slots completions of full length need."""
     step_tokens: int = 2048
     """Most tokens of prompts and scored rows in one engine step; a longer row makes a step of its own."""
+    train_tokens: int = 512
+    """Most tokens of the micro-batches in one training step; their activations are held until the backward pass."""
+    exact: str = "auto"
+    """on, off or auto: whether Generate's numbers are Logprob's bit for bit; auto is on a CPU where it can be shown."""
     gradient_checkpointing: bool = False
     """Keep no activations inside layers while training: a third more time, far less memory."""
     version_window: int = 0
@@ -65,6 +69,8 @@ class EngineConfig:
         _require(self.kv_bytes >= 0, "kv_bytes", self.kv_bytes, "use 0 or more")
         _require(self.version_window >= 0, "version_window", self.version_window, "use 0 or more")
         _require(self.step_tokens >= 16, "step_tokens", self.step_tokens, "use 16 or more")
+        _require(self.train_tokens >= 16, "train_tokens", self.train_tokens, "use 16 or more")
+        _require(self.exact in ("auto", "on", "off"), "exact", self.exact, "use auto, on or off")
 
 
 @dataclass(frozen=True)

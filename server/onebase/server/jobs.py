@@ -384,6 +384,7 @@ class BaseFacts:
     pad_token_id: int | None
     bos_token_id: int | None
     quantization: str = "none"  # none, int8 or nf4: how the linear layers' weights are kept
+    exact: bool = False  # whether Generate's logprobs and values equal Logprob's bit for bit
 
     @property
     def precision(self) -> str:

@@ -6,6 +6,7 @@ resolves its job's future exactly once.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -277,10 +278,18 @@ class GenerateTask(Task[GenerateJob]):
             self._leave(engine, completion)
         self.running, self.filling = [], None
 
-    @property
-    def needs_slot(self) -> bool:
-        """Whether its next prompt needs a free slot; one that is being filled has its own."""
-        return self.filling is None
+    def next_slots(self) -> int:
+        """Slots that its next prompt can use, one for each completion of it; 0 if the prompt is under way."""
+        if self.filling is not None:
+            return 0
+        first = self._waiting[-1]
+        return 1 + sum(1 for _ in itertools.takewhile(first.like, reversed(self._waiting[:-1])))
+
+    def next_length(self) -> int:
+        """Tokens that each of these slots must hold: what is there, and some room to write, if as much will come."""
+        first = self._waiting[-1]
+        most = first.length - len(first.tokens) + self.job.sampling.max_new_tokens
+        return min(first.length + HEADROOM, most)
 
     def next_cost(self) -> int:
         """Tokens of its next prompt, or of the next part of a long one; 0 when all completions have begun."""
@@ -300,7 +309,7 @@ class GenerateTask(Task[GenerateJob]):
         first = self._waiting[-1]
         tokens = first.all_tokens
         source, shared = engine.kv.shared(self._key, tokens)  # looked up before a slot is taken: it may be that one
-        places = engine.kv.free(min(first.length + HEADROOM, engine.facts.max_context))
+        places = engine.kv.free(self.next_length())
         begun: list[Completion] = []
         while self._waiting and len(begun) < places and (not begun or self._waiting[-1].like(first)):
             completion = self._waiting.pop()
@@ -361,11 +370,11 @@ class PassTask(Task[ForwardBackwardJob]):
     Where it is cut into micro-batches depends on the job alone, whoever shares its steps: so do its sums.
     """
 
-    def __init__(self, job: ForwardBackwardJob, step_tokens: int) -> None:
+    def __init__(self, job: ForwardBackwardJob, train_tokens: int) -> None:
         super().__init__(job)
         self.adapter = job.adapter
         self.state: Pass | None = None
-        self._batches = micro_batches([len(row.tokens) for row in job.rows], step_tokens)
+        self._batches = micro_batches([len(row.tokens) for row in job.rows], train_tokens)
         self._batches.reverse()
 
     def begin(self, engine: Engine) -> None:

@@ -36,12 +36,14 @@ class Worker:
         engine: nobody else may call it from now on.
         limits: how many jobs may wait, and the largest rank to load.
         step_tokens: most tokens of one engine step.
+        train_tokens: most tokens of one training step.
     """
 
-    def __init__(self, engine: Engine, limits: Limits, step_tokens: int = 2048) -> None:
+    def __init__(self, engine: Engine, limits: Limits, step_tokens: int = 2048, train_tokens: int = 512) -> None:
         self._engine = engine
         self._limits = limits
         self._scheduler = Scheduler(step_tokens)
+        self._train_tokens = train_tokens
         self._inbox: deque[Job[Any]] = deque()
         self._wake = threading.Condition()
         self._admin: deque[Job[Any]] = deque()
@@ -180,7 +182,7 @@ class Worker:
 
     def _train_task(self, job: ForwardBackwardJob | OptimStepJob | DropGradientsJob) -> PassTask | StepTask:
         if isinstance(job, ForwardBackwardJob):
-            return PassTask(job, self._scheduler.step_tokens)
+            return PassTask(job, self._train_tokens)
         return StepTask(job)
 
     def _drop(self) -> None:
@@ -213,7 +215,7 @@ class Worker:
     def _work(self) -> None:
         """One engine step, if there is anything to do."""
         running = [c for task in self._tasks if isinstance(task, GenerateTask) for c in task.running]
-        plan = self._scheduler.plan(running=len(running), slots=self._engine.kv.free(1))
+        plan = self._scheduler.plan(running=len(running), slots=self._slots)
         if plan.empty:
             return
         began = time.perf_counter()
@@ -231,6 +233,11 @@ class Worker:
                 self._scheduler.keep_prompts(task)
         if not self._tasks:
             self._engine.rest()
+
+    def _slots(self, length: int) -> int:
+        """How many completions of so many tokens may begin; one that could never be held may begin, and is refused."""
+        kv = self._engine.kv
+        return kv.free(length if kv.holds(length) else 1)
 
     def _run_admin(self, job: Job[Any]) -> None:
         if not job.done.set_running_or_notify_cancel():

@@ -21,7 +21,7 @@ from onebase.trainer.prompts import PromptOrder, PromptRow, load_prompts
 from onebase.trainer.reporting import Reporter, StepResult, summarize
 from onebase.trainer.rewards import Judge
 from onebase.trainer.rollout import roll_out
-from onebase.trainer.stepper import PPO_OUTPUTS, PpoStepper
+from onebase.trainer.stepper import PPO_OUTPUTS, REFERENCE_OUTPUTS, PpoStepper
 from onebase.trainer.timing import Stopwatch
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ class Run:
         self._config = config
         self._client = client
         self._session = session
+        self._exact = client.info().base.exact  # then a completion's numbers are those that Score would give
         self._judge = judge
         self._reporter = reporter
         self._prompts = PromptOrder(rows, config.seed)
@@ -134,14 +135,15 @@ class Run:
         config = self._config
         watch = Stopwatch()
         rows = self._prompts.take(self._prompts_taken, config.ppo.batch_size)
-        rollout = roll_out(self._session, rows, config.generation, seed=int(self._rng.integers(2**63)))
+        seed = int(self._rng.integers(2**63))
+        rollout = roll_out(self._session, rows, config.generation, seed, numbers=self._exact)
         generated = watch.lap()
-        judged = self._judge(self._session, rollout, PPO_OUTPUTS)
+        judged = self._judge(self._session, rollout, REFERENCE_OUTPUTS if self._exact else PPO_OUTPUTS)
         forward = watch.lap()
         stats = self._stepper.update(
             rollout.prompts,
             rollout.responses,
-            judged.scored,
+            rollout.completed(judged.scored) if self._exact else judged.scored,
             judged.rewards,
             query_lengths=[completion.prompt_tokens for completion in rollout.completions],
         )

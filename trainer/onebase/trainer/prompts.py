@@ -1,7 +1,8 @@
-"""Prompts to train on: read through `datasets`, and handed out in a seeded order."""
+"""Prompts to train on: read from a .jsonl file, or through `datasets`, and handed out in a seeded order."""
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -59,13 +60,42 @@ def _prompt_row(row: Mapping[str, Any], index: int, config: PromptsConfig, key: 
 
 
 def _read(config: PromptsConfig, key: str) -> list[Mapping[str, Any]]:
-    import datasets  # takes a second to import, and is of the extra `trainer`
-
     path = Path(config.path)
     if path.is_file() and path.suffix not in _BUILDERS:
         raise ConfigError(f"{key}.path", f"{path} ends in none of {', '.join(_BUILDERS)}")
     if path.suffix in _BUILDERS and not path.exists():
         raise ConfigError(f"{key}.path", f"{path} is not there")
+    if path.suffix == ".jsonl":
+        return _read_lines(path, key)
+    return _read_dataset(path, config, key)
+
+
+def _read_lines(path: Path, key: str) -> list[Mapping[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    rows.append(_json_object(line, f"{path}, line {number},", key))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{key}.path", f"{path} cannot be read: {error}") from error
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return [{name: row.get(name) for name in columns} for row in rows]  # what a row leaves out is None there
+
+
+def _json_object(line: str, where: str, key: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"{key}.path", f"{where} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{key}.path", f"{where} is no JSON object: {line.strip()[:80]}")
+    return found
+
+
+def _read_dataset(path: Path, config: PromptsConfig, key: str) -> list[Mapping[str, Any]]:
+    import datasets  # takes a second and a hundred megabytes, and is of the extra `trainer`
+
     datasets.disable_progress_bars()
     try:
         if path.exists():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 from onebase.client import types as t
@@ -41,14 +41,26 @@ class Rollout:
         """Prompts with the tokens that followed them."""
         return [t.Sequence(prompt, tokens) for prompt, tokens in zip(self.prompts, self.responses, strict=True)]
 
+    def completed(self, scored: Sequence[t.Score]) -> list[t.Score]:
+        """Scores with the policy's logprobs, values and version as the completions brought them."""
+        return [
+            replace(score, logprobs=completion.logprobs, values=completion.values, policy=completion.adapter)
+            for score, completion in zip(scored, self.completions, strict=True)
+        ]
+
     @property
     def tokens(self) -> int:
         """Number of tokens that were written."""
         return sum(len(completion.tokens) for completion in self.completions)
 
 
-def roll_out(session: Session, rows: Sequence[PromptRow], generation: GenerationConfig, seed: int) -> Rollout:
-    """Draws one completion of each prompt from the session's policy; the same seed draws the same ones."""
+def roll_out(
+    session: Session, rows: Sequence[PromptRow], generation: GenerationConfig, seed: int, *, numbers: bool = False
+) -> Rollout:
+    """Draws one completion of each prompt from the session's policy; the same seed draws the same ones.
+
+    With `numbers`, each brings its logprobs and values.
+    """
     sampling = t.SamplingParams(
         max_new_tokens=generation.max_new_tokens,
         min_new_tokens=generation.min_new_tokens,
@@ -59,5 +71,6 @@ def roll_out(session: Session, rows: Sequence[PromptRow], generation: Generation
         stop=generation.stop,
         seed=seed,
     )
-    completions = session.generate([row.prompt for row in rows], sampling=sampling)
+    prompts = [row.prompt for row in rows]
+    completions = session.generate(prompts, sampling=sampling, logprobs=numbers, values=numbers)
     return Rollout(tuple(rows), tuple(completions))

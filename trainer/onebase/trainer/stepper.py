@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 PPO_OUTPUTS: tuple[t.ScoreOutput, ...] = ("logprobs", "reference_logprobs", "values")
 """What `update` needs of a Score call."""
 
+REFERENCE_OUTPUTS: tuple[t.ScoreOutput, ...] = ("reference_logprobs",)
+"""The same, where an exact server gave the policy's numbers with the completions."""
+
 
 class PpoStepper:
     """Makes PPO steps with a session's policy, and keeps what lies between them.

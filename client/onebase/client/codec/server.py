@@ -55,6 +55,7 @@ def _read_base(base: pb.BaseModel) -> t.BaseModel:
         pad_token_id=None if base.pad_token_id < 0 else base.pad_token_id,
         bos_token_id=None if base.bos_token_id < 0 else base.bos_token_id,
         quantization=base.quantization or "none",  # servers before it did not say
+        exact=base.exact,
     )
 
 

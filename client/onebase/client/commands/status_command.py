@@ -77,7 +77,9 @@ def tables(info: ServerInfo, now: ServerStatus) -> Group:
 def _server_table(info: ServerInfo, now: ServerStatus) -> Table:
     table = Table(show_header=False, title=Text(f"onebase {info.version}"), title_justify="left")
     base = info.base
-    table.add_row("base", Text(f"{base.model} ({base.architecture}, {base.dtype} on {base.device})"))
+    kept = base.dtype if base.quantization == "none" else f"{base.quantization} with {base.dtype} products"
+    exact = ", exact" if base.exact else ""
+    table.add_row("base", Text(f"{base.model} ({base.architecture}, {kept} on {base.device}{exact})"))
     table.add_row("up for", f"{human_seconds(now.uptime_seconds)}, {now.engine_steps:,} engine steps")
     table.add_row(
         "memory",

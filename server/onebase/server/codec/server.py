@@ -85,6 +85,7 @@ def base_message(facts: BaseFacts) -> server_pb2.BaseModel:
         pad_token_id=-1 if facts.pad_token_id is None else facts.pad_token_id,
         bos_token_id=-1 if facts.bos_token_id is None else facts.bos_token_id,
         quantization=facts.quantization,
+        exact=facts.exact,
     )
 
 

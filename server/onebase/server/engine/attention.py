@@ -3,10 +3,11 @@
 Three kinds of rows: fresh ones attend to themselves, single tokens to their slot in the KV cache, and chunks to their
 slot and themselves. Nothing attends across rows.
 
-On a CPU a token's numbers are the same bit for bit whether it was prefilled, decoded or scored, whoever else is in
-the batch. So the sums are made in one way only: scores and probabilities by batched products of at least MIN_ROWS
-rows over lengths padded to KV_BLOCK, and the values summed SUM_BLOCK positions at a time, since a BLAS is free to cut
-a longer sum in two. Fused kernels (flash attention) round by length; on CUDA they are used nevertheless.
+Where the route is exact, a token's numbers are the same bit for bit whether it was prefilled, decoded or scored,
+whoever else is in the batch. So the sums are made in one way only: scores and probabilities by batched products of
+at least MIN_ROWS rows over lengths padded to KV_BLOCK, and the values summed SUM_BLOCK positions at a time, since a
+BLAS is free to cut a longer sum in two. Fused kernels (flash attention) round by length; they are used where the
+route is not exact.
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ class Biases:
         self._route = route
         self._window = window
         self._like = like
+        self.exact = route.exact
 
     def causal(self, at: tuple[int, int], stop: int, shared: int) -> torch.Tensor:
         """[1, shared * (at[1] - at[0]), stop]: queries at these places, keys from 0, once for each head that shares."""
@@ -120,7 +122,9 @@ class Biases:
         return torch.zeros_like(allowed, dtype=self._like.dtype).masked_fill_(~allowed, -torch.inf)
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, bias: torch.Tensor) -> torch.Tensor:
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, bias: torch.Tensor, *, exact: bool
+) -> torch.Tensor:
     """Attention of G independent problems.
 
     Args:
@@ -129,11 +133,12 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, bia
         v: [G, S, head_dim].
         scale: of the scores.
         bias: [G or 1, M, S], added to the scores.
+        exact: whether a query's numbers must not depend on M, S and G.
 
     Returns:
         [G, M, head_dim].
     """
-    if q.device.type != "cpu":
+    if not exact:
         return nn.functional.scaled_dot_product_attention(
             q[:, None], k[:, None], v[:, None], attn_mask=bias[:, None], scale=scale
         )[:, 0]
@@ -161,7 +166,7 @@ def _fresh(
         stop = min(start + SUM_BLOCK, length)
         block = queries[:, :, :, start:stop].reshape(kv_heads * count, shared * (stop - start), dim)
         bias = biases.causal((start, stop), stop, shared)
-        out = _attend(block, keys[:, :stop], values[:, :stop], scale, bias)
+        out = _attend(block, keys[:, :stop], values[:, :stop], scale, bias, exact=biases.exact)
         blocks.append(out.view(kv_heads, count, shared, stop - start, dim))
     out = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=3)
     return out.transpose(1, 2).reshape(heads, count * length, dim)[:, group.real]
@@ -190,7 +195,7 @@ def _chunk(
     fill = rows - count
     bias = biases.causal((row.past, row.past + rows), span, shared)
     queries = nn.functional.pad(q[:, part], (0, 0, 0, fill)).reshape(kv_heads, shared * (count + fill), dim)
-    out = _attend(queries, keys[:, :span], values[:, :span], scale, bias)
+    out = _attend(queries, keys[:, :span], values[:, :span], scale, bias, exact=biases.exact)
     return out.view(heads, count + fill, dim)[:, :count]
 
 
@@ -215,7 +220,8 @@ def _decode(
     shared = heads // kv_heads
     copies = -(-MIN_ROWS // shared)
     queries = q[:, decode.index].transpose(0, 1).reshape(count * kv_heads, shared, dim).repeat(1, copies, 1)
-    out = _attend(queries, keys, values, scale, biases.lengths(decode, kv_heads, shared * copies))
+    bias = biases.lengths(decode, kv_heads, shared * copies)
+    out = _attend(queries, keys, values, scale, bias, exact=biases.exact)
     return out[:, :shared].reshape(count, heads, dim).transpose(0, 1)
 
 

@@ -8,6 +8,7 @@ Nothing here knows of requests, sessions or queues; and only one thread may call
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -258,10 +259,7 @@ class Engine:
         tokens = draw(allowed, [one.sampling for one in draws], [one.place for one in draws])
         chosen = torch.tensor(tokens, device=self._device)
         logprobs = (logits[owners, chosen] - totals[owners]).tolist()
-        values = [
-            float(_values(d.row.weights, states[i : i + 1])[0]) if d.value else float("nan")
-            for i, d in enumerate(drawing)
-        ]
+        values = _values_by_adapter(drawing, states)
         drawn: list[list[Drawn]] = [[] for _ in drawing]
         for owner, token, logprob in zip(owners, tokens, logprobs, strict=True):
             drawn[owner].append(Drawn(token, logprob, values[owner]))
@@ -289,6 +287,19 @@ def _values(weights: Weights | None, hidden: torch.Tensor) -> Floats:
     if weights is None or weights.value_head is None:
         raise FailedPrecondition("NO_VALUE_HEAD", "this adapter has no value head: create or load it with value_head")
     values: Floats = linear_head(weights.value_head, hidden)[:, 0].float().cpu().numpy()
+    return values
+
+
+def _values_by_adapter(drawing: Sequence[Decoding], states: torch.Tensor) -> list[float]:
+    """The value of each decoding's state [D, hidden]; nan where it was not asked for."""
+    values = [math.nan] * len(drawing)
+    asking: dict[Weights | None, list[int]] = {}
+    for i, one in enumerate(drawing):
+        if one.value:
+            asking.setdefault(one.row.weights, []).append(i)
+    for weights, places in asking.items():
+        for i, value in zip(places, _values(weights, states[places]).tolist(), strict=True):
+            values[i] = value
     return values
 
 

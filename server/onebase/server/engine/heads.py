@@ -15,6 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from onebase.server.engine.adapters import Head
 from onebase.server.engine.batch import MIN_ROWS
 
+MIN_COLUMNS = 16
+"""Fewest columns of a head's product."""
+
 CHUNK = 128
 """Positions whose logits exist at once."""
 
@@ -75,10 +78,13 @@ def _chunk_logprobs(
 
 def linear_head(head: Head, hidden: torch.Tensor) -> torch.Tensor:
     """A value or score head in its own precision: [M, hidden] to [M, labels]; the same for any M."""
-    rows = hidden.shape[0]
+    rows, labels = hidden.shape[0], head.weight.shape[0]
     if rows < MIN_ROWS:
         hidden = nn.functional.pad(hidden, (0, 0, 0, MIN_ROWS - rows))
-    return nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias)[:rows]
+    # a product with a single column is one with a vector, and rounds by the number of rows
+    weight = nn.functional.pad(head.weight, (0, 0, 0, max(0, MIN_COLUMNS - labels)))
+    found = nn.functional.linear(hidden.to(weight.dtype), weight)[:rows, :labels]
+    return found if head.bias is None else found + head.bias
 
 
 def logits_finish(config: object) -> Callable[[torch.Tensor], torch.Tensor]:

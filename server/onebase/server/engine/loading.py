@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import os
 
@@ -27,7 +28,7 @@ from onebase.server.engine.fingerprint import fingerprint
 from onebase.server.engine.formats import Formats
 from onebase.server.engine.heads import LmHead, logits_finish
 from onebase.server.engine.kv import KVCache
-from onebase.server.engine.proof import prove
+from onebase.server.engine.proof import Proof, prove
 from onebase.server.engine.text import Text
 from onebase.server.errors import FailedPrecondition, InvalidArgument, NotFound
 from onebase.server.jobs import BaseFacts
@@ -53,7 +54,7 @@ def open_engine(config: EngineConfig) -> Engine:
     skeleton = _skeleton(settings)
     facts = _facts(config, model, skeleton, tokenizer)
     _refuse_longrope(model.config, facts)
-    route = Route()
+    route = Route(exact=_wants_exact(config, device))
     blocks = model.base_model
     if blocks is model:
         raise FailedPrecondition(
@@ -75,7 +76,8 @@ def open_engine(config: EngineConfig) -> Engine:
     engine.version_window = config.version_window
     if config.gradient_checkpointing:
         engine.recomputed = recomputed_layers(model)
-    prove(engine, model)
+    proof = prove(engine, model)
+    engine.facts = dataclasses.replace(facts, exact=_is_exact(config, route, proof))
     engine.kv = KVCache(config.kv_slots, facts.max_context, config.kv_bytes, engine.kv.token_bytes)
     return engine
 
@@ -88,6 +90,29 @@ def _device(name: str) -> torch.device:
             "NO_CUDA", f"device is {name!r}, and torch sees no CUDA device: use --device cpu", field="device"
         )
     return torch.device(name)
+
+
+def _wants_exact(config: EngineConfig, device: torch.device) -> bool:
+    return config.exact == "on" or (config.exact == "auto" and device.type == "cpu")
+
+
+def _is_exact(config: EngineConfig, route: Route, proof: Proof) -> bool:
+    """Whether the engine is exact, as far as the proof saw.
+
+    Raises:
+        FailedPrecondition: it must be, and is not.
+    """
+    if route.exact and not proof.exact:
+        seen = f"{proof.cached_difference:.1e} between logits of the cache and of the whole sequence"
+        if config.exact == "on":
+            raise FailedPrecondition(
+                "NOT_EXACT",
+                f"exact is on, and this machine's products round by batch ({seen}): serve with --exact auto, and "
+                "PPO scores its rollouts again",
+                field="exact",
+            )
+        log.warning("not exact: this machine's products round by batch (%s); PPO scores its rollouts again", seen)
+    return route.exact and proof.exact
 
 
 def _describe(config: EngineConfig) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:

@@ -7,6 +7,8 @@ chunks. Where the numbers differ the model is refused by name; being refused is 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from transformers import PreTrainedModel
 
@@ -22,12 +24,27 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 """Largest difference of logits that rounding explains, relative to their largest magnitude."""
 
 
+@dataclass(frozen=True)
+class Proof:
+    """What was seen."""
+
+    difference: float
+    """The largest difference between the model's logits and ours, relative to their largest magnitude."""
+    cached_difference: float
+    """The largest difference between our own logits of whole sequences, and of prompts, chunks and single tokens."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether our logits of a token are the same bit for bit, however it came."""
+        return self.cached_difference == 0.0
+
+
 @torch.no_grad()
-def prove(engine: Engine, model: PreTrainedModel) -> float:
-    """Compares the engine with the model's own forward.
+def prove(engine: Engine, model: PreTrainedModel) -> Proof:
+    """Compares the engine with the model's own forward, and with itself.
 
     Returns:
-        The largest difference of logits, relative to their largest magnitude.
+        The differences.
 
     Raises:
         FailedPrecondition: they differ, or the model asks for attention that the engine does not have.
@@ -55,7 +72,8 @@ def prove(engine: Engine, model: PreTrainedModel) -> float:
         if not difference <= TOLERANCE.get(model.dtype, 1e-4):
             raise _refusal(name, f"{way} logits differ from transformers' own by {difference:.1e} of their magnitude")
         worst = max(worst, difference)
-    return worst
+    itself = max(float((c - p).abs().max()) for c, p in zip(cached, packed, strict=False))
+    return Proof(worst, itself)
 
 
 def _packed(engine: Engine, texts: list[list[int]]) -> list[torch.Tensor]:
