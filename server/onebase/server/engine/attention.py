@@ -93,6 +93,7 @@ class Biases:
         self._window = window
         self._like = like
         self.exact = route.exact
+        self.dtype = torch.float32 if route.wide else like.dtype
 
     def causal(self, at: tuple[int, int], stop: int, shared: int) -> torch.Tensor:
         """[1, shared * (at[1] - at[0]), stop]: queries at these places, keys from 0, once for each head that shares."""
@@ -119,7 +120,7 @@ class Biases:
         allowed = place <= at
         if self._window is not None:
             allowed &= place > at - self._window
-        return torch.zeros_like(allowed, dtype=self._like.dtype).masked_fill_(~allowed, -torch.inf)
+        return torch.zeros_like(allowed, dtype=self.dtype).masked_fill_(~allowed, -torch.inf)
 
 
 def _attend(
@@ -132,23 +133,25 @@ def _attend(
         k: [G, S, head_dim], S a multiple of KV_BLOCK.
         v: [G, S, head_dim].
         scale: of the scores.
-        bias: [G or 1, M, S], added to the scores.
+        bias: [G or 1, M, S], added to the scores; its dtype is the products'.
         exact: whether a query's numbers must not depend on M, S and G.
 
     Returns:
         [G, M, head_dim].
     """
+    narrow = q.dtype
+    q, k, v = (t.to(bias.dtype) for t in (q, k, v))
     if not exact:
         return nn.functional.scaled_dot_product_attention(
             q[:, None], k[:, None], v[:, None], attn_mask=bias[:, None], scale=scale
-        )[:, 0]
+        )[:, 0].to(narrow)
     scores = torch.baddbmm(bias.expand(q.shape[0], -1, -1), q, k.transpose(1, 2), alpha=scale)
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
     out = torch.bmm(weights[:, :, :SUM_BLOCK], v[:, :SUM_BLOCK])
     for start in range(SUM_BLOCK, k.shape[1], SUM_BLOCK):
         part = slice(start, start + SUM_BLOCK)
         out = out + torch.bmm(weights[:, :, part], v[:, part])
-    return out
+    return out.to(narrow)
 
 
 def _fresh(

@@ -111,8 +111,9 @@ class Batch:
 class Route:
     """Where the base's modules find the batch of the step; empty between steps."""
 
-    def __init__(self, *, exact: bool = False) -> None:
+    def __init__(self, *, exact: bool = False, wide: bool = False) -> None:
         self.exact = exact  # attention by products that round alike; fused kernels otherwise
+        self.wide = wide  # products in float32 whatever the base's dtype (see `precision`)
         self.batch: Batch | None = None
         self.kv: KVCache | None = None
         self.groups: tuple[SegmentGroup, ...] = ()  # the adapters' slices of the current batch

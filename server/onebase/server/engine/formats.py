@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from onebase.server.engine.adapters import Adapter, Head, Moments, Weights
 from onebase.server.engine.files import SavedFiles, write_directory
 from onebase.server.engine.lora import LoraPair
+from onebase.server.engine.precision import widens
 from onebase.server.errors import FailedPrecondition, InvalidArgument, OnebaseError, ResourceExhausted
 from onebase.server.jobs import (
     AdapterKind,
@@ -88,7 +89,8 @@ class Formats:
         self._facts = facts
         self._conv1d = conv1d
         self._device = torch.device(facts.device)
-        self._dtype: torch.dtype = getattr(torch, facts.dtype)
+        dtype: torch.dtype = getattr(torch, facts.dtype)
+        self._dtype = torch.float32 if widens(dtype, torch.device(facts.device)) else dtype  # of products
 
     # --------------------------------------------------------------------------------------------------- make
 

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from onebase.server.engine.adapters import Head
 from onebase.server.engine.batch import MIN_ROWS
+from onebase.server.engine.precision import wide_linear
 
 MIN_COLUMNS = 16
 """Fewest columns of a head's product."""
@@ -28,13 +29,22 @@ class LmHead:
 
     embedding: nn.Module
     finish: Callable[[torch.Tensor], torch.Tensor]
+    wide: bool = False  # products in float32 (see `precision`)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[M, hidden] to float32 [M, vocabulary]; M rows round the same for any M."""
         rows = hidden.shape[0]
         if rows < MIN_ROWS:
             hidden = nn.functional.pad(hidden, (0, 0, 0, MIN_ROWS - rows))
-        return self.finish(self.embedding(hidden)[:rows].float())
+        return self.finish(self._product(hidden)[:rows].float())
+
+    def _product(self, hidden: torch.Tensor) -> torch.Tensor:
+        embedding = self.embedding
+        if self.wide and isinstance(embedding, nn.Linear):
+            logits = wide_linear(hidden, embedding.weight)
+            return logits if embedding.bias is None else logits + embedding.bias
+        narrow: torch.Tensor = embedding(hidden)
+        return narrow
 
 
 def token_logprobs(

@@ -28,6 +28,7 @@ from onebase.server.engine.fingerprint import fingerprint
 from onebase.server.engine.formats import Formats
 from onebase.server.engine.heads import LmHead, logits_finish
 from onebase.server.engine.kv import KVCache
+from onebase.server.engine.precision import widens
 from onebase.server.engine.proof import Proof, prove
 from onebase.server.engine.text import Text
 from onebase.server.errors import FailedPrecondition, InvalidArgument, NotFound
@@ -54,7 +55,8 @@ def open_engine(config: EngineConfig) -> Engine:
     skeleton = _skeleton(settings)
     facts = _facts(config, model, skeleton, tokenizer)
     _refuse_longrope(model.config, facts)
-    route = Route(exact=_wants_exact(config, device))
+    wide = widens(model.dtype, device)
+    route = Route(exact=_wants_exact(config, device), wide=wide)
     blocks = model.base_model
     if blocks is model:
         raise FailedPrecondition(
@@ -66,7 +68,7 @@ def open_engine(config: EngineConfig) -> Engine:
     engine = Engine(
         model,
         route,
-        LmHead(model.get_output_embeddings(), logits_finish(model.config)),
+        LmHead(model.get_output_embeddings(), logits_finish(model.config), wide),
         Formats(skeleton, set(wrapped), facts, conv1d=conv1d),
         Text(tokenizer),
         facts,

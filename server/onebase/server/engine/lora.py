@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from onebase.server.engine.batch import MIN_ROWS, Route, Segment
+from onebase.server.engine.precision import wide_linear
 from onebase.server.engine.quantized import QuantizedLinear
 from onebase.server.engine.stacks import SegmentGroup, Stack, padded_rank
 
@@ -76,19 +77,33 @@ class MultiLoraLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(1, N, in) to (1, N, out)."""
-        y: torch.Tensor = self.base(x)
+        dtype = x.dtype
+        if self.route.wide:
+            x = x.float()
+        y = self._base(x)
         groups = self.route.groups
-        if not groups:
+        if groups:
+            flat_x, flat_y = x.reshape(-1, self.in_features), y.view(-1, self.out_features)
+            if torch.is_grad_enabled():
+                y = self._train(flat_x, flat_y, groups).view(y.shape)
+            else:
+                self._add_all(flat_x, flat_y, groups)
+        return y.to(dtype)
+
+    def _base(self, x: torch.Tensor) -> torch.Tensor:
+        """The base's product, in x's dtype."""
+        if not self.route.wide or isinstance(self.base, QuantizedLinear):
+            y: torch.Tensor = self.base(x)
             return y
-        flat_x, flat_y = x.reshape(-1, self.in_features), y.view(-1, self.out_features)
-        if torch.is_grad_enabled():
-            return self._train(flat_x, flat_y, groups).view(y.shape)
+        y = wide_linear(x, self.weight if isinstance(self.base, nn.Linear) else self.weight.t())
+        return y if self.bias is None else y + self.bias
+
+    def _add_all(self, x: torch.Tensor, y: torch.Tensor, groups: Sequence[SegmentGroup]) -> None:
         for group in groups:
             if group.stack is None:
-                self._add(flat_x, flat_y, group.segments[0])
+                self._add(x, y, group.segments[0])
             else:
-                self._add_stacked(flat_x, flat_y, group, group.stack)
-        return y
+                self._add_stacked(x, y, group, group.stack)
 
     def _add(self, x: torch.Tensor, y: torch.Tensor, segment: Segment) -> None:
         """Adds one adapter's update to its slice of y, never with fewer than MIN_ROWS rows in a product."""
