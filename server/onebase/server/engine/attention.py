@@ -23,7 +23,10 @@ NAME = "onebase"
 """The name under which transformers knows this attention."""
 
 SUM_BLOCK = 128
-"""Positions of one product in the sum over values, and queries of one block."""
+"""Positions of one product in the sum over values."""
+
+QUERY_BLOCK = 64
+"""Queries of one block: each block sees the keys up to its own end, so smaller blocks waste less on what is masked."""
 
 _HARMLESS = {"position_ids", "use_cache", "is_causal", "cache_position", "output_attentions", "position_embeddings"}
 
@@ -165,8 +168,8 @@ def _fresh(
     keys = k[:, group.gather].view(kv_heads * count, length, dim)
     values = v[:, group.gather].view(kv_heads * count, length, dim)
     blocks = []
-    for start in range(0, length, SUM_BLOCK):
-        stop = min(start + SUM_BLOCK, length)
+    for start in range(0, length, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, length)
         block = queries[:, :, :, start:stop].reshape(kv_heads * count, shared * (stop - start), dim)
         bias = biases.causal((start, stop), stop, shared)
         out = _attend(block, keys[:, :stop], values[:, :stop], scale, bias, exact=biases.exact)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from onebase.server.engine.adapters import Head
 from onebase.server.engine.batch import MIN_ROWS
@@ -61,29 +61,56 @@ def token_logprobs(
     Returns:
         float32 [M], and float32 [M] without gradients or None.
     """
-    logprobs: list[torch.Tensor] = []
-    entropies: list[torch.Tensor] = []
-    recompute = torch.is_grad_enabled() and hidden.shape[0] > CHUNK  # logits of one chunk alone may be kept
-    for part, wanted in zip(torch.split(hidden, CHUNK), torch.split(targets, CHUNK), strict=True):
-        if recompute:
-            found = checkpoint(_chunk_logprobs, head, part, wanted, entropy, use_reentrant=False)
-        else:
-            found = _chunk_logprobs(head, part, wanted, entropy)
-        logprobs.append(found[0])
-        entropies.append(found[1])
-    return torch.cat(logprobs), torch.cat(entropies) if entropy else None
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        trained, entropies = _TrainedLogprobs.apply(hidden, targets, head)  # type: ignore[no-untyped-call]
+        return trained, entropies if entropy else None
+    parts = zip(torch.split(hidden, CHUNK), torch.split(targets, CHUNK), strict=True)
+    pieces = [_chunk_logprobs(head.logits(part), wanted, entropy=entropy) for part, wanted in parts]
+    logprobs = torch.cat([logprobs for logprobs, _ in pieces])
+    return logprobs, torch.cat([entropies for _, entropies in pieces]) if entropy else None
 
 
-def _chunk_logprobs(
-    head: LmHead, hidden: torch.Tensor, targets: torch.Tensor, entropy: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    logits = head.logits(hidden)
+def _chunk_logprobs(logits: torch.Tensor, targets: torch.Tensor, *, entropy: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logprobs [M] of the targets, and entropies [M] (something else where they are not asked for)."""
     total = torch.logsumexp(logits, dim=-1)
     logprobs = logits.gather(1, targets[:, None])[:, 0] - total
     if not entropy:
-        return logprobs, total.detach()
-    with torch.no_grad():
-        return logprobs, total - (torch.softmax(logits, dim=-1) * logits).sum(-1)
+        return logprobs, total
+    return logprobs, total - ((logits - total[:, None]).exp_().mul_(logits)).sum(-1)
+
+
+class _TrainedLogprobs(torch.autograd.Function):
+    """Logprobs whose backward pass needs no logits.
+
+    A logprob's derivative by its own state, dlogits/dstate · (onehot - probabilities), is made while the chunk's logits
+    are there. It is [M, hidden]; so logits of one chunk alone exist at any time, and none is computed twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: LmHead
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logprobs, entropies, derivatives = [], [], []
+        for part, wanted in zip(torch.split(hidden, CHUNK), torch.split(targets, CHUNK), strict=True):
+            with torch.enable_grad():
+                states = part.detach().requires_grad_()
+                logits = head.logits(states)
+            fixed = logits.detach()
+            part_logprobs, part_entropy = _chunk_logprobs(fixed, wanted, entropy=True)
+            logprobs.append(part_logprobs)
+            entropies.append(part_entropy)
+            slope = torch.softmax(fixed, dim=-1).neg_()
+            slope[torch.arange(len(wanted)), wanted] += 1.0
+            derivatives.append(torch.autograd.grad(logits, states, slope)[0])
+        ctx.save_for_backward(torch.cat(derivatives))
+        entropy = torch.cat(entropies)
+        ctx.mark_non_differentiable(entropy)
+        return torch.cat(logprobs), entropy
+
+    @staticmethod
+    def backward(ctx: Any, by_logprob: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        [derivative] = ctx.saved_tensors
+        return (by_logprob[:, None] * derivative).to(derivative.dtype), None, None
 
 
 def linear_head(head: Head, hidden: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ Source: LoRA, Hu et al. 2021 (arXiv:2106.09685), section 4.1; scaling as in PEFT
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -136,22 +137,25 @@ class MultiLoraLinear(nn.Module):
 
     def _train(self, x: torch.Tensor, y: torch.Tensor, groups: Sequence[SegmentGroup]) -> torch.Tensor:
         """The same sum, out of place, so that autograd reaches each adapter's own parameters."""
-        pieces: list[torch.Tensor] = []
-        end = 0
-        for segment in (segment for group in groups for segment in group.segments):
-            pair = segment.weights.lora.get(self.name)
-            if pair is None:
-                continue
-            if segment.start > end:
-                pieces.append(y[end : segment.start])
-            start, stop = segment.start, segment.stop
+        pairs = [
+            (segment, pair)
+            for group in groups
+            for segment in group.segments
+            if (pair := segment.weights.lora.get(self.name)) is not None
+        ]
+        if not pairs:
+            return y
+        # split, not sliced: the backward pass of a slice fills a whole tensor with zeros, that of a split is one cat
+        cuts = [at for segment, _ in pairs for at in (segment.start, segment.stop)]
+        sizes = [stop - start for start, stop in itertools.pairwise([0, *cuts, y.shape[0]])]
+        kept, inputs = list(torch.split(y, sizes)), torch.split(x, sizes)
+        for place, (_, pair) in enumerate(pairs):
+            at = 2 * place + 1  # between what is not adapted before it and after it
             a, b = widened(pair.a.to(y.dtype), pair.b.to(y.dtype))
-            low = torch.mm(x[start:stop], a.t()) * pair.scaling
-            pieces.append(torch.addmm(y[start:stop], low, b.t()))
-            end = stop
-        if end < y.shape[0]:
-            pieces.append(y[end:])
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            low = torch.mm(inputs[at], a.t()) * pair.scaling
+            kept[at] = torch.addmm(kept[at], low, b.t())
+        there = [piece for piece in kept if piece.shape[0]]
+        return there[0] if len(there) == 1 else torch.cat(there)
 
 
 def window(start: int, stop: int, size: int) -> tuple[int, int]:
