@@ -34,7 +34,12 @@ class Prompt:
     session: str
     cost: int
     work: Work = Work.GENERATE
-    needs_slot: bool = True
+
+    def next_slots(self) -> int:
+        return 1
+
+    def next_length(self) -> int:
+        return self.cost
 
     def next_cost(self) -> int:
         return self.cost
@@ -51,11 +56,15 @@ class Train:
         return self.rows[0] if self.rows else 0
 
 
+def four(_: int) -> int:
+    return 4
+
+
 def simulate(scheduler: Scheduler, steps: int) -> list[tuple[str, int, int]]:
     """Runs plans on a device whose seconds are tokens: ("infer" or "train", tokens, step)."""
     history = []
     for number in range(steps):
-        plan = scheduler.plan(running=0, slots=4)
+        plan = scheduler.plan(running=0, slots=four)
         if plan.empty:
             break
         if plan.trains or plan.steps:
@@ -109,7 +118,7 @@ def test_everything_is_planned_once_and_the_queues_run_empty(work: list[tuple[st
             total += sum(rows)
     history = simulate(scheduler, 1000)
     assert sum(tokens for _, tokens, _ in history) == total
-    assert scheduler.plan(running=0, slots=4).empty
+    assert scheduler.plan(running=0, slots=four).empty
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=5), st.integers(2, 30))
@@ -122,7 +131,7 @@ def test_an_interactive_job_goes_into_the_very_next_step(rows: list[int], crowd:
     simulate(scheduler, 3)
     job = Score("person", Work.INTERACTIVE, rows)
     scheduler.scores[Work.INTERACTIVE].push("person", job)
-    plan = scheduler.plan(running=2, slots=4)
+    plan = scheduler.plan(running=2, slots=four)
     assert next(task for task, _ in plan.scores) is job
 
 
@@ -165,8 +174,8 @@ def test_an_adapters_passes_and_steps_keep_their_order() -> None:
     first, step, second = Train(1, [30]), Train(1, []), Train(1, [10])
     for task in (first, step, second):
         scheduler.trains.push(1, task)
-    plan = scheduler.plan(running=0, slots=4)
+    plan = scheduler.plan(running=0, slots=four)
     assert plan.trains == [first]
     assert not plan.steps
     scheduler.trains.remove(1, first)
-    assert scheduler.plan(running=0, slots=4).steps == [step]
+    assert scheduler.plan(running=0, slots=four).steps == [step]

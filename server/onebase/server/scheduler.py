@@ -1,20 +1,49 @@
 """What the next engine step does. No tensor in here, and no clock but the one that is passed in.
 
 Kinds of work, in the order in which a step takes them: small score jobs of people and single calls (interactive),
-tokens of running completions, prompts of new ones, bulk score jobs. Training shares the device with all of these by
-time: the side that has had less of it goes next, except that interactive work always goes first. Inside a kind,
-sessions take turns by the tokens they have been served (start-time fair queueing: Goyal et al. 1996), so nobody's long
-queue holds up another's short one; training takes turns by adapter.
+tokens of running completions, then prompts of new ones and bulk score jobs, which alternate. Training shares the device
+with all of these by time. Inside a kind, sessions take turns by the tokens they have been served (`turns`), so nobody's
+long queue holds up another's short one; the adapters that a session trains share its turns.
+
+What everybody may count on, whatever others do, where n sessions have interactive rows:
+
+* Size. A step has at most `step_tokens` tokens, running completions included, or `train_tokens` if it trains, unless a
+  single row is longer. While interactive rows wait, prompts and bulk rows take at most a quarter of `step_tokens`; one
+  that is longer goes first once they have kept it out of 3 steps.
+* Interactive. A session's row is in the next step if no waiting session was served less, if the session has not been
+  ahead of training, prompts or bulk rows since their last turns, and if rows of other such sessions leave room. Of any
+  three steps while interactive rows wait, one has some.
+* Prompts and bulk rows. Interactive rows keep them out of at most 3 + n steps in a row; of their turns, each has every
+  other. A prompt that waits for slots gets the next ones.
+* Training. While it and work that is not interactive wait, neither gets more device time than the other by more than
+  the longest step of each. Interactive rows may go ahead of it for 7 times as long as its last step took, one step
+  more, and two steps more for each of the n sessions.
+* Sessions of one kind that both want something throughout. Scored tokens differ by at most two of the longest rows. A
+  prompt and an adapter have one turn in a step; in steps that leave the other session out, neither gets more tokens
+  than the other does in all, but for three of the largest turns.
+* Absence. Who comes back is level with those who waited, but for one of the largest turns.
+
+So every request is done in a time that depends on what its session had waiting when it came, on the number of sessions
+and on the longest step, and on nothing that comes later.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol
 
 from onebase.server.jobs import Work
+from onebase.server.turns import FairQueue, Lead, Turns
+
+_AHEAD_OF_REST = 3
+"""Steps in a row out of which interactive rows may keep prompts and bulk rows."""
+
+_AHEAD_OF_TRAINING = 7
+"""How many times as long as a training step interactive work may go ahead of the next one."""
+
+Slots = Callable[[int], int]
+"""How many more completions of so many tokens may begin."""
 
 
 class Task(Protocol):
@@ -42,9 +71,11 @@ class ScoreWork(Task, Protocol):
 class GenerateWork(Task, Protocol):
     """Prompts to complete."""
 
-    @property
-    def needs_slot(self) -> bool:
-        """Whether its next prompt needs a free slot; one that is under way has its own."""
+    def next_slots(self) -> int:
+        """Slots that its next prompt can use; 0 if the prompt is under way and has them."""
+
+    def next_length(self) -> int:
+        """Tokens that each of these slots must hold."""
 
     def next_cost(self) -> int:
         """Tokens of its next prompt, or of the next part of a long one; 0 when all completions have begun."""
@@ -59,60 +90,6 @@ class TrainWork(Task, Protocol):
 
     def next_cost(self) -> int:
         """Tokens of its next micro-batch; 0 for an optimizer step."""
-
-
-T = TypeVar("T", bound=Task)
-
-
-class FairQueue(Generic[T]):
-    """Tasks of several owners; the owner that was served the fewest tokens goes next, his tasks in their order."""
-
-    def __init__(self) -> None:
-        self._tasks: dict[Hashable, deque[T]] = {}
-        self._served: dict[Hashable, float] = {}
-        self._floor = 0.0
-
-    def __len__(self) -> int:
-        return sum(len(tasks) for tasks in self._tasks.values())
-
-    def __iter__(self) -> Iterator[T]:
-        for tasks in self._tasks.values():
-            yield from tasks
-
-    def push(self, owner: Hashable, task: T) -> None:
-        """Adds a task; an owner who was away begins level with those who waited, with no credit for the time."""
-        if owner not in self._tasks:
-            self._tasks[owner] = deque()
-            self._served[owner] = max(self._served.get(owner, 0.0), self._floor)
-        self._tasks[owner].append(task)
-
-    def owners(self) -> list[Hashable]:
-        """Owners with tasks, the least served first."""
-        return sorted(self._tasks, key=lambda owner: self._served[owner])
-
-    def first(self, owner: Hashable) -> T:
-        """An owner's oldest task."""
-        return self._tasks[owner][0]
-
-    def charge(self, owner: Hashable, tokens: float) -> None:
-        """Notes what an owner was served."""
-        self._floor = max(self._floor, min(self._served[o] for o in self._tasks))
-        self._served[owner] += tokens
-
-    def has(self, owner: Hashable, task: T) -> bool:
-        """Whether a task stands in the queue."""
-        return task in self._tasks.get(owner, ())
-
-    def remove(self, owner: Hashable, task: T) -> None:
-        """Takes a task out, wherever it stands; nothing happens if it is not there."""
-        tasks = self._tasks.get(owner)
-        if tasks is None or task not in tasks:
-            return
-        tasks.remove(task)
-        if not tasks:
-            del self._tasks[owner]
-            if len(self._served) > 4096:  # forget owners who left long ago
-                self._served = {o: s for o, s in self._served.items() if o in self._tasks}
 
 
 @dataclass
@@ -136,37 +113,49 @@ class Scheduler:
 
     Args:
         step_tokens: most tokens of one step; a single longer row makes a step of its own.
+        train_tokens: most tokens of a training step, whose activations are held until its backward pass; without it,
+            step_tokens.
     """
 
-    def __init__(self, step_tokens: int) -> None:
+    def __init__(self, step_tokens: int, train_tokens: int | None = None) -> None:
         self.step_tokens = step_tokens
+        self.train_tokens = train_tokens or step_tokens
         self.scores: dict[Work, FairQueue[ScoreWork]] = {Work.INTERACTIVE: FairQueue(), Work.SCORE: FairQueue()}
-        self.prompts: FairQueue[GenerateWork] = FairQueue()
-        self.trains: FairQueue[TrainWork] = FairQueue()
-        self._seconds = {"inference": 0.0, "training": 0.0}
-        self._prompts_first = False
+        self.prompts: FairQueue[GenerateWork] = FairQueue(credit=1)
+        self.trains: FairQueue[TrainWork] = FairQueue()  # by adapter: its passes and steps keep their order
+        self._trainers = Turns(credit=1)  # sessions with passes
+        self._sides = Turns()  # training and inference, in seconds
+        self._rest = [Work.GENERATE, Work.SCORE]  # the first goes first
+        self._ahead_of_rest = Lead()  # in steps
+        self._ahead_of_training = Lead()  # in seconds
+        self._jumpers: set[str] | None = None  # if the present step goes ahead of training, sessions that let it
 
     def account(self, *, training: bool, seconds: float) -> None:
         """Notes how long the device worked for one side."""
-        self._seconds["training" if training else "inference"] += seconds
+        self._sides.charge("training" if training else "inference", seconds)
+        if training:
+            self._ahead_of_training.renew(_AHEAD_OF_TRAINING * seconds)
+        elif self._jumpers is not None:
+            self._ahead_of_training.use(self._jumpers, seconds)
 
-    def plan(self, *, running: int, slots: int) -> Plan:
+    def plan(self, *, running: int, slots: Slots) -> Plan:
         """The next step.
 
         Args:
             running: completions under way.
             slots: free places for new ones.
         """
-        prompts = any(slots or not task.needs_slot for task in self.prompts)
-        inference = bool(running or any(self.scores.values()) or prompts)
-        training = bool(self.trains)
-        if not (inference and training):  # time that nobody else wanted is not held against anyone
-            level = max(self._seconds.values())
-            self._seconds = {"inference": level, "training": level}
-        urgent = bool(self.scores[Work.INTERACTIVE])
-        if training and not urgent and (not inference or self._seconds["training"] <= self._seconds["inference"]):
+        inference = bool(running or any(self.scores.values()) or self._waits(Work.GENERATE, slots))
+        behind = self._sides.tag("training") <= self._sides.tag("inference")
+        turn = bool(self.trains) and (behind or not inference)
+        barred = self._ahead_of_training.barred if turn else frozenset()
+        self._jumpers = None
+        if turn and not self.scores[Work.INTERACTIVE].owners(barred):
             return self._plan_training()
-        return self._plan_inference(running, slots)
+        plan = self._plan_inference(running, slots, barred)
+        if turn:
+            self._jumpers = {task.session for task, _ in plan.scores if task.work is Work.INTERACTIVE}
+        return plan
 
     def keep_prompts(self, task: GenerateWork) -> None:
         """Lets a task stand in the queue of prompts exactly while it has some to begin."""
@@ -176,56 +165,96 @@ class Scheduler:
         elif queued and not task.next_cost():
             self.prompts.remove(task.session, task)
 
-    def _plan_inference(self, running: int, slots: int) -> Plan:
-        plan = Plan(decode=running > 0)
-        budget = self.step_tokens - running
-        budget = self._take_scores(plan, self.scores[Work.INTERACTIVE], budget)
-        self._prompts_first = not self._prompts_first  # neither can fill every step
-        if self._prompts_first:
-            budget = self._take_prompts(plan, budget, slots)
-        budget = self._take_scores(plan, self.scores[Work.SCORE], budget)
-        if not self._prompts_first:
-            self._take_prompts(plan, budget, slots)
+    def _plan_inference(self, running: int, slots: Slots, barred: frozenset[Hashable]) -> Plan:
+        """Rows and prompts; no interactive rows of barred sessions, which may not go ahead of training."""
+        plan, room = Plan(decode=running > 0), self.step_tokens - running
+        interactive = self.scores[Work.INTERACTIVE]
+        share = min(room, self.step_tokens // 4)
+        most = share if interactive else room
+        room -= self._take_scores(plan, interactive, room, barred | self._ahead_of_rest.barred)
+        room -= self._take_rest(plan, min(room, most), slots, whole=room >= share)
+        self._take_scores(plan, interactive, room, barred)
         return plan
 
-    def _take_scores(self, plan: Plan, queue: FairQueue[ScoreWork], budget: int) -> int:
-        while queue:
-            owner = queue.owners()[0]
-            task = queue.first(owner)
-            cost = task.next_cost()
-            if cost > budget and (plan.scores or plan.prompts):
-                break
-            plan.scores.append((task, task.take()))
-            queue.charge(owner, cost)
-            budget -= cost
-            if not task.next_cost():
-                queue.remove(owner, task)
-        return budget
+    def _take_rest(self, plan: Plan, budget: int, slots: Slots, *, whole: bool) -> int:
+        """Plans prompts and bulk rows, those first whose turn it is: their tokens.
 
-    def _take_prompts(self, plan: Plan, budget: int, slots: int) -> int:
-        """Begins at most one prompt of each session in a step; the worker takes as many of its n as have a place."""
+        Whoever gets nothing, or less than the whole share, keeps the turn.
+        """
+        kinds, left = [kind for kind in self._rest if self._waits(kind, slots)], budget
+        ahead = {task.session for task, _ in plan.scores}
+        for kind in kinds:
+            if kind is Work.GENERATE:
+                taken = self._take_prompts(plan, left, slots)
+            else:
+                taken = self._take_scores(plan, self.scores[kind], left)
+            left -= taken
+            if kind is kinds[0] and taken and whole:
+                self._rest.append(self._rest.pop(self._rest.index(kind)))
+                self._ahead_of_rest.renew(_AHEAD_OF_REST)
+            elif kind is kinds[0]:
+                self._ahead_of_rest.use(ahead, 1)
+        return budget - left
+
+    def _waits(self, kind: Work, slots: Slots) -> bool:
+        """Whether there are prompts that can go on or begin, or rows of a kind."""
+        return any(True for _ in self._ready(slots)) if kind is Work.GENERATE else bool(self.scores[kind])
+
+    def _ready(self, slots: Slots) -> Iterator[tuple[Hashable, GenerateWork]]:
+        """Prompts that can go on, and those that can begin: none may take a place that one before it waits for."""
+        begun, longest = 0, 0
         for owner in self.prompts.owners():
             task = self.prompts.first(owner)
+            if wanted := task.next_slots():
+                longest = max(longest, task.next_length())
+                free = slots(longest) - begun  # none for those behind one that finds none: it would wait for ever
+                if free <= 0:
+                    continue
+                begun += min(wanted, free)
+            yield owner, task
+
+    def _take_scores(
+        self, plan: Plan, queue: FairQueue[ScoreWork], budget: int, barred: frozenset[Hashable] = frozenset()
+    ) -> int:
+        """Plans rows by turns, up to a barred session's: their tokens."""
+        left = budget
+        while owners := queue.owners(barred):
+            task = queue.first(owners[0])
             cost = task.next_cost()
-            if task.needs_slot and not slots:
-                continue
-            if cost > budget and (plan.scores or plan.prompts):
+            if cost > left and (plan.scores or plan.prompts):
+                break
+            plan.scores.append((task, task.take()))
+            queue.charge(owners[0], cost)
+            left -= cost
+            if not task.next_cost():
+                queue.remove(owners[0], task)
+        return budget - left
+
+    def _take_prompts(self, plan: Plan, budget: int, slots: Slots) -> int:
+        """Plans at most one prompt of each session: their tokens."""
+        left = budget
+        for owner, task in self._ready(slots):
+            cost = task.next_cost()
+            if cost > left and (plan.scores or plan.prompts):
                 break
             plan.prompts.append(task)
             self.prompts.charge(owner, cost)
-            budget -= cost
-            slots -= task.needs_slot
-        return budget
+            left -= cost
+        return budget - left
 
     def _plan_training(self) -> Plan:
-        plan, budget = Plan(), self.step_tokens
-        for owner in self.trains.owners():  # owners are adapters: each keeps the order of its passes and steps
-            task = self.trains.first(owner)
+        """One micro-batch or step of each adapter, by turns of their sessions, as many as fit."""
+        heads = [self.trains.first(adapter) for adapter in self.trains.owners()]
+        plan, left = Plan(steps=[task for task in heads if not task.next_cost()]), self.train_tokens
+        passes = [task for task in heads if task.next_cost()]
+        while passes:
+            task = min(passes, key=lambda task: self._trainers.tag(task.session))
             cost = task.next_cost()
-            if not cost:
-                plan.steps.append(task)
-            elif cost <= budget or not plan.trains:
-                plan.trains.append(task)
-                self.trains.charge(owner, cost)
-                budget -= cost
+            if cost > left and plan.trains:
+                break
+            passes.remove(task)
+            plan.trains.append(task)
+            self.trains.charge(task.adapter, cost)
+            self._trainers.charge(task.session, cost)
+            left -= cost
         return plan

@@ -1,0 +1,117 @@
+"""Who goes next: turns between owners of tasks, and how far somebody may go ahead of another's turn.
+
+Turns are start-time fair queueing (Goyal et al. 1996). An owner has a tag, which grows with what he is served, and the
+lowest tag goes next. The highest tag that had its turn is the present: nobody is further ahead of it than by what he was
+served last, and nobody is behind it by more than his credit, so that time away gives no other.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable, Iterable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Turns:
+    """The tags of owners.
+
+    Args:
+        credit: how many turns, of the largest there was, an owner may fall behind. It takes one where an owner has few
+            turns in a step, so that others get turns in the same step before he has caught up.
+    """
+
+    def __init__(self, credit: int = 0) -> None:
+        self._tags: dict[Hashable, float] = {}
+        self._now = 0.0
+        self._credit = credit
+        self._largest = 0.0
+
+    def tag(self, owner: Hashable) -> float:
+        """What an owner was served, as if he had always wanted something."""
+        return max(self._tags.get(owner, 0.0), self._least)
+
+    @property
+    def _least(self) -> float:
+        return self._now - self._credit * self._largest
+
+    def charge(self, owner: Hashable, amount: float) -> None:
+        """Notes that it is an owner's turn, and what he is served."""
+        tag = self.tag(owner)
+        self._tags[owner] = tag + amount
+        self._now, self._largest = max(self._now, tag), max(self._largest, amount)
+        if len(self._tags) > 4096:  # the least tag is anybody's
+            self._tags = {owner: tag for owner, tag in self._tags.items() if tag > self._least}
+
+
+class FairQueue(Generic[T]):
+    """Tasks of several owners; the owner that was served the fewest tokens goes next, his tasks in their order.
+
+    Args:
+        credit: how many turns an owner may fall behind.
+    """
+
+    def __init__(self, credit: int = 0) -> None:
+        self._tasks: dict[Hashable, deque[T]] = {}  # who has waited longest since his last turn stands first
+        self._turns = Turns(credit)
+
+    def __len__(self) -> int:
+        return sum(len(tasks) for tasks in self._tasks.values())
+
+    def push(self, owner: Hashable, task: T) -> None:
+        """Adds a task; an owner who was away begins level with those who waited, with no credit for the time."""
+        self._tasks.setdefault(owner, deque()).append(task)
+
+    def owners(self, barred: frozenset[Hashable] = frozenset()) -> list[Hashable]:
+        """Owners with tasks, the least served first, up to the first barred one.
+
+        Of those who are level, barred ones stand last; of the others, who has waited longest is first.
+        """
+        turns = sorted(self._tasks, key=lambda owner: (self._turns.tag(owner), owner in barred))
+        return turns[: next((place for place, owner in enumerate(turns) if owner in barred), None)]
+
+    def first(self, owner: Hashable) -> T:
+        """An owner's oldest task."""
+        return self._tasks[owner][0]
+
+    def charge(self, owner: Hashable, tokens: float) -> None:
+        """Notes what an owner with tasks is served."""
+        self._turns.charge(owner, tokens)
+        self._tasks[owner] = self._tasks.pop(owner)
+
+    def has(self, owner: Hashable, task: T) -> bool:
+        """Whether a task stands in the queue."""
+        return task in self._tasks.get(owner, ())
+
+    def remove(self, owner: Hashable, task: T) -> None:
+        """Takes a task out, wherever it stands; nothing happens if it is not there."""
+        tasks = self._tasks.get(owner)
+        if tasks is None or task not in tasks:
+            return
+        tasks.remove(task)
+        if not tasks:
+            del self._tasks[owner]
+
+
+class Lead:
+    """How far owners may still go ahead of somebody whose turn it is: together so far, and each of them once."""
+
+    def __init__(self) -> None:
+        self._left = 0.0
+        self._gone: set[Hashable] = set()
+
+    @property
+    def barred(self) -> frozenset[Hashable]:
+        """Owners who may not: those who have done so, once nothing is left."""
+        return frozenset(self._gone) if self._left <= 0 else frozenset()
+
+    def use(self, owners: Iterable[Hashable], amount: float) -> None:
+        """Notes that owners went ahead, and how far."""
+        self._left -= amount
+        self._gone.update(owners)
+
+    def renew(self, amount: float) -> None:
+        """Begins anew, after the turn of whoever had to wait."""
+        self._left = amount
+        self._gone.clear()
