@@ -89,6 +89,25 @@ def test_a_completion_that_could_never_fit_is_refused(make: Make) -> None:
         run(job)
 
 
+def test_a_completion_that_just_fits_does_not_wait_for_room_that_it_will_not_need(make: Make) -> None:
+    _, _, run = make(kv_bytes=64 * TOKEN_BYTES)
+    job, chunks = generation(1, texts(1, shortest=50, longest=51), max_new_tokens=10, ignore_eos=True)
+    run(job)
+    assert len(outcome(chunks)[0, 0][0]) == 10
+
+
+def test_a_long_prompt_begins_while_short_ones_keep_coming(make: Make) -> None:
+    _, worker, _ = make(kv_bytes=256 * TOKEN_BYTES, slots=4)
+    short = texts(40, shortest=6, longest=9)
+    crowd, _ = generation(1, short, max_new_tokens=40, ignore_eos=True)
+    long, chunks = generation(2, texts(1, shortest=100, longest=101), max_new_tokens=10, ignore_eos=True)
+    crowd.session, long.session = "crowd", "long"
+    worker.submit(crowd)
+    worker.submit(long)
+    long.done.result(60)
+    assert not crowd.done.done()
+
+
 def test_a_prompt_in_parts_is_the_prompt_at_once(make: Make) -> None:
     prompts = texts(3, shortest=60, longest=90)
     found = []
