@@ -98,14 +98,17 @@ def test_a_completion_that_just_fits_does_not_wait_for_room_that_it_will_not_nee
 
 def test_a_long_prompt_begins_while_short_ones_keep_coming(make: Make) -> None:
     _, worker, _ = make(kv_bytes=256 * TOKEN_BYTES, slots=4)
-    short = texts(40, shortest=6, longest=9)
-    crowd, _ = generation(1, short, max_new_tokens=40, ignore_eos=True)
-    long, chunks = generation(2, texts(1, shortest=100, longest=101), max_new_tokens=10, ignore_eos=True)
-    crowd.session, long.session = "crowd", "long"
-    worker.submit(crowd)
+    crowd = []
+    for length in (20, 27, 33, 40):  # so that they never end together
+        job, _ = generation(1, texts(40, shortest=6, longest=9), max_new_tokens=length, ignore_eos=True)
+        job.session = f"crowd {length}"
+        crowd.append(job)
+        worker.submit(job)
+    long, _ = generation(2, texts(1, shortest=100, longest=101), max_new_tokens=10, ignore_eos=True)
+    long.session = "long"
     worker.submit(long)
     long.done.result(60)
-    assert not crowd.done.done()
+    assert not any(job.done.done() for job in crowd)
 
 
 def test_a_prompt_in_parts_is_the_prompt_at_once(make: Make) -> None:

@@ -1,8 +1,9 @@
 """Who goes next: turns between owners of tasks, and how far somebody may go ahead of another's turn.
 
-Turns are start-time fair queueing (Goyal et al. 1996). An owner has a tag, which grows with what he is served, and the
-lowest tag goes next. The highest tag that had its turn is the present: nobody is further ahead of it than by what he was
-served last, and nobody is behind it by more than his credit, so that time away gives no other.
+Turns are start-time fair queueing (Goyal et al. 1996): a deficit round robin without rounds. An owner has a tag, which
+grows with what he is served, and the lowest tag goes next. The highest tag that had its turn is the present: nobody is
+further ahead of it than by what he was served last, and nobody is behind it by more than his credit, so that time away
+gives no other.
 """
 
 from __future__ import annotations
@@ -24,23 +25,19 @@ class Turns:
 
     def __init__(self, credit: int = 0) -> None:
         self._tags: dict[Hashable, float] = {}
-        self._now = 0.0
+        self._now = self._least = self._largest = 0.0
         self._credit = credit
-        self._largest = 0.0
 
     def tag(self, owner: Hashable) -> float:
         """What an owner was served, as if he had always wanted something."""
         return max(self._tags.get(owner, 0.0), self._least)
-
-    @property
-    def _least(self) -> float:
-        return self._now - self._credit * self._largest
 
     def charge(self, owner: Hashable, amount: float) -> None:
         """Notes that it is an owner's turn, and what he is served."""
         tag = self.tag(owner)
         self._tags[owner] = tag + amount
         self._now, self._largest = max(self._now, tag), max(self._largest, amount)
+        self._least = self._now - self._credit * self._largest
         if len(self._tags) > 4096:  # the least tag is anybody's
             self._tags = {owner: tag for owner, tag in self._tags.items() if tag > self._least}
 
