@@ -184,3 +184,22 @@ def test_the_budget_is_kept_whatever_comes(events: list[tuple[str, int, int]], b
                 kv.write(0, slot, 0, torch.ones(3, length, 4), torch.ones(3, length, 4))
         assert kv.bytes <= blocks * 16 * token_bytes
         assert kv.used == len(lengths)
+
+
+def test_short_prompts_begin_together_and_those_that_begin_alike_after_the_first(make: Make) -> None:
+    prompts = texts(4, shortest=20, longest=30)
+    alike = [np.concatenate([prompts[0], one]) for one in texts(3, seed=9)]
+    for some, steps in ((prompts, 1), (alike, 2)):
+        engine, _, run = make(step_tokens=512)
+        begun: list[int] = []
+        step = engine.step
+
+        def seen(scorings: Any, decodings: Any, step: Any = step, begun: list[int] = begun) -> Any:
+            begun.append(sum(len(d.row.tokens) > 1 or d.row.past == 0 for d in decodings))
+            return step(scorings, decodings)
+
+        engine.step = seen  # type: ignore[method-assign]
+        job, chunks = generation(1, some, n=2, max_new_tokens=8, ignore_eos=True)
+        run(job)
+        assert sum(begun[:steps]) == sum(begun) == len(some)
+        assert {len(tokens) for tokens, _ in outcome(chunks).values()} == {8}

@@ -63,7 +63,7 @@ class Executor:
         parts: list[tuple[AnyTask, Scored | Completion | Prefill]]
         parts = [(task, (task, index)) for task, index in scores if not task.ended]
         parts += [(completion.task, completion) for completion in self._make_room(running)]
-        parts += [(task, prompt) for task in prompts if not task.ended and (prompt := task.take(self._engine))]
+        parts += [(task, prompt) for task in prompts if not task.ended for prompt in task.take(self._engine)]
         self._isolate(parts, self._infer_step)
 
     def _make_room(self, running: Sequence[Completion]) -> list[Completion]:
@@ -86,7 +86,7 @@ class Executor:
         self.generated.add(sum(len(d.draws) for d in decodings))
         for part in groups:
             if isinstance(part, Prefill):
-                part.completions[0].task.filled(engine)
+                part.completions[0].task.filled(engine, part)
         for (task, index), result in zip(scores, results, strict=True):
             self._attempt(task, task.accept, engine, index, result)
         for part, tokens in zip(groups, drawn, strict=True):

@@ -6,7 +6,6 @@ resolves its job's future exactly once.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,6 +31,9 @@ if TYPE_CHECKING:
     from onebase.server.engine.engine import Drawn, Engine
     from onebase.server.engine.text import Detokenizer
     from onebase.server.engine.training import Pass
+
+SHARE = 4
+"""One in so many tokens of a step may be prompts that a request begins together."""
 
 HEADROOM = 32
 """Tokens that a completion should be able to write before it may have to make room again."""
@@ -245,8 +247,9 @@ class GenerateTask(Task[GenerateJob]):
         super().__init__(job)
         self.weights: Weights | None = None
         self.running: list[Completion] = []
-        self.filling: Prefill | None = None
+        self.filling: list[Prefill] = []  # several short prompts, or one long one
         self._step_tokens = step_tokens
+        self._together = step_tokens // SHARE
         self._waiting = [Completion(self, p, c, None) for p in range(len(job.prompts)) for c in range(job.n)]
         self._waiting.reverse()
 
@@ -273,43 +276,69 @@ class GenerateTask(Task[GenerateJob]):
     def release(self, engine: Engine) -> None:
         """Gives the version and the slots back."""
         engine.release(self.weights)
-        filling = [] if self.filling is None else self.filling.completions
-        for completion in (*self.running, *filling):
+        for completion in (*self.running, *(c for one in self.filling for c in one.completions)):
             self._leave(engine, completion)
-        self.running, self.filling = [], None
+        self.running, self.filling = [], []
 
     def next_slots(self) -> int:
-        """Slots that its next prompt can use, one for each completion of it; 0 if the prompt is under way."""
-        if self.filling is not None:
-            return 0
-        first = self._waiting[-1]
-        return 1 + sum(1 for _ in itertools.takewhile(first.like, reversed(self._waiting[:-1])))
+        """Slots that its next prompts can use, one for each completion; 0 if those prompts are under way."""
+        return 0 if self.filling else len(self._next())
 
     def next_length(self) -> int:
         """Tokens that each of these slots must hold: what is there, and some room to write, if as much will come."""
-        first = self._waiting[-1]
-        most = first.length - len(first.tokens) + self.job.sampling.max_new_tokens
-        return min(first.length + HEADROOM, most)
+        return max(self._wanted_length(completion) for completion in self._next())
 
     def next_cost(self) -> int:
-        """Tokens of its next prompt, or of the next part of a long one; 0 when all completions have begun."""
-        if self.filling is not None:
-            return min(len(self.filling.tokens) - self.filling.done, self._step_tokens)
-        return min(self._waiting[-1].length, self._step_tokens) if self._waiting else 0
+        """Tokens of its next prompts, or of the next part of a long one; 0 when all completions have begun."""
+        if self.filling:
+            total = sum(len(one.tokens) - one.done for one in self.filling)
+        else:
+            together = self._next()
+            firsts = [one for at, one in enumerate(together) if not (at and one.like(together[at - 1]))]
+            total = sum(one.length for one in firsts)
+        return min(total, self._step_tokens)
 
-    def take(self, engine: Engine) -> Prefill | None:
-        """The next prompt, or part of one, with as many of its completions as there are slots for; None if none is."""
-        if self.filling is None:
-            self.filling = self._begin_prompt(engine)
-        if self.filling is not None:
-            self.filling.stop = min(self.filling.done + self._step_tokens, len(self.filling.tokens))
-        return self.filling
+    def _next(self) -> list[Completion]:
+        """The completions that begin together: those of one prompt, and of more while they are short."""
+        found: list[Completion] = []
+        total = 0
+        for completion in reversed(self._waiting):
+            if not (found and completion.like(found[-1])):
+                total += completion.length
+                if found and total > self._together:
+                    break
+            found.append(completion)
+        return found
+
+    def _wanted_length(self, completion: Completion) -> int:
+        most = completion.length - len(completion.tokens) + self.job.sampling.max_new_tokens
+        return min(completion.length + HEADROOM, most)
+
+    def take(self, engine: Engine) -> list[Prefill]:
+        """The next prompts, or a part of one, each with as many of its completions as there are slots for."""
+        if not self.filling:
+            self._begin_prompts(engine, len(self._next()))
+        for one in self.filling:
+            one.stop = min(one.done + self._step_tokens, len(one.tokens))
+        return list(self.filling)
+
+    def _begin_prompts(self, engine: Engine, most: int) -> None:
+        """Begins so many completions, as far as there are slots."""
+        until = len(self._waiting) - most
+        while len(self._waiting) > until:
+            tokens = self._waiting[-1].all_tokens
+            if engine.kv.worth_waiting(self._key, tokens, [one.tokens for one in self.filling]):
+                break
+            begun = self._begin_prompt(engine)
+            if begun is None:
+                break
+            self.filling.append(begun)
 
     def _begin_prompt(self, engine: Engine) -> Prefill | None:
         first = self._waiting[-1]
         tokens = first.all_tokens
         source, shared = engine.kv.shared(self._key, tokens)  # looked up before a slot is taken: it may be that one
-        places = engine.kv.free(self.next_length())
+        places = engine.kv.free(self._wanted_length(first))
         begun: list[Completion] = []
         while self._waiting and len(begun) < places and (not begun or self._waiting[-1].like(first)):
             completion = self._waiting.pop()
@@ -327,18 +356,15 @@ class GenerateTask(Task[GenerateJob]):
         """What made a slot's numbers: the adapter and its version."""
         return (0, 0) if self.weights is None else (self.weights.serial, self.weights.version)
 
-    def filled(self, engine: Engine) -> None:
-        """The step is done: the prompt, or a part of it, is in the cache."""
-        filling = self.filling
-        if filling is None:
-            return
+    def filled(self, engine: Engine, filling: Prefill) -> None:
+        """The step is done: a prompt, or a part of it, is in the cache."""
         filling.done = filling.stop
         first, others = filling.completions[0], filling.completions[1:]
         engine.kv.note(first.slot, self._key, filling.tokens[: filling.done])
         if filling.done == len(filling.tokens):
             engine.kv.copy(first.slot, [completion.slot for completion in others], filling.done)
             self.running += filling.completions
-            self.filling = None
+            self.filling.remove(filling)
 
     def preempt(self, engine: Engine, completion: Completion) -> None:
         """Takes a running completion's slot away; it goes on later, from its tokens, as if nothing had happened."""

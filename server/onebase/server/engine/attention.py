@@ -143,7 +143,8 @@ def _attend(
         [G, M, head_dim].
     """
     narrow = q.dtype
-    q, k, v = (t.to(bias.dtype) for t in (q, k, v))
+    if narrow != bias.dtype:
+        q, k, v = (t.to(bias.dtype) for t in (q, k, v))
     if not exact:
         return nn.functional.scaled_dot_product_attention(
             q[:, None], k[:, None], v[:, None], attn_mask=bias[:, None], scale=scale
@@ -154,7 +155,7 @@ def _attend(
     for start in range(SUM_BLOCK, k.shape[1], SUM_BLOCK):
         part = slice(start, start + SUM_BLOCK)
         out = out + torch.bmm(weights[:, :, part], v[:, part])
-    return out.to(narrow)
+    return out if out.dtype == narrow else out.to(narrow)
 
 
 def _fresh(

@@ -113,6 +113,11 @@ class KVCache:
                     best, longest = slot, length
         return (best, longest) if best >= 0 else (-1, 0)
 
+    def worth_waiting(self, key: Hashable, tokens: Sequence[int], others: Sequence[Sequence[int]]) -> bool:
+        """Whether one of the other prompts, which are on their way, will leave a longer beginning to copy."""
+        alike = max((_common(other, tokens) for other in others), default=0)
+        return alike >= LEAST_SHARED and alike > self.shared(key, tokens)[1]
+
     def forget(self) -> None:
         """Frees the memory, if no slot is in use."""
         if not self.used:

@@ -89,7 +89,7 @@ class MultiLoraLinear(nn.Module):
                 y = self._train(flat_x, flat_y, groups).view(y.shape)
             else:
                 self._add_all(flat_x, flat_y, groups)
-        return y.to(dtype)
+        return y.to(dtype) if self.route.wide else y
 
     def _base(self, x: torch.Tensor) -> torch.Tensor:
         """The base's product, in x's dtype."""

@@ -121,7 +121,7 @@ class Stacks:
         groups = []
         for run in runs:
             stack = None
-            if len(run) > 1:
+            if len(run) > 1 or _padded_anew(run[0]):
                 key = tuple((segment.weights.serial, segment.weights.version) for segment in run)
                 stack = kept[key] = self._kept.get(key) or Stack([segment.weights for segment in run])
             groups.append(SegmentGroup(run[0].start, run[-1].stop, tuple(run), stack))
@@ -131,6 +131,12 @@ class Stacks:
     def drop(self) -> None:
         """Forgets all stacks: nothing decodes any more."""
         self._kept = {}
+
+
+def _padded_anew(segment: Segment) -> bool:
+    """Whether a product of its own would pad the adapter's matrices in every step."""
+    rank = segment.weights.largest_rank
+    return segment.stop - segment.start <= MOST_ROWS and padded_rank(rank) != rank <= MOST_RANKS
 
 
 def _fits(run: Sequence[Segment], segment: Segment) -> bool:
