@@ -273,7 +273,7 @@ def test_sessions_with_many_completions_get_slots_by_turns() -> None:
 HARD = {
     "small rows beside large ones": [(Work.SCORE, [150])] * 5 + [(Work.SCORE, [10])],
     "small questions beside large ones": [(Work.INTERACTIVE, [150])] * 5 + [(Work.INTERACTIVE, [10])],
-    "small prompts beside large ones": [(Work.GENERATE, [150])] * 7 + [(Work.GENERATE, [40])],
+    "small prompts beside large ones": [(Work.GENERATE, [150])] * 8 + [(Work.GENERATE, [30])],
     "small passes beside large ones": [(Work.TRAIN, [100])] * 8 + [(Work.TRAIN, [20])],
     "sometimes large prompts": [(Work.GENERATE, [24, 199]), (Work.GENERATE, [21])],
     "sometimes large passes": [(Work.TRAIN, [24, 119]), (Work.TRAIN, [21])],
@@ -290,13 +290,18 @@ HARD = {
 @pytest.mark.parametrize("name", HARD)
 def test_the_bounds_hold_for_hard_workloads(name: str, deep: bool) -> None:
     floods = [Flood(work, f"flood {i}", costs, deep, adapters=(i,)) for i, (work, costs) in enumerate(HARD[name])]
-    steps = Device().run(300, *floods)
+    steps = Device(slots=40).run(300, *floods)
     check(steps, sum(flood.work is Work.INTERACTIVE for flood in floods))
 
 
 def test_leftovers_of_interactive_steps_are_no_substitute_for_a_share() -> None:
     steps = Device().run(100, Flood(Work.INTERACTIVE, "a", [195]), Flood(Work.SCORE, "b", [5]))
     assert sum(step.tokens(Work.SCORE) for step in steps) >= 100 / 5 * SHARE
+
+
+def test_steps_are_full_whoever_goes_first() -> None:
+    steps = Device().run(100, Flood(Work.INTERACTIVE, "a", [30]), Flood(Work.SCORE, "b", [40]))
+    assert all(step.tokens(*INFERENCE) > STEP_TOKENS - 40 for step in steps)
 
 
 def test_of_those_who_are_level_who_waited_longest_is_first_and_barred_ones_last() -> None:
