@@ -60,9 +60,9 @@ class Bench:
         """The base with PEFT's adapters "a1" to "a8"."""
         return self.once(open_peft, name, dtype, POLICIES)
 
-    def ours(self, name: str, dtype: str) -> Ours:
+    def ours(self, name: str, dtype: str, exact: str = "auto") -> Ours:
         """Our engine with eight policies."""
-        return self.once(_open_mixed, name, dtype)
+        return self.once(_open_mixed, name, dtype, exact)
 
     @property
     def rounds(self) -> int:
@@ -96,6 +96,6 @@ class Ours:
             return self.engine.forward(rows)[1]
 
 
-def _open_mixed(name: str, dtype: str) -> Ours:
-    engine = open_ours(name, dtype)
+def _open_mixed(name: str, dtype: str, exact: str) -> Ours:
+    engine = open_ours(name, dtype, exact=exact)
     return Ours(engine, [add_policy(engine, uid) for uid in range(1, POLICIES + 1)])

@@ -18,7 +18,10 @@ Work = Callable[[], object]
 Clock = Callable[[], float]
 
 LEAST_PAIRS = 3
-"""Fewer say nothing about how sure a ratio is."""
+"""Fewer say little about how sure a ratio is."""
+
+LEAST_SLOW_PAIRS = 2
+"""The same where one pair alone takes longer than all should: what runs that long varies less."""
 
 
 class NotMeasured(Exception):
@@ -87,13 +90,14 @@ def pairs(first: Work, second: Work, effort: Effort, clock: Clock = time.process
     Args:
         first: one side.
         second: the other side.
-        effort: how many pairs; fewer (but three) where they would take too long.
+        effort: how many pairs; fewer (but three, or two) where they would take too long.
         clock: CPU seconds of this process, all threads.
     """
     began = time.perf_counter()
     first(), second()
     each = time.perf_counter() - began
-    count = max(1, min(effort.pairs, max(LEAST_PAIRS, int(effort.seconds / max(each, 1e-9)))))
+    least = LEAST_PAIRS if each < effort.seconds else LEAST_SLOW_PAIRS
+    count = max(1, min(effort.pairs, max(least, int(effort.seconds / max(each, 1e-9)))))
     firsts, seconds = [], []
     for _ in range(count):
         firsts.append(timed(first, clock))

@@ -103,9 +103,10 @@ def open_peft(name: str, dtype: str, adapters: int) -> PeftModel:
     return model.eval()
 
 
-def open_ours(name: str, dtype: str, kv_slots: int = 64) -> Engine:
+def open_ours(name: str, dtype: str, kv_slots: int = 64, exact: str = "auto") -> Engine:
     """Our engine on the base, without adapters."""
-    return open_engine(EngineConfig(model=str(model_dir(name, dtype)), device="cpu", threads=1, kv_slots=kv_slots))
+    model = str(model_dir(name, dtype))
+    return open_engine(EngineConfig(model=model, device="cpu", threads=1, kv_slots=kv_slots, exact=exact))
 
 
 def add_policy(engine: Engine, uid: int, rank: int = RANK) -> Weights:

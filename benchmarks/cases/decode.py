@@ -50,6 +50,19 @@ def over_peft_serial_39m_fp32_b8(bench: Bench) -> Figure:
     return _with_slots(bench, theirs, ours, ids)
 
 
+def exact_over_fused(bench: Bench) -> Figure:
+    """Our exact decode step over ours with fused attention: 8 rows, 8 adapters, context 64, 39M fp32."""
+    ids = random_ids(8, CONTEXT)
+    works = []
+    for exact in ("on", "off"):
+        ours = bench.ours("39m", "float32", exact)
+        slots = [ours.engine.kv.take() for _ in ids]
+        works.append(our_decode(ours, ids, slots))
+        for slot in slots:
+            ours.engine.kv.give_back(slot)  # nobody else takes them meanwhile
+    return bench.pairs(*works)
+
+
 def _over_base(bench: Bench, name: str, dtype: str, rows: int) -> Figure:
     ours, ids = bench.ours(name, dtype), random_ids(rows, CONTEXT)
     return _with_slots(bench, base_decode(bench, name, dtype, ids), ours, ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -59,10 +60,12 @@ def test_both_sides_take_turns_and_the_first_runs_do_not_count() -> None:
     assert found.detail == {"first_seconds": 2.0, "second_seconds": 1.0}
 
 
-def test_slow_work_gets_three_pairs() -> None:
-    clock = Clock()
-    first, second = clock.worker("first", iter([1.0] * 9)), clock.worker("second", iter([1.0] * 9))
-    assert pairs(first, second, Effort(pairs=8, seconds=0.0), clock).pairs == 3
+@pytest.mark.parametrize(("seconds", "count"), [(0.0, 2), (0.15, 3)])
+def test_slow_work_gets_three_pairs_and_very_slow_work_two(seconds: float, count: int) -> None:
+    def work() -> None:
+        time.sleep(0.05)
+
+    assert pairs(work, work, Effort(pairs=8, seconds=seconds), time.perf_counter).pairs == count
 
 
 def test_fewer_pairs_than_three_may_be_asked_for() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from onebase.server.config import EngineConfig, Limits
+from onebase.server.config import Budget, EngineConfig, Limits
 from onebase.server.engine import Engine, open_engine
 from onebase.server.jobs import CompletionChunk, CreateAdapterJob, GenerateJob, Job, LoraSpec, Sampling, Tokens
 from onebase.server.worker import Worker
@@ -40,7 +40,7 @@ def engine() -> Engine:
 @pytest.fixture
 def worker(engine: Engine) -> Iterator[Worker]:
     """A running worker with POLICIES, of ranks 2, 4 and 6."""
-    worker = Worker(engine, Limits(), step_tokens=256)
+    worker = Worker(engine, Limits(), Budget(256, 256))
     worker.start()
     for uid in POLICIES:
         spec = LoraSpec(rank=2 * uid, alpha=8.0)

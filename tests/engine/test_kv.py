@@ -13,7 +13,7 @@ from engine.conftest import BASE, POLICIES, generation, perturb, texts
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onebase.server.config import EngineConfig, Limits
+from onebase.server.config import Budget, EngineConfig, Limits
 from onebase.server.engine import Engine, open_engine
 from onebase.server.engine.kv import KVCache
 from onebase.server.errors import ResourceExhausted
@@ -31,7 +31,7 @@ def make() -> Iterator[Make]:
 
     def make(kv_bytes: int = 0, step_tokens: int = 256, slots: int = 8) -> tuple[Engine, Worker, Any]:
         engine = open_engine(EngineConfig(model=str(BASE), threads=1, kv_slots=slots, kv_bytes=kv_bytes))
-        worker = Worker(engine, Limits(), step_tokens=step_tokens)
+        worker = Worker(engine, Limits(), Budget(step_tokens, step_tokens))
         worker.start()
         workers.append(worker)
 

@@ -247,9 +247,9 @@ def peft(fp32: Engine, wide: Path, tmp_path: Path) -> PeftModel:
 @pytest.fixture
 def fp32_run(fp32: Engine) -> Iterator[Run]:
     """Runs jobs on the float32 engine."""
-    from onebase.server.config import Limits
+    from onebase.server.config import Budget, Limits
 
-    worker = Worker(fp32, Limits(), step_tokens=256)
+    worker = Worker(fp32, Limits(), Budget(256, 256))
     worker.start()
 
     def run(job: Any) -> Any:

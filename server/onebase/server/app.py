@@ -111,7 +111,7 @@ def open_parts(config: ServerConfig) -> Parts:
 
     make_roots(config)
     engine = open_engine(config.engine)
-    worker = Worker(engine, config.limits, config.engine.step_tokens, config.engine.train_tokens)
+    worker = Worker(engine, config.limits, config.engine.budget(engine.facts.device))
     return Parts(worker, engine.text)
 
 

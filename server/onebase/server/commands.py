@@ -102,13 +102,18 @@ KvBytes = Annotated[
     ),
 ]
 StepTokens = Annotated[
-    int, typer.Option(help="Most tokens of prompts and scored rows in one engine step.", rich_help_panel=_ENGINE)
+    int,
+    typer.Option(
+        help="Most tokens of prompts and scored rows in one engine step, for which others wait. 0: 1024 on a CPU, 4096 "
+        "on a GPU.",
+        rich_help_panel=_ENGINE,
+    ),
 ]
 TrainTokens = Annotated[
     int,
     typer.Option(
         help="Most tokens of training rows in one engine step, of one or several policies: what their activations "
-        "take, and how long others wait.",
+        "take, and how long others wait. 0: 256 on a CPU, 4096 on a GPU.",
         rich_help_panel=_ENGINE,
     ),
 ]
@@ -163,8 +168,8 @@ def serve(
     max_context: MaxContext = 0,
     kv_slots: KvSlots = 32,
     kv_bytes: KvBytes = 0,
-    step_tokens: StepTokens = 2048,
-    train_tokens: TrainTokens = 512,
+    step_tokens: StepTokens = 0,
+    train_tokens: TrainTokens = 0,
     exact: Exact = "auto",
     gradient_checkpointing: GradientCheckpointing = False,
     version_window: VersionWindow = 0,

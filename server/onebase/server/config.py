@@ -19,6 +19,21 @@ def _require(fine: bool, key: str, value: object, way_out: str) -> None:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """Most tokens of one engine step.
+
+    Whoever comes waits for the step under way, and its activations are held; so a step is as small as the device can
+    be without losing speed: matrix products of a few hundred rows on a CPU, of a few thousand on a GPU.
+    """
+
+    step_tokens: int
+    train_tokens: int
+
+
+CPU_BUDGET, CUDA_BUDGET = Budget(1024, 256), Budget(4096, 4096)
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """The base model and the device."""
 
@@ -38,9 +53,9 @@ class EngineConfig:
     """Most completions that run at once."""
     kv_bytes: int = 0
     """Most bytes of the key-value cache; 0 is what kv_slots completions of full length need."""
-    step_tokens: int = 2048
-    """Most tokens of prompts and scored rows in one engine step; a longer row makes a step of its own."""
-    train_tokens: int = 512
+    step_tokens: int = 0
+    """Most tokens of prompts and scored rows in one engine step; a longer row makes a step of its own. 0: `Budget`."""
+    train_tokens: int = 0
     """Most tokens of the micro-batches in one training step; their activations are held until the backward pass."""
     exact: str = "auto"
     """on, off or auto: whether Generate's numbers are Logprob's bit for bit; auto is on a CPU where it can be shown."""
@@ -68,9 +83,14 @@ class EngineConfig:
         _require(self.kv_slots >= 1, "kv_slots", self.kv_slots, "use 1 or more")
         _require(self.kv_bytes >= 0, "kv_bytes", self.kv_bytes, "use 0 or more")
         _require(self.version_window >= 0, "version_window", self.version_window, "use 0 or more")
-        _require(self.step_tokens >= 16, "step_tokens", self.step_tokens, "use 16 or more")
-        _require(self.train_tokens >= 16, "train_tokens", self.train_tokens, "use 16 or more")
+        for key, value in (("step_tokens", self.step_tokens), ("train_tokens", self.train_tokens)):
+            _require(value == 0 or value >= 16, key, value, "use 16 or more, or 0 for what suits the device")
         _require(self.exact in ("auto", "on", "off"), "exact", self.exact, "use auto, on or off")
+
+    def budget(self, device: str) -> Budget:
+        """The budget on a device, such as cpu or cuda:0."""
+        suits = CUDA_BUDGET if device.startswith("cuda") else CPU_BUDGET
+        return Budget(self.step_tokens or suits.step_tokens, self.train_tokens or suits.train_tokens)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ long queue holds up another's short one; the adapters that a session trains shar
 What everybody may count on, whatever others do, where n sessions have interactive rows:
 
 * Size. A step has at most `step_tokens` tokens, running completions included, or `train_tokens` if it trains, unless a
-  single row is longer. While interactive rows wait, prompts and bulk rows take at most a quarter of `step_tokens`; one
+  single row is longer. While interactive rows wait, prompts and bulk rows take at most an eighth of `step_tokens`; one
   that is longer goes first once they have kept it out of 3 steps.
 * Interactive. A session's row is in the next step if no waiting session was served less, if the session has not been
   ahead of training, prompts or bulk rows since their last turns, and if rows of other such sessions leave room. Of any
@@ -169,7 +169,7 @@ class Scheduler:
         """Rows and prompts; no interactive rows of barred sessions, which may not go ahead of training."""
         plan, room = Plan(decode=running > 0), self.step_tokens - running
         interactive = self.scores[Work.INTERACTIVE]
-        share = min(room, self.step_tokens // 4)
+        share = min(room, self.step_tokens // 8)
         most = share if interactive else room
         room -= self._take_scores(plan, interactive, room, barred | self._ahead_of_rest.barred)
         room -= self._take_rest(plan, min(room, most), slots, whole=room >= share)

@@ -10,7 +10,7 @@ import time
 from collections import Counter, deque
 from typing import Any
 
-from onebase.server.config import Limits
+from onebase.server.config import CPU_BUDGET, Budget, Limits
 from onebase.server.engine import Engine
 from onebase.server.errors import Cancelled, DeadlineExceeded, OnebaseError, ResourceExhausted, Unavailable
 from onebase.server.executor import AnyTask, Executor, told
@@ -35,15 +35,13 @@ class Worker:
     Args:
         engine: nobody else may call it from now on.
         limits: how many jobs may wait, and the largest rank to load.
-        step_tokens: most tokens of one engine step.
-        train_tokens: most tokens of one training step.
+        budget: most tokens of one engine step.
     """
 
-    def __init__(self, engine: Engine, limits: Limits, step_tokens: int = 2048, train_tokens: int = 512) -> None:
+    def __init__(self, engine: Engine, limits: Limits, budget: Budget = CPU_BUDGET) -> None:
         self._engine = engine
         self._limits = limits
-        self._scheduler = Scheduler(step_tokens)
-        self._train_tokens = train_tokens
+        self._scheduler = Scheduler(budget.step_tokens, budget.train_tokens)
         self._inbox: deque[Job[Any]] = deque()
         self._wake = threading.Condition()
         self._admin: deque[Job[Any]] = deque()
@@ -182,7 +180,7 @@ class Worker:
 
     def _train_task(self, job: ForwardBackwardJob | OptimStepJob | DropGradientsJob) -> PassTask | StepTask:
         if isinstance(job, ForwardBackwardJob):
-            return PassTask(job, self._train_tokens)
+            return PassTask(job, self._scheduler.train_tokens)
         return StepTask(job)
 
     def _drop(self) -> None:
