@@ -11,7 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.table import Table
+
+from onebase.server.engine.precision import widens
 
 if TYPE_CHECKING:
     from growth import Plot
@@ -23,7 +26,7 @@ Report = dict[str, Any]
 
 
 def machine() -> dict[str, Any]:
-    """What it was measured on; the load says whether others were at work."""
+    """What it was measured on; the load says whether others were at work, bfloat16 how our engine multiplies it."""
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -35,6 +38,7 @@ def machine() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": platform.platform(),
         "threads": 1,
+        "bfloat16": "in float32" if widens(torch.bfloat16, torch.device("cpu")) else "by the CPU",
         "load_before": round(os.getloadavg()[0], 2),
     }
 
@@ -91,7 +95,7 @@ def markdown(report: Report) -> str:
         "# Benchmarks",
         "",
         f"{where['cpu']}, {where['cores']} cores, {where['memory_gib']} GiB; one thread, process CPU time unless said "
-        f"otherwise; load {where['load_before']} when it began. "
+        f"otherwise; load {where['load_before']} when it began; our bfloat16 products {where['bfloat16']}. "
         + ", ".join(f"{name} {version}" for name, version in with_.items())
         + ".",
         "",

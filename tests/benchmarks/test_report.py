@@ -49,7 +49,7 @@ FIGURE = Figure(1.5, 1.4, 1.6, 9, {"first_seconds": 3.0})
 
 
 def whole(**ratios: dict[str, Any]) -> report.Report:
-    machine = {"cpu": "a CPU", "cores": 2, "memory_gib": 8.0, "load_before": 0.1}
+    machine = {"cpu": "a CPU", "cores": 2, "memory_gib": 8.0, "load_before": 0.1, "bfloat16": "by the CPU"}
     return {"machine": machine, "versions": {"python": "3"}, "ratios": ratios, "growth": {}}
 
 
