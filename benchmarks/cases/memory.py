@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import torch
@@ -43,6 +45,13 @@ def logprob_peak_over_full_logits_128k(bench: Bench) -> Figure:
     `detail` has the same with gradients, forward and backward.
     """
     del bench
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+        found = fresh.submit(_logprob_peaks).result()  # here the heap holds room that other cases left
+    return exactly(found["our_bytes"] / found["full_bytes"], 1, found)
+
+
+def _logprob_peaks() -> dict[str, float]:
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     embedding = torch.nn.Linear(HIDDEN, VOCABULARY, bias=False).requires_grad_(False)
     head = LmHead(embedding, lambda logits: logits)
@@ -58,13 +67,15 @@ def logprob_peak_over_full_logits_128k(bench: Bench) -> Figure:
         hidden = torch.randn(POSITIONS, HIDDEN, requires_grad=gradients)
         return peak_bytes(lambda: torch.autograd.backward(side(hidden).sum()) if gradients else side(hidden))
 
-    our_peak, full_peak = peak(ours, gradients=False), peak(full, gradients=False)
-    detail = {
-        "our_bytes": float(our_peak),
-        "full_bytes": float(full_peak),
+    with torch.no_grad():
+        token_logprobs(
+            head, torch.randn(4, HIDDEN), targets[:4], entropy=False
+        )  # what libraries set up in a first call
+    return {
+        "our_bytes": float(peak(ours, gradients=False)),
+        "full_bytes": float(peak(full, gradients=False)),
         "with_gradients": peak(ours, gradients=True) / peak(full, gradients=True),
     }
-    return exactly(our_peak / full_peak, 1, detail)
 
 
 def _train_new_policy(client: Client, name: str) -> int:

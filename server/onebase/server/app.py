@@ -29,6 +29,7 @@ from onebase.server.guard import Guard
 from onebase.server.jobs import AdapterKind, LoraSpec
 from onebase.server.leases import Clock
 from onebase.server.ports import TextLike, WorkerLike
+from onebase.server.process import share_one_heap
 from onebase.server.registry import Entry
 from onebase.server.services.adapters import AdapterService
 from onebase.server.services.inference import InferenceService
@@ -110,6 +111,7 @@ def open_parts(config: ServerConfig) -> Parts:
     from onebase.server.worker import Worker
 
     make_roots(config)
+    share_one_heap()
     engine = open_engine(config.engine)
     worker = Worker(engine, config.limits, config.engine.budget(engine.facts.device))
     return Parts(worker, engine.text)

@@ -19,7 +19,7 @@ from onebase.server.engine.precision import wide_linear
 MIN_COLUMNS = 16
 """Fewest columns of a head's product."""
 
-CHUNK = 128
+CHUNK = 64
 """Positions whose logits exist at once."""
 
 
