@@ -67,10 +67,8 @@ def _logprob_peaks() -> dict[str, float]:
         hidden = torch.randn(POSITIONS, HIDDEN, requires_grad=gradients)
         return peak_bytes(lambda: torch.autograd.backward(side(hidden).sum()) if gradients else side(hidden))
 
-    with torch.no_grad():
-        token_logprobs(
-            head, torch.randn(4, HIDDEN), targets[:4], entropy=False
-        )  # what libraries set up in a first call
+    with torch.no_grad():  # what libraries set up in a first call does not count
+        token_logprobs(head, torch.randn(4, HIDDEN), targets[:4], entropy=False)
     return {
         "our_bytes": float(peak(ours, gradients=False)),
         "full_bytes": float(peak(full, gradients=False)),

@@ -155,7 +155,7 @@ def _attend(
     for start in range(SUM_BLOCK, k.shape[1], SUM_BLOCK):
         part = slice(start, start + SUM_BLOCK)
         out = out + torch.bmm(weights[:, :, part], v[:, part])
-    return out if out.dtype == narrow else out.to(narrow)
+    return out.to(narrow)
 
 
 def _fresh(
