@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from onebase.v1 import types_pb2 as onebase_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19onebase/v1/adapters.proto\x12\nonebase.v1\x1a\x16onebase/v1/types.proto\"\x92\x01\n\x14\x43reateAdapterRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\"\n\x04lora\x18\x04 \x01(\x0b\x32\x14.onebase.v1.LoraSpec\x12\x12\n\nvalue_head\x18\x05 \x01(\x08\x12\x0c\n\x04seed\x18\x06 \x01(\x03\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"<\n\x13ListAdaptersRequest\x12%\n\x04kind\x18\x01 \x01(\x0e\x32\x17.onebase.v1.AdapterKind\"=\n\x14ListAdaptersResponse\x12%\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x13.onebase.v1.Adapter\"L\n\x14\x44\x65leteAdapterRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\"\x17\n\x15\x44\x65leteAdapterResponse\"\xca\x01\n\x12LoadAdapterRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12%\n\x04kind\x18\x04 \x01(\x0e\x32\x17.onebase.v1.AdapterKind\x12\x0c\n\x04path\x18\x05 \x01(\t\x12\x12\n\nvalue_head\x18\x06 \x01(\x08\x12\x0f\n\x07replace\x18\x07 \x01(\x08\x12\x16\n\x0ewith_optimizer\x18\x08 \x01(\x08\x12\x0c\n\x04seed\x18\t \x01(\x03\"\x83\x01\n\x12SaveAdapterRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0c\n\x04path\x18\x04 \x01(\t\x12\x16\n\x0ewith_optimizer\x18\x05 \x01(\x08\x12\x11\n\toverwrite\x18\x06 \x01(\x08\"_\n\x13SaveAdapterResponse\x12\x0c\n\x04path\x18\x01 \x01(\t\x12+\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x1a.onebase.v1.AdapterVersion\x12\r\n\x05\x62ytes\x18\x03 \x01(\x03\x32\xd7\x03\n\x0e\x41\x64\x61pterService\x12\x46\n\rCreateAdapter\x12 .onebase.v1.CreateAdapterRequest\x1a\x13.onebase.v1.Adapter\x12@\n\nGetAdapter\x12\x1d.onebase.v1.GetAdapterRequest\x1a\x13.onebase.v1.Adapter\x12Q\n\x0cListAdapters\x12\x1f.onebase.v1.ListAdaptersRequest\x1a .onebase.v1.ListAdaptersResponse\x12T\n\rDeleteAdapter\x12 .onebase.v1.DeleteAdapterRequest\x1a!.onebase.v1.DeleteAdapterResponse\x12\x42\n\x0bLoadAdapter\x12\x1e.onebase.v1.LoadAdapterRequest\x1a\x13.onebase.v1.Adapter\x12N\n\x0bSaveAdapter\x12\x1e.onebase.v1.SaveAdapterRequest\x1a\x1f.onebase.v1.SaveAdapterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19onebase/v1/adapters.proto\x12\nonebase.v1\x1a\x16onebase/v1/types.proto\"\xcc\x01\n\x14\x43reateAdapterRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\"\n\x04lora\x18\x04 \x01(\x0b\x32\x14.onebase.v1.LoraSpec\x12\x12\n\nvalue_head\x18\x05 \x01(\x08\x12\x0c\n\x04seed\x18\x06 \x01(\x03\x12%\n\x04kind\x18\x07 \x01(\x0e\x32\x17.onebase.v1.AdapterKind\x12\x11\n\tinit_from\x18\x08 \x01(\t\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"<\n\x13ListAdaptersRequest\x12%\n\x04kind\x18\x01 \x01(\x0e\x32\x17.onebase.v1.AdapterKind\"=\n\x14ListAdaptersResponse\x12%\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x13.onebase.v1.Adapter\"L\n\x14\x44\x65leteAdapterRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\"\x17\n\x15\x44\x65leteAdapterResponse\"\x98\x02\n\x12LoadAdapterRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12%\n\x04kind\x18\x04 \x01(\x0e\x32\x17.onebase.v1.AdapterKind\x12\x0c\n\x04path\x18\x05 \x01(\t\x12\x12\n\nvalue_head\x18\x06 \x01(\x08\x12\x0f\n\x07replace\x18\x07 \x01(\x08\x12\x16\n\x0ewith_optimizer\x18\x08 \x01(\x08\x12\x0c\n\x04seed\x18\t \x01(\x03\x12\x17\n\nappend_eos\x18\n \x01(\x08H\x00\x88\x01\x01\x12$\n\x07pooling\x18\x0b \x01(\x0e\x32\x13.onebase.v1.PoolingB\r\n\x0b_append_eos\"\x93\x01\n\x12SaveAdapterRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0c\n\x04path\x18\x04 \x01(\t\x12\x16\n\x0ewith_optimizer\x18\x05 \x01(\x08\x12\x11\n\toverwrite\x18\x06 \x01(\x08\x12\x0e\n\x06merged\x18\x07 \x01(\x08\"_\n\x13SaveAdapterResponse\x12\x0c\n\x04path\x18\x01 \x01(\t\x12+\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x1a.onebase.v1.AdapterVersion\x12\r\n\x05\x62ytes\x18\x03 \x01(\x03\":\n\x0b\x41\x64\x61pterFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"\xb3\x02\n\x13UploadAdapterHeader\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12%\n\x04kind\x18\x04 \x01(\x0e\x32\x17.onebase.v1.AdapterKind\x12&\n\x05\x66iles\x18\x05 \x03(\x0b\x32\x17.onebase.v1.AdapterFile\x12\x12\n\nvalue_head\x18\x06 \x01(\x08\x12\x0f\n\x07replace\x18\x07 \x01(\x08\x12\x16\n\x0ewith_optimizer\x18\x08 \x01(\x08\x12\x0c\n\x04seed\x18\t \x01(\x03\x12\x17\n\nappend_eos\x18\n \x01(\x08H\x00\x88\x01\x01\x12$\n\x07pooling\x18\x0b \x01(\x0e\x32\x13.onebase.v1.PoolingB\r\n\x0b_append_eos\"a\n\x14UploadAdapterRequest\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32\x1f.onebase.v1.UploadAdapterHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"R\n\x16\x44ownloadAdapterRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x16\n\x0ewith_optimizer\x18\x03 \x01(\x08\"l\n\x15\x44ownloadAdapterHeader\x12+\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x1a.onebase.v1.AdapterVersion\x12&\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x17.onebase.v1.AdapterFile\"f\n\x17\x44ownloadAdapterResponse\x12\x33\n\x06header\x18\x01 \x01(\x0b\x32!.onebase.v1.DownloadAdapterHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part2\xff\x04\n\x0e\x41\x64\x61pterService\x12\x46\n\rCreateAdapter\x12 .onebase.v1.CreateAdapterRequest\x1a\x13.onebase.v1.Adapter\x12@\n\nGetAdapter\x12\x1d.onebase.v1.GetAdapterRequest\x1a\x13.onebase.v1.Adapter\x12Q\n\x0cListAdapters\x12\x1f.onebase.v1.ListAdaptersRequest\x1a .onebase.v1.ListAdaptersResponse\x12T\n\rDeleteAdapter\x12 .onebase.v1.DeleteAdapterRequest\x1a!.onebase.v1.DeleteAdapterResponse\x12\x42\n\x0bLoadAdapter\x12\x1e.onebase.v1.LoadAdapterRequest\x1a\x13.onebase.v1.Adapter\x12N\n\x0bSaveAdapter\x12\x1e.onebase.v1.SaveAdapterRequest\x1a\x1f.onebase.v1.SaveAdapterResponse\x12H\n\rUploadAdapter\x12 .onebase.v1.UploadAdapterRequest\x1a\x13.onebase.v1.Adapter(\x01\x12\\\n\x0f\x44ownloadAdapter\x12\".onebase.v1.DownloadAdapterRequest\x1a#.onebase.v1.DownloadAdapterResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,23 +33,35 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'onebase.v1.adapters_pb2', _
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CREATEADAPTERREQUEST']._serialized_start=66
-  _globals['_CREATEADAPTERREQUEST']._serialized_end=212
-  _globals['_GETADAPTERREQUEST']._serialized_start=214
-  _globals['_GETADAPTERREQUEST']._serialized_end=247
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=249
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=309
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=311
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=372
-  _globals['_DELETEADAPTERREQUEST']._serialized_start=374
-  _globals['_DELETEADAPTERREQUEST']._serialized_end=450
-  _globals['_DELETEADAPTERRESPONSE']._serialized_start=452
-  _globals['_DELETEADAPTERRESPONSE']._serialized_end=475
-  _globals['_LOADADAPTERREQUEST']._serialized_start=478
-  _globals['_LOADADAPTERREQUEST']._serialized_end=680
-  _globals['_SAVEADAPTERREQUEST']._serialized_start=683
-  _globals['_SAVEADAPTERREQUEST']._serialized_end=814
-  _globals['_SAVEADAPTERRESPONSE']._serialized_start=816
-  _globals['_SAVEADAPTERRESPONSE']._serialized_end=911
-  _globals['_ADAPTERSERVICE']._serialized_start=914
-  _globals['_ADAPTERSERVICE']._serialized_end=1385
+  _globals['_CREATEADAPTERREQUEST']._serialized_end=270
+  _globals['_GETADAPTERREQUEST']._serialized_start=272
+  _globals['_GETADAPTERREQUEST']._serialized_end=305
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=307
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=367
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=369
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=430
+  _globals['_DELETEADAPTERREQUEST']._serialized_start=432
+  _globals['_DELETEADAPTERREQUEST']._serialized_end=508
+  _globals['_DELETEADAPTERRESPONSE']._serialized_start=510
+  _globals['_DELETEADAPTERRESPONSE']._serialized_end=533
+  _globals['_LOADADAPTERREQUEST']._serialized_start=536
+  _globals['_LOADADAPTERREQUEST']._serialized_end=816
+  _globals['_SAVEADAPTERREQUEST']._serialized_start=819
+  _globals['_SAVEADAPTERREQUEST']._serialized_end=966
+  _globals['_SAVEADAPTERRESPONSE']._serialized_start=968
+  _globals['_SAVEADAPTERRESPONSE']._serialized_end=1063
+  _globals['_ADAPTERFILE']._serialized_start=1065
+  _globals['_ADAPTERFILE']._serialized_end=1123
+  _globals['_UPLOADADAPTERHEADER']._serialized_start=1126
+  _globals['_UPLOADADAPTERHEADER']._serialized_end=1433
+  _globals['_UPLOADADAPTERREQUEST']._serialized_start=1435
+  _globals['_UPLOADADAPTERREQUEST']._serialized_end=1532
+  _globals['_DOWNLOADADAPTERREQUEST']._serialized_start=1534
+  _globals['_DOWNLOADADAPTERREQUEST']._serialized_end=1616
+  _globals['_DOWNLOADADAPTERHEADER']._serialized_start=1618
+  _globals['_DOWNLOADADAPTERHEADER']._serialized_end=1726
+  _globals['_DOWNLOADADAPTERRESPONSE']._serialized_start=1728
+  _globals['_DOWNLOADADAPTERRESPONSE']._serialized_end=1830
+  _globals['_ADAPTERSERVICE']._serialized_start=1833
+  _globals['_ADAPTERSERVICE']._serialized_end=2472
 # @@protoc_insertion_point(module_scope)

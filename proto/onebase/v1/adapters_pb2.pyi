@@ -31,6 +31,8 @@ class CreateAdapterRequest(google.protobuf.message.Message):
     LORA_FIELD_NUMBER: builtins.int
     VALUE_HEAD_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
+    KIND_FIELD_NUMBER: builtins.int
+    INIT_FROM_FIELD_NUMBER: builtins.int
     session_id: builtins.str
     """The session, which gets the lease; may be empty for one that nobody holds."""
     request_id: builtins.str
@@ -41,9 +43,15 @@ class CreateAdapterRequest(google.protobuf.message.Message):
     """Give it a value head, as PPO needs."""
     seed: builtins.int
     """Seed of its random beginning."""
+    kind: onebase.v1.types_pb2.AdapterKind.ValueType
+    """A policy, or a critic, which always has a value head; unset is a policy."""
+    init_from: builtins.str
+    """An adapter of this server that it begins as a copy of, its LoRA shape included. A critic made from a reward adapter
+    takes over its score head as its value head.
+    """
     @property
     def lora(self) -> onebase.v1.types_pb2.LoraSpec:
-        """Its LoRA shape; unset is rank 16, alpha 32, "all-linear"."""
+        """Its LoRA shape; unset is rank 16, alpha 32, "all-linear", or that of `init_from`."""
 
     def __init__(
         self,
@@ -54,9 +62,11 @@ class CreateAdapterRequest(google.protobuf.message.Message):
         lora: onebase.v1.types_pb2.LoraSpec | None = ...,
         value_head: builtins.bool = ...,
         seed: builtins.int = ...,
+        kind: onebase.v1.types_pb2.AdapterKind.ValueType = ...,
+        init_from: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["lora", b"lora"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["lora", b"lora", "name", b"name", "request_id", b"request_id", "seed", b"seed", "session_id", b"session_id", "value_head", b"value_head"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["init_from", b"init_from", "kind", b"kind", "lora", b"lora", "name", b"name", "request_id", b"request_id", "seed", b"seed", "session_id", b"session_id", "value_head", b"value_head"]) -> None: ...
 
 Global___CreateAdapterRequest: typing_extensions.TypeAlias = CreateAdapterRequest
 
@@ -169,6 +179,8 @@ class LoadAdapterRequest(google.protobuf.message.Message):
     REPLACE_FIELD_NUMBER: builtins.int
     WITH_OPTIMIZER_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
+    APPEND_EOS_FIELD_NUMBER: builtins.int
+    POOLING_FIELD_NUMBER: builtins.int
     session_id: builtins.str
     """The session, which gets the lease of a policy; may be empty."""
     request_id: builtins.str
@@ -187,6 +199,10 @@ class LoadAdapterRequest(google.protobuf.message.Message):
     """Also read the AdamW moments saved with it; FAILED_PRECONDITION if there are none."""
     seed: builtins.int
     """Seed of a fresh value head."""
+    append_eos: builtins.bool
+    """For a reward: whether an end-of-sequence token belongs behind what it reads; unset is what its manifest says."""
+    pooling: onebase.v1.types_pb2.Pooling.ValueType
+    """For a reward: where its score is read; unset is what its manifest says."""
     def __init__(
         self,
         *,
@@ -199,8 +215,12 @@ class LoadAdapterRequest(google.protobuf.message.Message):
         replace: builtins.bool = ...,
         with_optimizer: builtins.bool = ...,
         seed: builtins.int = ...,
+        append_eos: builtins.bool | None = ...,
+        pooling: onebase.v1.types_pb2.Pooling.ValueType = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["kind", b"kind", "name", b"name", "path", b"path", "replace", b"replace", "request_id", b"request_id", "seed", b"seed", "session_id", b"session_id", "value_head", b"value_head", "with_optimizer", b"with_optimizer"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_append_eos", b"_append_eos", "append_eos", b"append_eos"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_append_eos", b"_append_eos", "append_eos", b"append_eos", "kind", b"kind", "name", b"name", "path", b"path", "pooling", b"pooling", "replace", b"replace", "request_id", b"request_id", "seed", b"seed", "session_id", b"session_id", "value_head", b"value_head", "with_optimizer", b"with_optimizer"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_append_eos", b"_append_eos"]) -> typing.Literal["append_eos"] | None: ...
 
 Global___LoadAdapterRequest: typing_extensions.TypeAlias = LoadAdapterRequest
 
@@ -216,6 +236,7 @@ class SaveAdapterRequest(google.protobuf.message.Message):
     PATH_FIELD_NUMBER: builtins.int
     WITH_OPTIMIZER_FIELD_NUMBER: builtins.int
     OVERWRITE_FIELD_NUMBER: builtins.int
+    MERGED_FIELD_NUMBER: builtins.int
     session_id: builtins.str
     """The session; may be empty."""
     request_id: builtins.str
@@ -228,6 +249,10 @@ class SaveAdapterRequest(google.protobuf.message.Message):
     """Also write the AdamW moments, so that training can go on from here."""
     overwrite: builtins.bool
     """Replace what is there."""
+    merged: builtins.bool
+    """Write the base with the adapter merged into it, as a transformers model with its tokenizer, in place of a PEFT
+    directory. FAILED_PRECONDITION for a quantized base.
+    """
     def __init__(
         self,
         *,
@@ -237,8 +262,9 @@ class SaveAdapterRequest(google.protobuf.message.Message):
         path: builtins.str = ...,
         with_optimizer: builtins.bool = ...,
         overwrite: builtins.bool = ...,
+        merged: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["name", b"name", "overwrite", b"overwrite", "path", b"path", "request_id", b"request_id", "session_id", b"session_id", "with_optimizer", b"with_optimizer"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["merged", b"merged", "name", b"name", "overwrite", b"overwrite", "path", b"path", "request_id", b"request_id", "session_id", b"session_id", "with_optimizer", b"with_optimizer"]) -> None: ...
 
 Global___SaveAdapterRequest: typing_extensions.TypeAlias = SaveAdapterRequest
 
@@ -270,3 +296,196 @@ class SaveAdapterResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "bytes", b"bytes", "path", b"path"]) -> None: ...
 
 Global___SaveAdapterResponse: typing_extensions.TypeAlias = SaveAdapterResponse
+
+@typing.final
+class AdapterFile(google.protobuf.message.Message):
+    """A file of an adapter's directory."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    BYTES_FIELD_NUMBER: builtins.int
+    SHA256_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Its name: adapter_config.json, adapter_model.safetensors, {value_head,optimizer}.safetensors or onebase.json."""
+    bytes: builtins.int
+    """Its length in bytes."""
+    sha256: builtins.str
+    """Its SHA-256 in hexadecimal."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        bytes: builtins.int = ...,
+        sha256: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "name", b"name", "sha256", b"sha256"]) -> None: ...
+
+Global___AdapterFile: typing_extensions.TypeAlias = AdapterFile
+
+@typing.final
+class UploadAdapterHeader(google.protobuf.message.Message):
+    """The first message of an upload: LoadAdapterRequest with files in place of the path."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    KIND_FIELD_NUMBER: builtins.int
+    FILES_FIELD_NUMBER: builtins.int
+    VALUE_HEAD_FIELD_NUMBER: builtins.int
+    REPLACE_FIELD_NUMBER: builtins.int
+    WITH_OPTIMIZER_FIELD_NUMBER: builtins.int
+    SEED_FIELD_NUMBER: builtins.int
+    APPEND_EOS_FIELD_NUMBER: builtins.int
+    POOLING_FIELD_NUMBER: builtins.int
+    session_id: builtins.str
+    """The session, which gets the lease of a policy; may be empty."""
+    request_id: builtins.str
+    """Names this call."""
+    name: builtins.str
+    """The name it shall have here."""
+    kind: onebase.v1.types_pb2.AdapterKind.ValueType
+    """What it is for."""
+    value_head: builtins.bool
+    """Give a policy that has none a fresh value head."""
+    replace: builtins.bool
+    """Put it in the place of an adapter of that name, whose lease this session must hold. Its version goes on growing."""
+    with_optimizer: builtins.bool
+    """Also take the AdamW moments among the files; FAILED_PRECONDITION if there are none."""
+    seed: builtins.int
+    """Seed of a fresh value head."""
+    append_eos: builtins.bool
+    """For a reward: whether an end-of-sequence token belongs behind what it reads."""
+    pooling: onebase.v1.types_pb2.Pooling.ValueType
+    """For a reward: where its score is read."""
+    @property
+    def files(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___AdapterFile]:
+        """The files that follow, in this order."""
+
+    def __init__(
+        self,
+        *,
+        session_id: builtins.str = ...,
+        request_id: builtins.str = ...,
+        name: builtins.str = ...,
+        kind: onebase.v1.types_pb2.AdapterKind.ValueType = ...,
+        files: collections.abc.Iterable[Global___AdapterFile] | None = ...,
+        value_head: builtins.bool = ...,
+        replace: builtins.bool = ...,
+        with_optimizer: builtins.bool = ...,
+        seed: builtins.int = ...,
+        append_eos: builtins.bool | None = ...,
+        pooling: onebase.v1.types_pb2.Pooling.ValueType = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_append_eos", b"_append_eos", "append_eos", b"append_eos"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_append_eos", b"_append_eos", "append_eos", b"append_eos", "files", b"files", "kind", b"kind", "name", b"name", "pooling", b"pooling", "replace", b"replace", "request_id", b"request_id", "seed", b"seed", "session_id", b"session_id", "value_head", b"value_head", "with_optimizer", b"with_optimizer"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_append_eos", b"_append_eos"]) -> typing.Literal["append_eos"] | None: ...
+
+Global___UploadAdapterHeader: typing_extensions.TypeAlias = UploadAdapterHeader
+
+@typing.final
+class UploadAdapterRequest(google.protobuf.message.Message):
+    """Request of UploadAdapter: a message of its stream."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: builtins.int
+    DATA_FIELD_NUMBER: builtins.int
+    data: builtins.bytes
+    """The next bytes of the files, which are laid end to end; a message may end anywhere."""
+    @property
+    def header(self) -> Global___UploadAdapterHeader:
+        """What is uploaded; the first message."""
+
+    def __init__(
+        self,
+        *,
+        header: Global___UploadAdapterHeader | None = ...,
+        data: builtins.bytes = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["data", b"data", "header", b"header", "part", b"part"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["data", b"data", "header", b"header", "part", b"part"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["part", b"part"]) -> typing.Literal["header", "data"] | None: ...
+
+Global___UploadAdapterRequest: typing_extensions.TypeAlias = UploadAdapterRequest
+
+@typing.final
+class DownloadAdapterRequest(google.protobuf.message.Message):
+    """Request of DownloadAdapter."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    WITH_OPTIMIZER_FIELD_NUMBER: builtins.int
+    session_id: builtins.str
+    """The session; may be empty."""
+    name: builtins.str
+    """The adapter's name."""
+    with_optimizer: builtins.bool
+    """Also give the AdamW moments."""
+    def __init__(
+        self,
+        *,
+        session_id: builtins.str = ...,
+        name: builtins.str = ...,
+        with_optimizer: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "session_id", b"session_id", "with_optimizer", b"with_optimizer"]) -> None: ...
+
+Global___DownloadAdapterRequest: typing_extensions.TypeAlias = DownloadAdapterRequest
+
+@typing.final
+class DownloadAdapterHeader(google.protobuf.message.Message):
+    """The first message of a download."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: builtins.int
+    FILES_FIELD_NUMBER: builtins.int
+    @property
+    def adapter(self) -> onebase.v1.types_pb2.AdapterVersion:
+        """The version that follows."""
+
+    @property
+    def files(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___AdapterFile]:
+        """Its files, in the order of their bytes."""
+
+    def __init__(
+        self,
+        *,
+        adapter: onebase.v1.types_pb2.AdapterVersion | None = ...,
+        files: collections.abc.Iterable[Global___AdapterFile] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["adapter", b"adapter"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "files", b"files"]) -> None: ...
+
+Global___DownloadAdapterHeader: typing_extensions.TypeAlias = DownloadAdapterHeader
+
+@typing.final
+class DownloadAdapterResponse(google.protobuf.message.Message):
+    """Response of DownloadAdapter: a message of its stream."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: builtins.int
+    DATA_FIELD_NUMBER: builtins.int
+    data: builtins.bytes
+    """The next bytes of the files, which are laid end to end; a message may end anywhere."""
+    @property
+    def header(self) -> Global___DownloadAdapterHeader:
+        """What is downloaded; the first message."""
+
+    def __init__(
+        self,
+        *,
+        header: Global___DownloadAdapterHeader | None = ...,
+        data: builtins.bytes = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["data", b"data", "header", b"header", "part", b"part"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["data", b"data", "header", b"header", "part", b"part"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["part", b"part"]) -> typing.Literal["header", "data"] | None: ...
+
+Global___DownloadAdapterResponse: typing_extensions.TypeAlias = DownloadAdapterResponse

@@ -71,6 +71,16 @@ class AdapterServiceStub(object):
                 request_serializer=onebase_dot_v1_dot_adapters__pb2.SaveAdapterRequest.SerializeToString,
                 response_deserializer=onebase_dot_v1_dot_adapters__pb2.SaveAdapterResponse.FromString,
                 _registered_method=True)
+        self.UploadAdapter = channel.stream_unary(
+                '/onebase.v1.AdapterService/UploadAdapter',
+                request_serializer=onebase_dot_v1_dot_adapters__pb2.UploadAdapterRequest.SerializeToString,
+                response_deserializer=onebase_dot_v1_dot_types__pb2.Adapter.FromString,
+                _registered_method=True)
+        self.DownloadAdapter = channel.unary_stream(
+                '/onebase.v1.AdapterService/DownloadAdapter',
+                request_serializer=onebase_dot_v1_dot_adapters__pb2.DownloadAdapterRequest.SerializeToString,
+                response_deserializer=onebase_dot_v1_dot_adapters__pb2.DownloadAdapterResponse.FromString,
+                _registered_method=True)
 
 
 class AdapterServiceServicer(object):
@@ -129,6 +139,22 @@ class AdapterServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UploadAdapter(self, request_iterator, context):
+        """Takes the files of a PEFT directory from the client, for a trainer that trains elsewhere. The first message is the
+        header, then come the files' bytes in the header's order. What is checked, and what fails, is as for LoadAdapter;
+        DATA_LOSS if a file is not what its hash says. Nothing of a broken upload stays.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DownloadAdapter(self, request, context):
+        """Gives the files of a PEFT directory, as SaveAdapter would write them, to the client: the header, then the bytes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdapterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -161,6 +187,16 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.SaveAdapter,
                     request_deserializer=onebase_dot_v1_dot_adapters__pb2.SaveAdapterRequest.FromString,
                     response_serializer=onebase_dot_v1_dot_adapters__pb2.SaveAdapterResponse.SerializeToString,
+            ),
+            'UploadAdapter': grpc.stream_unary_rpc_method_handler(
+                    servicer.UploadAdapter,
+                    request_deserializer=onebase_dot_v1_dot_adapters__pb2.UploadAdapterRequest.FromString,
+                    response_serializer=onebase_dot_v1_dot_types__pb2.Adapter.SerializeToString,
+            ),
+            'DownloadAdapter': grpc.unary_stream_rpc_method_handler(
+                    servicer.DownloadAdapter,
+                    request_deserializer=onebase_dot_v1_dot_adapters__pb2.DownloadAdapterRequest.FromString,
+                    response_serializer=onebase_dot_v1_dot_adapters__pb2.DownloadAdapterResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -331,6 +367,60 @@ class AdapterService(object):
             '/onebase.v1.AdapterService/SaveAdapter',
             onebase_dot_v1_dot_adapters__pb2.SaveAdapterRequest.SerializeToString,
             onebase_dot_v1_dot_adapters__pb2.SaveAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UploadAdapter(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/onebase.v1.AdapterService/UploadAdapter',
+            onebase_dot_v1_dot_adapters__pb2.UploadAdapterRequest.SerializeToString,
+            onebase_dot_v1_dot_types__pb2.Adapter.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DownloadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/onebase.v1.AdapterService/DownloadAdapter',
+            onebase_dot_v1_dot_adapters__pb2.DownloadAdapterRequest.SerializeToString,
+            onebase_dot_v1_dot_adapters__pb2.DownloadAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

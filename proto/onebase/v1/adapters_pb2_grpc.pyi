@@ -122,7 +122,39 @@ _AdapterServiceSaveAdapterType = typing_extensions.TypeVar(
     ],
 )
 
-class AdapterServiceStub(typing.Generic[_AdapterServiceCreateAdapterType, _AdapterServiceGetAdapterType, _AdapterServiceListAdaptersType, _AdapterServiceDeleteAdapterType, _AdapterServiceLoadAdapterType, _AdapterServiceSaveAdapterType]):
+_AdapterServiceUploadAdapterType = typing_extensions.TypeVar(
+    '_AdapterServiceUploadAdapterType',
+    grpc.StreamUnaryMultiCallable[
+        onebase.v1.adapters_pb2.UploadAdapterRequest,
+        onebase.v1.types_pb2.Adapter,
+    ],
+    grpc.aio.StreamUnaryMultiCallable[
+        onebase.v1.adapters_pb2.UploadAdapterRequest,
+        onebase.v1.types_pb2.Adapter,
+    ],
+    default=grpc.StreamUnaryMultiCallable[
+        onebase.v1.adapters_pb2.UploadAdapterRequest,
+        onebase.v1.types_pb2.Adapter,
+    ],
+)
+
+_AdapterServiceDownloadAdapterType = typing_extensions.TypeVar(
+    '_AdapterServiceDownloadAdapterType',
+    grpc.UnaryStreamMultiCallable[
+        onebase.v1.adapters_pb2.DownloadAdapterRequest,
+        onebase.v1.adapters_pb2.DownloadAdapterResponse,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        onebase.v1.adapters_pb2.DownloadAdapterRequest,
+        onebase.v1.adapters_pb2.DownloadAdapterResponse,
+    ],
+    default=grpc.UnaryStreamMultiCallable[
+        onebase.v1.adapters_pb2.DownloadAdapterRequest,
+        onebase.v1.adapters_pb2.DownloadAdapterResponse,
+    ],
+)
+
+class AdapterServiceStub(typing.Generic[_AdapterServiceCreateAdapterType, _AdapterServiceGetAdapterType, _AdapterServiceListAdaptersType, _AdapterServiceDeleteAdapterType, _AdapterServiceLoadAdapterType, _AdapterServiceSaveAdapterType, _AdapterServiceUploadAdapterType, _AdapterServiceDownloadAdapterType]):
     """The adapters of this server. A name is unique; the session that creates or activates a policy holds its lease,
     and only that session may train, replace or delete it. Anybody may read any adapter.
 
@@ -157,6 +189,14 @@ class AdapterServiceStub(typing.Generic[_AdapterServiceCreateAdapterType, _Adapt
             onebase.v1.adapters_pb2.SaveAdapterRequest,
             onebase.v1.adapters_pb2.SaveAdapterResponse,
         ],
+        grpc.StreamUnaryMultiCallable[
+            onebase.v1.adapters_pb2.UploadAdapterRequest,
+            onebase.v1.types_pb2.Adapter,
+        ],
+        grpc.UnaryStreamMultiCallable[
+            onebase.v1.adapters_pb2.DownloadAdapterRequest,
+            onebase.v1.adapters_pb2.DownloadAdapterResponse,
+        ],
     ], channel: grpc.Channel) -> None: ...
 
     @typing.overload
@@ -184,6 +224,14 @@ class AdapterServiceStub(typing.Generic[_AdapterServiceCreateAdapterType, _Adapt
         grpc.aio.UnaryUnaryMultiCallable[
             onebase.v1.adapters_pb2.SaveAdapterRequest,
             onebase.v1.adapters_pb2.SaveAdapterResponse,
+        ],
+        grpc.aio.StreamUnaryMultiCallable[
+            onebase.v1.adapters_pb2.UploadAdapterRequest,
+            onebase.v1.types_pb2.Adapter,
+        ],
+        grpc.aio.UnaryStreamMultiCallable[
+            onebase.v1.adapters_pb2.DownloadAdapterRequest,
+            onebase.v1.adapters_pb2.DownloadAdapterResponse,
         ],
     ], channel: grpc.aio.Channel) -> None: ...
 
@@ -213,6 +261,15 @@ class AdapterServiceStub(typing.Generic[_AdapterServiceCreateAdapterType, _Adapt
     ALREADY_EXISTS if the path is taken and `overwrite` is not set.
     """
 
+    UploadAdapter: _AdapterServiceUploadAdapterType
+    """Takes the files of a PEFT directory from the client, for a trainer that trains elsewhere. The first message is the
+    header, then come the files' bytes in the header's order. What is checked, and what fails, is as for LoadAdapter;
+    DATA_LOSS if a file is not what its hash says. Nothing of a broken upload stays.
+    """
+
+    DownloadAdapter: _AdapterServiceDownloadAdapterType
+    """Gives the files of a PEFT directory, as SaveAdapter would write them, to the client: the header, then the bytes."""
+
 AdapterServiceAsyncStub: typing_extensions.TypeAlias = AdapterServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         onebase.v1.adapters_pb2.CreateAdapterRequest,
@@ -237,6 +294,14 @@ AdapterServiceAsyncStub: typing_extensions.TypeAlias = AdapterServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         onebase.v1.adapters_pb2.SaveAdapterRequest,
         onebase.v1.adapters_pb2.SaveAdapterResponse,
+    ],
+    grpc.aio.StreamUnaryMultiCallable[
+        onebase.v1.adapters_pb2.UploadAdapterRequest,
+        onebase.v1.types_pb2.Adapter,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        onebase.v1.adapters_pb2.DownloadAdapterRequest,
+        onebase.v1.adapters_pb2.DownloadAdapterResponse,
     ],
 ]
 
@@ -304,5 +369,24 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
         """Writes an adapter as a PEFT directory under the server's roots, atomically, with a manifest.
         ALREADY_EXISTS if the path is taken and `overwrite` is not set.
         """
+
+    @abc.abstractmethod
+    def UploadAdapter(
+        self,
+        request_iterator: _MaybeAsyncIterator[onebase.v1.adapters_pb2.UploadAdapterRequest],
+        context: _ServicerContext,
+    ) -> typing.Union[onebase.v1.types_pb2.Adapter, collections.abc.Awaitable[onebase.v1.types_pb2.Adapter]]:
+        """Takes the files of a PEFT directory from the client, for a trainer that trains elsewhere. The first message is the
+        header, then come the files' bytes in the header's order. What is checked, and what fails, is as for LoadAdapter;
+        DATA_LOSS if a file is not what its hash says. Nothing of a broken upload stays.
+        """
+
+    @abc.abstractmethod
+    def DownloadAdapter(
+        self,
+        request: onebase.v1.adapters_pb2.DownloadAdapterRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[onebase.v1.adapters_pb2.DownloadAdapterResponse], collections.abc.AsyncIterator[onebase.v1.adapters_pb2.DownloadAdapterResponse]]:
+        """Gives the files of a PEFT directory, as SaveAdapter would write them, to the client: the header, then the bytes."""
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

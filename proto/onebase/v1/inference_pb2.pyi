@@ -286,6 +286,7 @@ class LogprobRequest(google.protobuf.message.Message):
     SEQUENCES_FIELD_NUMBER: builtins.int
     RETURN_ENTROPY_FIELD_NUMBER: builtins.int
     RETURN_VALUES_FIELD_NUMBER: builtins.int
+    RETURN_LOGITS_FIELD_NUMBER: builtins.int
     session_id: builtins.str
     """The session; may be empty, then `adapter` must be named."""
     adapter: builtins.str
@@ -296,6 +297,8 @@ class LogprobRequest(google.protobuf.message.Message):
     """Also return the entropy of the distribution before each completion token, in nats."""
     return_values: builtins.bool
     """Also return the value head's estimate before each completion token."""
+    return_logits: builtins.bool
+    """Also return the logits before each completion token; their bytes must fit in one message."""
     @property
     def sequences(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[onebase.v1.types_pb2.Sequence]:
         """Sequences, at least one; every prompt at least one token."""
@@ -309,9 +312,10 @@ class LogprobRequest(google.protobuf.message.Message):
         sequences: collections.abc.Iterable[onebase.v1.types_pb2.Sequence] | None = ...,
         return_entropy: builtins.bool = ...,
         return_values: builtins.bool = ...,
+        return_logits: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_adapter_version", b"_adapter_version", "adapter_version", b"adapter_version"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_adapter_version", b"_adapter_version", "adapter", b"adapter", "adapter_version", b"adapter_version", "return_entropy", b"return_entropy", "return_values", b"return_values", "sequences", b"sequences", "session_id", b"session_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_adapter_version", b"_adapter_version", "adapter", b"adapter", "adapter_version", b"adapter_version", "return_entropy", b"return_entropy", "return_logits", b"return_logits", "return_values", b"return_values", "sequences", b"sequences", "session_id", b"session_id"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_adapter_version", b"_adapter_version"]) -> typing.Literal["adapter_version"] | None: ...
 
 Global___LogprobRequest: typing_extensions.TypeAlias = LogprobRequest
@@ -354,6 +358,7 @@ class LogprobResult(google.protobuf.message.Message):
     ENTROPY_FIELD_NUMBER: builtins.int
     VALUES_FIELD_NUMBER: builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: builtins.int
+    LOGITS_FIELD_NUMBER: builtins.int
     @property
     def logprobs(self) -> onebase.v1.types_pb2.Tensor:
         """Logprob of each completion token, DTYPE_FLOAT32 of shape [t]."""
@@ -370,6 +375,10 @@ class LogprobResult(google.protobuf.message.Message):
     def completion_tokens(self) -> onebase.v1.types_pb2.Tensor:
         """The completion's token ids where it was given as text, DTYPE_INT32 of shape [t]."""
 
+    @property
+    def logits(self) -> onebase.v1.types_pb2.Tensor:
+        """Logits before each completion token, DTYPE_FLOAT32 of shape [t, vocabulary], if asked for."""
+
     def __init__(
         self,
         *,
@@ -377,9 +386,10 @@ class LogprobResult(google.protobuf.message.Message):
         entropy: onebase.v1.types_pb2.Tensor | None = ...,
         values: onebase.v1.types_pb2.Tensor | None = ...,
         completion_tokens: onebase.v1.types_pb2.Tensor | None = ...,
+        logits: onebase.v1.types_pb2.Tensor | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["completion_tokens", b"completion_tokens", "entropy", b"entropy", "logprobs", b"logprobs", "values", b"values"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["completion_tokens", b"completion_tokens", "entropy", b"entropy", "logprobs", b"logprobs", "values", b"values"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["completion_tokens", b"completion_tokens", "entropy", b"entropy", "logits", b"logits", "logprobs", b"logprobs", "values", b"values"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["completion_tokens", b"completion_tokens", "entropy", b"entropy", "logits", b"logits", "logprobs", b"logprobs", "values", b"values"]) -> None: ...
 
 Global___LogprobResult: typing_extensions.TypeAlias = LogprobResult
 
@@ -422,6 +432,7 @@ class RewardRequest(google.protobuf.message.Message):
     APPEND_EOS_FIELD_NUMBER: builtins.int
     PER_TOKEN_FIELD_NUMBER: builtins.int
     PPO_ADAPTER_NAME_FIELD_NUMBER: builtins.int
+    POOLING_FIELD_NUMBER: builtins.int
     session_id: builtins.str
     """The session; may be empty."""
     append_eos: builtins.bool
@@ -432,6 +443,8 @@ class RewardRequest(google.protobuf.message.Message):
     """Also return the score at every token."""
     ppo_adapter_name: builtins.str
     """The session's active adapter from here on; empty leaves it as it is."""
+    pooling: onebase.v1.types_pb2.Pooling.ValueType
+    """Where scores are read; unset is as each adapter declares."""
     @property
     def adapters(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Reward adapters to ask; empty asks the server's only one."""
@@ -449,9 +462,10 @@ class RewardRequest(google.protobuf.message.Message):
         append_eos: builtins.bool | None = ...,
         per_token: builtins.bool = ...,
         ppo_adapter_name: builtins.str = ...,
+        pooling: onebase.v1.types_pb2.Pooling.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_append_eos", b"_append_eos", "append_eos", b"append_eos"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_append_eos", b"_append_eos", "adapters", b"adapters", "append_eos", b"append_eos", "per_token", b"per_token", "ppo_adapter_name", b"ppo_adapter_name", "sequences", b"sequences", "session_id", b"session_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_append_eos", b"_append_eos", "adapters", b"adapters", "append_eos", b"append_eos", "per_token", b"per_token", "pooling", b"pooling", "ppo_adapter_name", b"ppo_adapter_name", "sequences", b"sequences", "session_id", b"session_id"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_append_eos", b"_append_eos"]) -> typing.Literal["append_eos"] | None: ...
 
 Global___RewardRequest: typing_extensions.TypeAlias = RewardRequest
@@ -529,18 +543,25 @@ class RewardTerm(google.protobuf.message.Message):
 
     ADAPTER_FIELD_NUMBER: builtins.int
     WEIGHT_FIELD_NUMBER: builtins.int
+    LABEL_FIELD_NUMBER: builtins.int
     adapter: builtins.str
     """The reward adapter's name."""
     weight: builtins.float
     """Its weight in the sum; unset is 1. Negative weights turn a reward around."""
+    label: builtins.int
+    """Which of the score head's labels; needed where it has several."""
     def __init__(
         self,
         *,
         adapter: builtins.str = ...,
         weight: builtins.float | None = ...,
+        label: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_weight", b"_weight", "weight", b"weight"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_weight", b"_weight", "adapter", b"adapter", "weight", b"weight"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_label", b"_label", "_weight", b"_weight", "label", b"label", "weight", b"weight"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_label", b"_label", "_weight", b"_weight", "adapter", b"adapter", "label", b"label", "weight", b"weight"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_label", b"_label"]) -> typing.Literal["label"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_weight", b"_weight"]) -> typing.Literal["weight"] | None: ...
 
 Global___RewardTerm: typing_extensions.TypeAlias = RewardTerm
@@ -559,6 +580,8 @@ class ScoreRequest(google.protobuf.message.Message):
     SEQUENCES_FIELD_NUMBER: builtins.int
     APPEND_EOS_FIELD_NUMBER: builtins.int
     OUTPUTS_FIELD_NUMBER: builtins.int
+    CRITIC_FIELD_NUMBER: builtins.int
+    POOLING_FIELD_NUMBER: builtins.int
     session_id: builtins.str
     """The session; may be empty, then `ppo_adapter_name` must be named."""
     ppo_adapter_name: builtins.str
@@ -569,6 +592,10 @@ class ScoreRequest(google.protobuf.message.Message):
     """A frozen adapter as the reference; empty or "base" is the base with no adapter."""
     append_eos: builtins.bool
     """Append the end-of-sequence token for the reward rows where it is missing. Unset: yes for texts, no for ids."""
+    critic: builtins.str
+    """A critic adapter that gives the values; empty takes the policy's own value head."""
+    pooling: onebase.v1.types_pb2.Pooling.ValueType
+    """Where scores are read; unset is as each reward adapter declares."""
     @property
     def rewards(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___RewardTerm]:
         """Reward adapters and their weights; empty asks the server's only one, with weight 1."""
@@ -592,9 +619,11 @@ class ScoreRequest(google.protobuf.message.Message):
         sequences: collections.abc.Iterable[onebase.v1.types_pb2.Sequence] | None = ...,
         append_eos: builtins.bool | None = ...,
         outputs: collections.abc.Iterable[Global___ScoreOutput.ValueType] | None = ...,
+        critic: builtins.str = ...,
+        pooling: onebase.v1.types_pb2.Pooling.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_adapter_version", b"_adapter_version", "_append_eos", b"_append_eos", "adapter_version", b"adapter_version", "append_eos", b"append_eos"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_adapter_version", b"_adapter_version", "_append_eos", b"_append_eos", "adapter_version", b"adapter_version", "append_eos", b"append_eos", "outputs", b"outputs", "ppo_adapter_name", b"ppo_adapter_name", "reference", b"reference", "rewards", b"rewards", "sequences", b"sequences", "session_id", b"session_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_adapter_version", b"_adapter_version", "_append_eos", b"_append_eos", "adapter_version", b"adapter_version", "append_eos", b"append_eos", "critic", b"critic", "outputs", b"outputs", "pooling", b"pooling", "ppo_adapter_name", b"ppo_adapter_name", "reference", b"reference", "rewards", b"rewards", "sequences", b"sequences", "session_id", b"session_id"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_adapter_version", b"_adapter_version"]) -> typing.Literal["adapter_version"] | None: ...
     @typing.overload
@@ -672,6 +701,7 @@ class ScoreResponse(google.protobuf.message.Message):
     REFERENCE_FIELD_NUMBER: builtins.int
     REWARDS_FIELD_NUMBER: builtins.int
     PPO_ADAPTER_NAME_FIELD_NUMBER: builtins.int
+    CRITIC_FIELD_NUMBER: builtins.int
     ppo_adapter_name: builtins.str
     """The session's active adapter now; empty without a session."""
     @property
@@ -690,6 +720,10 @@ class ScoreResponse(google.protobuf.message.Message):
     def rewards(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[onebase.v1.types_pb2.AdapterVersion]:
         """The reward adapters and their versions, in the order of ScoreResult.scores."""
 
+    @property
+    def critic(self) -> onebase.v1.types_pb2.AdapterVersion:
+        """The critic and its version, if one was named."""
+
     def __init__(
         self,
         *,
@@ -698,8 +732,9 @@ class ScoreResponse(google.protobuf.message.Message):
         reference: onebase.v1.types_pb2.AdapterVersion | None = ...,
         rewards: collections.abc.Iterable[onebase.v1.types_pb2.AdapterVersion] | None = ...,
         ppo_adapter_name: builtins.str = ...,
+        critic: onebase.v1.types_pb2.AdapterVersion | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["policy", b"policy", "reference", b"reference"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["policy", b"policy", "ppo_adapter_name", b"ppo_adapter_name", "reference", b"reference", "results", b"results", "rewards", b"rewards"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["critic", b"critic", "policy", b"policy", "reference", b"reference"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["critic", b"critic", "policy", b"policy", "ppo_adapter_name", b"ppo_adapter_name", "reference", b"reference", "results", b"results", "rewards", b"rewards"]) -> None: ...
 
 Global___ScoreResponse: typing_extensions.TypeAlias = ScoreResponse

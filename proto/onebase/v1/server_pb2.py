@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from onebase.v1 import types_pb2 as onebase_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17onebase/v1/server.proto\x12\nonebase.v1\x1a\x16onebase/v1/types.proto\"\x16\n\x14GetServerInfoRequest\"\xce\x02\n\tBaseModel\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x12\n\nvocab_size\x18\x04 \x01(\x03\x12\x13\n\x0bhidden_size\x18\x05 \x01(\x03\x12\x12\n\nnum_layers\x18\x06 \x01(\x03\x12\x13\n\x0bmax_context\x18\x07 \x01(\x03\x12\r\n\x05\x64type\x18\x08 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\t \x01(\t\x12\x17\n\x0fparameter_count\x18\n \x01(\x03\x12\x15\n\rweights_bytes\x18\x0b \x01(\x03\x12\x15\n\reos_token_ids\x18\x0c \x03(\x05\x12\x14\n\x0cpad_token_id\x18\r \x01(\x05\x12\x14\n\x0c\x62os_token_id\x18\x0e \x01(\x05\x12\x14\n\x0cquantization\x18\x0f \x01(\t\x12\r\n\x05\x65xact\x18\x10 \x01(\x08\"\xc4\x01\n\x0cServerLimits\x12!\n\x19max_sequences_per_request\x18\x01 \x01(\x03\x12\x1e\n\x16max_tokens_per_request\x18\x02 \x01(\x03\x12\x1b\n\x13max_queued_requests\x18\x03 \x01(\x03\x12\'\n\x1fmax_queued_requests_per_session\x18\x04 \x01(\x03\x12\x10\n\x08max_rank\x18\x05 \x01(\x03\x12\x19\n\x11max_message_bytes\x18\x06 \x01(\x03\"\x85\x01\n\nServerInfo\x12\x0f\n\x07version\x18\x01 \x01(\t\x12#\n\x04\x62\x61se\x18\x02 \x01(\x0b\x32\x15.onebase.v1.BaseModel\x12(\n\x06limits\x18\x03 \x01(\x0b\x32\x18.onebase.v1.ServerLimits\x12\x17\n\x0freward_adapters\x18\x04 \x03(\t\"\x12\n\x10GetStatusRequest\"\x8f\x01\n\rSessionStatus\x12\r\n\x05label\x18\x01 \x01(\t\x12\x18\n\x10ppo_adapter_name\x18\x02 \x01(\t\x12\x0e\n\x06leases\x18\x03 \x03(\t\x12\x1a\n\x12requests_in_flight\x18\x04 \x01(\x05\x12\x13\n\x0b\x61ge_seconds\x18\x05 \x01(\x01\x12\x14\n\x0cidle_seconds\x18\x06 \x01(\x01\"=\n\x0bQueueStatus\x12\x0c\n\x04work\x18\x01 \x01(\t\x12\x0f\n\x07waiting\x18\x02 \x01(\x05\x12\x0f\n\x07running\x18\x03 \x01(\x05\"\xa3\x03\n\x0cServerStatus\x12\x16\n\x0euptime_seconds\x18\x01 \x01(\x01\x12+\n\x08sessions\x18\x02 \x03(\x0b\x32\x19.onebase.v1.SessionStatus\x12%\n\x08\x61\x64\x61pters\x18\x03 \x03(\x0b\x32\x13.onebase.v1.Adapter\x12\'\n\x06queues\x18\x04 \x03(\x0b\x32\x17.onebase.v1.QueueStatus\x12#\n\x1bgenerated_tokens_per_second\x18\x05 \x01(\x01\x12 \n\x18scored_tokens_per_second\x18\x06 \x01(\x01\x12!\n\x19trained_tokens_per_second\x18\x07 \x01(\x01\x12\x14\n\x0c\x65ngine_steps\x18\x08 \x01(\x03\x12\x11\n\trss_bytes\x18\t \x01(\x03\x12\x16\n\x0epeak_rss_bytes\x18\n \x01(\x03\x12\x12\n\nbase_bytes\x18\x0b \x01(\x03\x12\x16\n\x0ekv_cache_bytes\x18\x0c \x01(\x03\x12\x15\n\rkv_slots_used\x18\r \x01(\x05\x12\x10\n\x08kv_slots\x18\x0e \x01(\x05\x32\x9f\x01\n\rServerService\x12I\n\rGetServerInfo\x12 .onebase.v1.GetServerInfoRequest\x1a\x16.onebase.v1.ServerInfo\x12\x43\n\tGetStatus\x12\x1c.onebase.v1.GetStatusRequest\x1a\x18.onebase.v1.ServerStatusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17onebase/v1/server.proto\x12\nonebase.v1\x1a\x16onebase/v1/types.proto\"\x16\n\x14GetServerInfoRequest\"\xe5\x02\n\tBaseModel\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x12\n\nvocab_size\x18\x04 \x01(\x03\x12\x13\n\x0bhidden_size\x18\x05 \x01(\x03\x12\x12\n\nnum_layers\x18\x06 \x01(\x03\x12\x13\n\x0bmax_context\x18\x07 \x01(\x03\x12\r\n\x05\x64type\x18\x08 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\t \x01(\t\x12\x17\n\x0fparameter_count\x18\n \x01(\x03\x12\x15\n\rweights_bytes\x18\x0b \x01(\x03\x12\x15\n\reos_token_ids\x18\x0c \x03(\x05\x12\x14\n\x0cpad_token_id\x18\r \x01(\x05\x12\x14\n\x0c\x62os_token_id\x18\x0e \x01(\x05\x12\x14\n\x0cquantization\x18\x0f \x01(\t\x12\r\n\x05\x65xact\x18\x10 \x01(\x08\x12\x15\n\rchat_template\x18\x11 \x01(\x08\"\xde\x01\n\x0cServerLimits\x12!\n\x19max_sequences_per_request\x18\x01 \x01(\x03\x12\x1e\n\x16max_tokens_per_request\x18\x02 \x01(\x03\x12\x1b\n\x13max_queued_requests\x18\x03 \x01(\x03\x12\'\n\x1fmax_queued_requests_per_session\x18\x04 \x01(\x03\x12\x10\n\x08max_rank\x18\x05 \x01(\x03\x12\x19\n\x11max_message_bytes\x18\x06 \x01(\x03\x12\x18\n\x10max_upload_bytes\x18\x07 \x01(\x03\"\x85\x01\n\nServerInfo\x12\x0f\n\x07version\x18\x01 \x01(\t\x12#\n\x04\x62\x61se\x18\x02 \x01(\x0b\x32\x15.onebase.v1.BaseModel\x12(\n\x06limits\x18\x03 \x01(\x0b\x32\x18.onebase.v1.ServerLimits\x12\x17\n\x0freward_adapters\x18\x04 \x03(\t\"\x12\n\x10GetStatusRequest\"\x8f\x01\n\rSessionStatus\x12\r\n\x05label\x18\x01 \x01(\t\x12\x18\n\x10ppo_adapter_name\x18\x02 \x01(\t\x12\x0e\n\x06leases\x18\x03 \x03(\t\x12\x1a\n\x12requests_in_flight\x18\x04 \x01(\x05\x12\x13\n\x0b\x61ge_seconds\x18\x05 \x01(\x01\x12\x14\n\x0cidle_seconds\x18\x06 \x01(\x01\"=\n\x0bQueueStatus\x12\x0c\n\x04work\x18\x01 \x01(\t\x12\x0f\n\x07waiting\x18\x02 \x01(\x05\x12\x0f\n\x07running\x18\x03 \x01(\x05\"\xa3\x03\n\x0cServerStatus\x12\x16\n\x0euptime_seconds\x18\x01 \x01(\x01\x12+\n\x08sessions\x18\x02 \x03(\x0b\x32\x19.onebase.v1.SessionStatus\x12%\n\x08\x61\x64\x61pters\x18\x03 \x03(\x0b\x32\x13.onebase.v1.Adapter\x12\'\n\x06queues\x18\x04 \x03(\x0b\x32\x17.onebase.v1.QueueStatus\x12#\n\x1bgenerated_tokens_per_second\x18\x05 \x01(\x01\x12 \n\x18scored_tokens_per_second\x18\x06 \x01(\x01\x12!\n\x19trained_tokens_per_second\x18\x07 \x01(\x01\x12\x14\n\x0c\x65ngine_steps\x18\x08 \x01(\x03\x12\x11\n\trss_bytes\x18\t \x01(\x03\x12\x16\n\x0epeak_rss_bytes\x18\n \x01(\x03\x12\x12\n\nbase_bytes\x18\x0b \x01(\x03\x12\x16\n\x0ekv_cache_bytes\x18\x0c \x01(\x03\x12\x15\n\rkv_slots_used\x18\r \x01(\x05\x12\x10\n\x08kv_slots\x18\x0e \x01(\x05\x32\x9f\x01\n\rServerService\x12I\n\rGetServerInfo\x12 .onebase.v1.GetServerInfoRequest\x1a\x16.onebase.v1.ServerInfo\x12\x43\n\tGetStatus\x12\x1c.onebase.v1.GetStatusRequest\x1a\x18.onebase.v1.ServerStatusb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,19 +35,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSERVERINFOREQUEST']._serialized_start=63
   _globals['_GETSERVERINFOREQUEST']._serialized_end=85
   _globals['_BASEMODEL']._serialized_start=88
-  _globals['_BASEMODEL']._serialized_end=422
-  _globals['_SERVERLIMITS']._serialized_start=425
-  _globals['_SERVERLIMITS']._serialized_end=621
-  _globals['_SERVERINFO']._serialized_start=624
-  _globals['_SERVERINFO']._serialized_end=757
-  _globals['_GETSTATUSREQUEST']._serialized_start=759
-  _globals['_GETSTATUSREQUEST']._serialized_end=777
-  _globals['_SESSIONSTATUS']._serialized_start=780
-  _globals['_SESSIONSTATUS']._serialized_end=923
-  _globals['_QUEUESTATUS']._serialized_start=925
-  _globals['_QUEUESTATUS']._serialized_end=986
-  _globals['_SERVERSTATUS']._serialized_start=989
-  _globals['_SERVERSTATUS']._serialized_end=1408
-  _globals['_SERVERSERVICE']._serialized_start=1411
-  _globals['_SERVERSERVICE']._serialized_end=1570
+  _globals['_BASEMODEL']._serialized_end=445
+  _globals['_SERVERLIMITS']._serialized_start=448
+  _globals['_SERVERLIMITS']._serialized_end=670
+  _globals['_SERVERINFO']._serialized_start=673
+  _globals['_SERVERINFO']._serialized_end=806
+  _globals['_GETSTATUSREQUEST']._serialized_start=808
+  _globals['_GETSTATUSREQUEST']._serialized_end=826
+  _globals['_SESSIONSTATUS']._serialized_start=829
+  _globals['_SESSIONSTATUS']._serialized_end=972
+  _globals['_QUEUESTATUS']._serialized_start=974
+  _globals['_QUEUESTATUS']._serialized_end=1035
+  _globals['_SERVERSTATUS']._serialized_start=1038
+  _globals['_SERVERSTATUS']._serialized_end=1457
+  _globals['_SERVERSERVICE']._serialized_start=1460
+  _globals['_SERVERSERVICE']._serialized_end=1619
 # @@protoc_insertion_point(module_scope)

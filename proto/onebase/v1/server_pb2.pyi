@@ -53,6 +53,7 @@ class BaseModel(google.protobuf.message.Message):
     BOS_TOKEN_ID_FIELD_NUMBER: builtins.int
     QUANTIZATION_FIELD_NUMBER: builtins.int
     EXACT_FIELD_NUMBER: builtins.int
+    CHAT_TEMPLATE_FIELD_NUMBER: builtins.int
     model: builtins.str
     """The hub id or directory it was loaded from."""
     architecture: builtins.str
@@ -83,6 +84,8 @@ class BaseModel(google.protobuf.message.Message):
     """How the weights of its linear layers are kept: none (in its dtype), int8 or nf4."""
     exact: builtins.bool
     """Whether Generate's logprobs and values equal Logprob's bit for bit, so that PPO can take its old ones from there."""
+    chat_template: builtins.bool
+    """Whether its tokenizer has a chat template."""
     @property
     def eos_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """End-of-sequence ids."""
@@ -106,8 +109,9 @@ class BaseModel(google.protobuf.message.Message):
         bos_token_id: builtins.int = ...,
         quantization: builtins.str = ...,
         exact: builtins.bool = ...,
+        chat_template: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["architecture", b"architecture", "bos_token_id", b"bos_token_id", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "exact", b"exact", "fingerprint", b"fingerprint", "hidden_size", b"hidden_size", "max_context", b"max_context", "model", b"model", "num_layers", b"num_layers", "pad_token_id", b"pad_token_id", "parameter_count", b"parameter_count", "quantization", b"quantization", "vocab_size", b"vocab_size", "weights_bytes", b"weights_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["architecture", b"architecture", "bos_token_id", b"bos_token_id", "chat_template", b"chat_template", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "exact", b"exact", "fingerprint", b"fingerprint", "hidden_size", b"hidden_size", "max_context", b"max_context", "model", b"model", "num_layers", b"num_layers", "pad_token_id", b"pad_token_id", "parameter_count", b"parameter_count", "quantization", b"quantization", "vocab_size", b"vocab_size", "weights_bytes", b"weights_bytes"]) -> None: ...
 
 Global___BaseModel: typing_extensions.TypeAlias = BaseModel
 
@@ -123,6 +127,7 @@ class ServerLimits(google.protobuf.message.Message):
     MAX_QUEUED_REQUESTS_PER_SESSION_FIELD_NUMBER: builtins.int
     MAX_RANK_FIELD_NUMBER: builtins.int
     MAX_MESSAGE_BYTES_FIELD_NUMBER: builtins.int
+    MAX_UPLOAD_BYTES_FIELD_NUMBER: builtins.int
     max_sequences_per_request: builtins.int
     """Most sequences or prompts times n in one request."""
     max_tokens_per_request: builtins.int
@@ -135,6 +140,8 @@ class ServerLimits(google.protobuf.message.Message):
     """Largest LoRA rank."""
     max_message_bytes: builtins.int
     """Largest message in bytes."""
+    max_upload_bytes: builtins.int
+    """Most bytes of one upload."""
     def __init__(
         self,
         *,
@@ -144,8 +151,9 @@ class ServerLimits(google.protobuf.message.Message):
         max_queued_requests_per_session: builtins.int = ...,
         max_rank: builtins.int = ...,
         max_message_bytes: builtins.int = ...,
+        max_upload_bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["max_message_bytes", b"max_message_bytes", "max_queued_requests", b"max_queued_requests", "max_queued_requests_per_session", b"max_queued_requests_per_session", "max_rank", b"max_rank", "max_sequences_per_request", b"max_sequences_per_request", "max_tokens_per_request", b"max_tokens_per_request"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["max_message_bytes", b"max_message_bytes", "max_queued_requests", b"max_queued_requests", "max_queued_requests_per_session", b"max_queued_requests_per_session", "max_rank", b"max_rank", "max_sequences_per_request", b"max_sequences_per_request", "max_tokens_per_request", b"max_tokens_per_request", "max_upload_bytes", b"max_upload_bytes"]) -> None: ...
 
 Global___ServerLimits: typing_extensions.TypeAlias = ServerLimits
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from onebase.v1 import types_pb2 as onebase_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19onebase/v1/training.proto\x12\nonebase.v1\x1a\x16onebase/v1/types.proto\"\xfb\x01\n\x10TrainingSequence\x12&\n\x08sequence\x18\x01 \x01(\x0b\x32\x14.onebase.v1.Sequence\x12(\n\x0cold_logprobs\x18\x02 \x01(\x0b\x32\x12.onebase.v1.Tensor\x12&\n\nold_values\x18\x03 \x01(\x0b\x32\x12.onebase.v1.Tensor\x12&\n\nadvantages\x18\x04 \x01(\x0b\x32\x12.onebase.v1.Tensor\x12#\n\x07returns\x18\x05 \x01(\x0b\x32\x12.onebase.v1.Tensor\x12 \n\x04mask\x18\x06 \x01(\x0b\x32\x12.onebase.v1.Tensor\"\xb5\x01\n\x07PpoLoss\x12\x16\n\tcliprange\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x1c\n\x0f\x63liprange_value\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x14\n\x07vf_coef\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x1c\n\x0fratio_threshold\x18\x04 \x01(\x01H\x03\x88\x01\x01\x42\x0c\n\n_cliprangeB\x12\n\x10_cliprange_valueB\n\n\x08_vf_coefB\x12\n\x10_ratio_threshold\"\x8c\x02\n\x16\x46orwardBackwardRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x03 \x01(\t\x12\x1d\n\x10\x65xpected_version\x18\x04 \x01(\x03H\x01\x88\x01\x01\x12/\n\tsequences\x18\x05 \x03(\x0b\x32\x1c.onebase.v1.TrainingSequence\x12\"\n\x03ppo\x18\x06 \x01(\x0b\x32\x13.onebase.v1.PpoLossH\x00\x12\x18\n\x0b\x64\x65nominator\x18\x07 \x01(\x01H\x02\x88\x01\x01\x42\x06\n\x04lossB\x13\n\x11_expected_versionB\x0e\n\x0c_denominator\"\xc0\x02\n\x17\x46orwardBackwardResponse\x12+\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x1a.onebase.v1.AdapterVersion\x12\x41\n\x07metrics\x18\x02 \x03(\x0b\x32\x30.onebase.v1.ForwardBackwardResponse.MetricsEntry\x12$\n\x08logprobs\x18\x03 \x03(\x0b\x32\x12.onebase.v1.Tensor\x12\"\n\x06values\x18\x04 \x03(\x0b\x32\x12.onebase.v1.Tensor\x12 \n\x18ratio_threshold_exceeded\x18\x05 \x01(\x08\x12\x19\n\x11pending_gradients\x18\x06 \x01(\x05\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x8a\x01\n\x05\x41\x64\x61mW\x12\x15\n\rlearning_rate\x18\x01 \x01(\x01\x12\x12\n\x05\x62\x65ta1\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05\x62\x65ta2\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x10\n\x03\x65ps\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x14\n\x0cweight_decay\x18\x05 \x01(\x01\x42\x08\n\x06_beta1B\x08\n\x06_beta2B\x06\n\x04_eps\"\xb8\x01\n\x10OptimStepRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x03 \x01(\t\x12\x1d\n\x10\x65xpected_version\x18\x04 \x01(\x03H\x00\x88\x01\x01\x12 \n\x05\x61\x64\x61mw\x18\x05 \x01(\x0b\x32\x11.onebase.v1.AdamW\x12\x15\n\rmax_grad_norm\x18\x06 \x01(\x01\x42\x13\n\x11_expected_version\"n\n\x11OptimStepResponse\x12+\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x1a.onebase.v1.AdapterVersion\x12\x11\n\tgrad_norm\x18\x02 \x01(\x01\x12\x19\n\x11gradients_applied\x18\x03 \x01(\x05\x32\xb7\x01\n\x0fTrainingService\x12Z\n\x0f\x46orwardBackward\x12\".onebase.v1.ForwardBackwardRequest\x1a#.onebase.v1.ForwardBackwardResponse\x12H\n\tOptimStep\x12\x1c.onebase.v1.OptimStepRequest\x1a\x1d.onebase.v1.OptimStepResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19onebase/v1/training.proto\x12\nonebase.v1\x1a\x16onebase/v1/types.proto\"\xdb\x03\n\x10TrainingSequence\x12&\n\x08sequence\x18\x01 \x01(\x0b\x32\x14.onebase.v1.Sequence\x12(\n\x0cold_logprobs\x18\x02 \x01(\x0b\x32\x12.onebase.v1.Tensor\x12&\n\nold_values\x18\x03 \x01(\x0b\x32\x12.onebase.v1.Tensor\x12&\n\nadvantages\x18\x04 \x01(\x0b\x32\x12.onebase.v1.Tensor\x12#\n\x07returns\x18\x05 \x01(\x0b\x32\x12.onebase.v1.Tensor\x12 \n\x04mask\x18\x06 \x01(\x0b\x32\x12.onebase.v1.Tensor\x12.\n\x12reference_logprobs\x18\x07 \x01(\x0b\x32\x12.onebase.v1.Tensor\x12#\n\x07weights\x18\x08 \x01(\x0b\x32\x12.onebase.v1.Tensor\x12-\n\x11logprob_gradients\x18\t \x01(\x0b\x32\x12.onebase.v1.Tensor\x12+\n\x0fvalue_gradients\x18\n \x01(\x0b\x32\x12.onebase.v1.Tensor\x12-\n\x11\x65ntropy_gradients\x18\x0b \x01(\x0b\x32\x12.onebase.v1.Tensor\"\x8c\x02\n\x07PpoLoss\x12\x16\n\tcliprange\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x1c\n\x0f\x63liprange_value\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x14\n\x07vf_coef\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x1c\n\x0fratio_threshold\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1b\n\x0e\x63liprange_high\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x0f\n\x07kl_coef\x18\x06 \x01(\x01\x12\x14\n\x0c\x65ntropy_coef\x18\x07 \x01(\x01\x42\x0c\n\n_cliprangeB\x12\n\x10_cliprange_valueB\n\n\x08_vf_coefB\x12\n\x10_ratio_thresholdB\x11\n\x0f_cliprange_high\"\x18\n\x16ImportanceSamplingLoss\"\x12\n\x10\x43rossEntropyLoss\">\n\x07\x44poLoss\x12\x11\n\x04\x62\x65ta\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x17\n\x0flabel_smoothing\x18\x02 \x01(\x01\x42\x07\n\x05_beta\"\x0c\n\nCustomLoss\"=\n\tValueLoss\x12\x1c\n\x0f\x63liprange_value\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\x12\n\x10_cliprange_value\"\xfc\x03\n\x16\x46orwardBackwardRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x03 \x01(\t\x12\x1d\n\x10\x65xpected_version\x18\x04 \x01(\x03H\x01\x88\x01\x01\x12/\n\tsequences\x18\x05 \x03(\x0b\x32\x1c.onebase.v1.TrainingSequence\x12\"\n\x03ppo\x18\x06 \x01(\x0b\x32\x13.onebase.v1.PpoLossH\x00\x12\x41\n\x13importance_sampling\x18\x08 \x01(\x0b\x32\".onebase.v1.ImportanceSamplingLossH\x00\x12\x35\n\rcross_entropy\x18\t \x01(\x0b\x32\x1c.onebase.v1.CrossEntropyLossH\x00\x12\"\n\x03\x64po\x18\n \x01(\x0b\x32\x13.onebase.v1.DpoLossH\x00\x12(\n\x06\x63ustom\x18\x0b \x01(\x0b\x32\x16.onebase.v1.CustomLossH\x00\x12&\n\x05value\x18\x0c \x01(\x0b\x32\x15.onebase.v1.ValueLossH\x00\x12\x18\n\x0b\x64\x65nominator\x18\x07 \x01(\x01H\x02\x88\x01\x01\x42\x06\n\x04lossB\x13\n\x11_expected_versionB\x0e\n\x0c_denominator\"\xe5\x02\n\x17\x46orwardBackwardResponse\x12+\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x1a.onebase.v1.AdapterVersion\x12\x41\n\x07metrics\x18\x02 \x03(\x0b\x32\x30.onebase.v1.ForwardBackwardResponse.MetricsEntry\x12$\n\x08logprobs\x18\x03 \x03(\x0b\x32\x12.onebase.v1.Tensor\x12\"\n\x06values\x18\x04 \x03(\x0b\x32\x12.onebase.v1.Tensor\x12 \n\x18ratio_threshold_exceeded\x18\x05 \x01(\x08\x12\x19\n\x11pending_gradients\x18\x06 \x01(\x05\x12#\n\x07\x65ntropy\x18\x07 \x03(\x0b\x32\x12.onebase.v1.Tensor\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x8a\x01\n\x05\x41\x64\x61mW\x12\x15\n\rlearning_rate\x18\x01 \x01(\x01\x12\x12\n\x05\x62\x65ta1\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05\x62\x65ta2\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x10\n\x03\x65ps\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x14\n\x0cweight_decay\x18\x05 \x01(\x01\x42\x08\n\x06_beta1B\x08\n\x06_beta2B\x06\n\x04_eps\"\xb8\x01\n\x10OptimStepRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x03 \x01(\t\x12\x1d\n\x10\x65xpected_version\x18\x04 \x01(\x03H\x00\x88\x01\x01\x12 \n\x05\x61\x64\x61mw\x18\x05 \x01(\x0b\x32\x11.onebase.v1.AdamW\x12\x15\n\rmax_grad_norm\x18\x06 \x01(\x01\x42\x13\n\x11_expected_version\"n\n\x11OptimStepResponse\x12+\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x1a.onebase.v1.AdapterVersion\x12\x11\n\tgrad_norm\x18\x02 \x01(\x01\x12\x19\n\x11gradients_applied\x18\x03 \x01(\x05\x32\xb7\x01\n\x0fTrainingService\x12Z\n\x0f\x46orwardBackward\x12\".onebase.v1.ForwardBackwardRequest\x1a#.onebase.v1.ForwardBackwardResponse\x12H\n\tOptimStep\x12\x1c.onebase.v1.OptimStepRequest\x1a\x1d.onebase.v1.OptimStepResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,21 +35,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FORWARDBACKWARDRESPONSE_METRICSENTRY']._loaded_options = None
   _globals['_FORWARDBACKWARDRESPONSE_METRICSENTRY']._serialized_options = b'8\001'
   _globals['_TRAININGSEQUENCE']._serialized_start=66
-  _globals['_TRAININGSEQUENCE']._serialized_end=317
-  _globals['_PPOLOSS']._serialized_start=320
-  _globals['_PPOLOSS']._serialized_end=501
-  _globals['_FORWARDBACKWARDREQUEST']._serialized_start=504
-  _globals['_FORWARDBACKWARDREQUEST']._serialized_end=772
-  _globals['_FORWARDBACKWARDRESPONSE']._serialized_start=775
-  _globals['_FORWARDBACKWARDRESPONSE']._serialized_end=1095
-  _globals['_FORWARDBACKWARDRESPONSE_METRICSENTRY']._serialized_start=1049
-  _globals['_FORWARDBACKWARDRESPONSE_METRICSENTRY']._serialized_end=1095
-  _globals['_ADAMW']._serialized_start=1098
-  _globals['_ADAMW']._serialized_end=1236
-  _globals['_OPTIMSTEPREQUEST']._serialized_start=1239
-  _globals['_OPTIMSTEPREQUEST']._serialized_end=1423
-  _globals['_OPTIMSTEPRESPONSE']._serialized_start=1425
-  _globals['_OPTIMSTEPRESPONSE']._serialized_end=1535
-  _globals['_TRAININGSERVICE']._serialized_start=1538
-  _globals['_TRAININGSERVICE']._serialized_end=1721
+  _globals['_TRAININGSEQUENCE']._serialized_end=541
+  _globals['_PPOLOSS']._serialized_start=544
+  _globals['_PPOLOSS']._serialized_end=812
+  _globals['_IMPORTANCESAMPLINGLOSS']._serialized_start=814
+  _globals['_IMPORTANCESAMPLINGLOSS']._serialized_end=838
+  _globals['_CROSSENTROPYLOSS']._serialized_start=840
+  _globals['_CROSSENTROPYLOSS']._serialized_end=858
+  _globals['_DPOLOSS']._serialized_start=860
+  _globals['_DPOLOSS']._serialized_end=922
+  _globals['_CUSTOMLOSS']._serialized_start=924
+  _globals['_CUSTOMLOSS']._serialized_end=936
+  _globals['_VALUELOSS']._serialized_start=938
+  _globals['_VALUELOSS']._serialized_end=999
+  _globals['_FORWARDBACKWARDREQUEST']._serialized_start=1002
+  _globals['_FORWARDBACKWARDREQUEST']._serialized_end=1510
+  _globals['_FORWARDBACKWARDRESPONSE']._serialized_start=1513
+  _globals['_FORWARDBACKWARDRESPONSE']._serialized_end=1870
+  _globals['_FORWARDBACKWARDRESPONSE_METRICSENTRY']._serialized_start=1824
+  _globals['_FORWARDBACKWARDRESPONSE_METRICSENTRY']._serialized_end=1870
+  _globals['_ADAMW']._serialized_start=1873
+  _globals['_ADAMW']._serialized_end=2011
+  _globals['_OPTIMSTEPREQUEST']._serialized_start=2014
+  _globals['_OPTIMSTEPREQUEST']._serialized_end=2198
+  _globals['_OPTIMSTEPRESPONSE']._serialized_start=2200
+  _globals['_OPTIMSTEPRESPONSE']._serialized_end=2310
+  _globals['_TRAININGSERVICE']._serialized_start=2313
+  _globals['_TRAININGSERVICE']._serialized_end=2496
 # @@protoc_insertion_point(module_scope)

@@ -31,6 +31,11 @@ class TrainingSequence(google.protobuf.message.Message):
     ADVANTAGES_FIELD_NUMBER: builtins.int
     RETURNS_FIELD_NUMBER: builtins.int
     MASK_FIELD_NUMBER: builtins.int
+    REFERENCE_LOGPROBS_FIELD_NUMBER: builtins.int
+    WEIGHTS_FIELD_NUMBER: builtins.int
+    LOGPROB_GRADIENTS_FIELD_NUMBER: builtins.int
+    VALUE_GRADIENTS_FIELD_NUMBER: builtins.int
+    ENTROPY_GRADIENTS_FIELD_NUMBER: builtins.int
     @property
     def sequence(self) -> onebase.v1.types_pb2.Sequence:
         """Prompt and completion."""
@@ -55,6 +60,26 @@ class TrainingSequence(google.protobuf.message.Message):
     def mask(self) -> onebase.v1.types_pb2.Tensor:
         """Which tokens count, DTYPE_BOOL of shape [t]; unset counts all."""
 
+    @property
+    def reference_logprobs(self) -> onebase.v1.types_pb2.Tensor:
+        """Logprobs under the reference: for dpo, and for ppo with a kl_coef."""
+
+    @property
+    def weights(self) -> onebase.v1.types_pb2.Tensor:
+        """What each token that counts weighs in the loss's sum; unset is 1."""
+
+    @property
+    def logprob_gradients(self) -> onebase.v1.types_pb2.Tensor:
+        """For custom: d loss / d logprob of each token."""
+
+    @property
+    def value_gradients(self) -> onebase.v1.types_pb2.Tensor:
+        """For custom: d loss / d value before each token."""
+
+    @property
+    def entropy_gradients(self) -> onebase.v1.types_pb2.Tensor:
+        """For custom: d loss / d entropy before each token."""
+
     def __init__(
         self,
         *,
@@ -64,9 +89,14 @@ class TrainingSequence(google.protobuf.message.Message):
         advantages: onebase.v1.types_pb2.Tensor | None = ...,
         returns: onebase.v1.types_pb2.Tensor | None = ...,
         mask: onebase.v1.types_pb2.Tensor | None = ...,
+        reference_logprobs: onebase.v1.types_pb2.Tensor | None = ...,
+        weights: onebase.v1.types_pb2.Tensor | None = ...,
+        logprob_gradients: onebase.v1.types_pb2.Tensor | None = ...,
+        value_gradients: onebase.v1.types_pb2.Tensor | None = ...,
+        entropy_gradients: onebase.v1.types_pb2.Tensor | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["advantages", b"advantages", "mask", b"mask", "old_logprobs", b"old_logprobs", "old_values", b"old_values", "returns", b"returns", "sequence", b"sequence"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["advantages", b"advantages", "mask", b"mask", "old_logprobs", b"old_logprobs", "old_values", b"old_values", "returns", b"returns", "sequence", b"sequence"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["advantages", b"advantages", "entropy_gradients", b"entropy_gradients", "logprob_gradients", b"logprob_gradients", "mask", b"mask", "old_logprobs", b"old_logprobs", "old_values", b"old_values", "reference_logprobs", b"reference_logprobs", "returns", b"returns", "sequence", b"sequence", "value_gradients", b"value_gradients", "weights", b"weights"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["advantages", b"advantages", "entropy_gradients", b"entropy_gradients", "logprob_gradients", b"logprob_gradients", "mask", b"mask", "old_logprobs", b"old_logprobs", "old_values", b"old_values", "reference_logprobs", b"reference_logprobs", "returns", b"returns", "sequence", b"sequence", "value_gradients", b"value_gradients", "weights", b"weights"]) -> None: ...
 
 Global___TrainingSequence: typing_extensions.TypeAlias = TrainingSequence
 
@@ -84,6 +114,9 @@ class PpoLoss(google.protobuf.message.Message):
     CLIPRANGE_VALUE_FIELD_NUMBER: builtins.int
     VF_COEF_FIELD_NUMBER: builtins.int
     RATIO_THRESHOLD_FIELD_NUMBER: builtins.int
+    CLIPRANGE_HIGH_FIELD_NUMBER: builtins.int
+    KL_COEF_FIELD_NUMBER: builtins.int
+    ENTROPY_COEF_FIELD_NUMBER: builtins.int
     cliprange: builtins.float
     """Clip range of the ratio; unset is 0.2."""
     cliprange_value: builtins.float
@@ -92,6 +125,14 @@ class PpoLoss(google.protobuf.message.Message):
     """Weight of the value loss; unset is 0.1. With 0 no value head is needed."""
     ratio_threshold: builtins.float
     """A batch whose mean ratio exceeds this adds zero gradients; unset is 10."""
+    cliprange_high: builtins.float
+    """The upper clip range of the ratio, where it is another than the lower one (Yu et al. 2025); unset is cliprange."""
+    kl_coef: builtins.float
+    """Weight of the penalty exp(d) - d - 1 with d = reference_logprobs - logprobs, which estimates the KL divergence from
+    the reference (Schulman 2020; Shao et al. 2024); with 0 no reference_logprobs are needed.
+    """
+    entropy_coef: builtins.float
+    """Weight of the entropy, which is subtracted from the loss."""
     def __init__(
         self,
         *,
@@ -99,11 +140,16 @@ class PpoLoss(google.protobuf.message.Message):
         cliprange_value: builtins.float | None = ...,
         vf_coef: builtins.float | None = ...,
         ratio_threshold: builtins.float | None = ...,
+        cliprange_high: builtins.float | None = ...,
+        kl_coef: builtins.float = ...,
+        entropy_coef: builtins.float = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_cliprange", b"_cliprange", "_cliprange_value", b"_cliprange_value", "_ratio_threshold", b"_ratio_threshold", "_vf_coef", b"_vf_coef", "cliprange", b"cliprange", "cliprange_value", b"cliprange_value", "ratio_threshold", b"ratio_threshold", "vf_coef", b"vf_coef"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_cliprange", b"_cliprange", "_cliprange_value", b"_cliprange_value", "_ratio_threshold", b"_ratio_threshold", "_vf_coef", b"_vf_coef", "cliprange", b"cliprange", "cliprange_value", b"cliprange_value", "ratio_threshold", b"ratio_threshold", "vf_coef", b"vf_coef"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_cliprange", b"_cliprange", "_cliprange_high", b"_cliprange_high", "_cliprange_value", b"_cliprange_value", "_ratio_threshold", b"_ratio_threshold", "_vf_coef", b"_vf_coef", "cliprange", b"cliprange", "cliprange_high", b"cliprange_high", "cliprange_value", b"cliprange_value", "ratio_threshold", b"ratio_threshold", "vf_coef", b"vf_coef"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_cliprange", b"_cliprange", "_cliprange_high", b"_cliprange_high", "_cliprange_value", b"_cliprange_value", "_ratio_threshold", b"_ratio_threshold", "_vf_coef", b"_vf_coef", "cliprange", b"cliprange", "cliprange_high", b"cliprange_high", "cliprange_value", b"cliprange_value", "entropy_coef", b"entropy_coef", "kl_coef", b"kl_coef", "ratio_threshold", b"ratio_threshold", "vf_coef", b"vf_coef"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_cliprange", b"_cliprange"]) -> typing.Literal["cliprange"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_cliprange_high", b"_cliprange_high"]) -> typing.Literal["cliprange_high"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_cliprange_value", b"_cliprange_value"]) -> typing.Literal["cliprange_value"] | None: ...
     @typing.overload
@@ -112,6 +158,89 @@ class PpoLoss(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_vf_coef", b"_vf_coef"]) -> typing.Literal["vf_coef"] | None: ...
 
 Global___PpoLoss: typing_extensions.TypeAlias = PpoLoss
+
+@typing.final
+class ImportanceSamplingLoss(google.protobuf.message.Message):
+    """The policy gradient with importance sampling, -A·ratio, not clipped: old_logprobs and advantages."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___ImportanceSamplingLoss: typing_extensions.TypeAlias = ImportanceSamplingLoss
+
+@typing.final
+class CrossEntropyLoss(google.protobuf.message.Message):
+    """The negative logprob of every token that counts: supervised fine-tuning."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___CrossEntropyLoss: typing_extensions.TypeAlias = CrossEntropyLoss
+
+@typing.final
+class DpoLoss(google.protobuf.message.Message):
+    """Direct preference optimization (Rafailov et al. 2023):
+    -log sigmoid(beta · ((chosen - its reference) - (rejected - its reference)))
+    of each pair's summed logprobs. Sequences come in pairs, chosen then rejected, with reference_logprobs.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BETA_FIELD_NUMBER: builtins.int
+    LABEL_SMOOTHING_FIELD_NUMBER: builtins.int
+    beta: builtins.float
+    """How strongly to hold to the reference; unset is 0.1."""
+    label_smoothing: builtins.float
+    """Share of the pairs that may be labelled the wrong way round, in [0, 0.5)."""
+    def __init__(
+        self,
+        *,
+        beta: builtins.float | None = ...,
+        label_smoothing: builtins.float = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_beta", b"_beta", "beta", b"beta"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_beta", b"_beta", "beta", b"beta", "label_smoothing", b"label_smoothing"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_beta", b"_beta"]) -> typing.Literal["beta"] | None: ...
+
+Global___DpoLoss: typing_extensions.TypeAlias = DpoLoss
+
+@typing.final
+class CustomLoss(google.protobuf.message.Message):
+    """A loss that lives in the client: its derivatives by logprob, value and entropy, at the version it expects."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___CustomLoss: typing_extensions.TypeAlias = CustomLoss
+
+@typing.final
+class ValueLoss(google.protobuf.message.Message):
+    """The clipped value loss alone, 0.5 · max((v - R)², (clip(v, v_old ± cliprange_value) - R)²): for a critic."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CLIPRANGE_VALUE_FIELD_NUMBER: builtins.int
+    cliprange_value: builtins.float
+    """Clip range of the value; unset is 0.2."""
+    def __init__(
+        self,
+        *,
+        cliprange_value: builtins.float | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_cliprange_value", b"_cliprange_value", "cliprange_value", b"cliprange_value"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_cliprange_value", b"_cliprange_value", "cliprange_value", b"cliprange_value"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_cliprange_value", b"_cliprange_value"]) -> typing.Literal["cliprange_value"] | None: ...
+
+Global___ValueLoss: typing_extensions.TypeAlias = ValueLoss
 
 @typing.final
 class ForwardBackwardRequest(google.protobuf.message.Message):
@@ -125,6 +254,11 @@ class ForwardBackwardRequest(google.protobuf.message.Message):
     EXPECTED_VERSION_FIELD_NUMBER: builtins.int
     SEQUENCES_FIELD_NUMBER: builtins.int
     PPO_FIELD_NUMBER: builtins.int
+    IMPORTANCE_SAMPLING_FIELD_NUMBER: builtins.int
+    CROSS_ENTROPY_FIELD_NUMBER: builtins.int
+    DPO_FIELD_NUMBER: builtins.int
+    CUSTOM_FIELD_NUMBER: builtins.int
+    VALUE_FIELD_NUMBER: builtins.int
     DENOMINATOR_FIELD_NUMBER: builtins.int
     session_id: builtins.str
     """The session that holds the adapter's lease."""
@@ -135,8 +269,9 @@ class ForwardBackwardRequest(google.protobuf.message.Message):
     expected_version: builtins.int
     """The version the client believes is current; unset is not checked."""
     denominator: builtins.float
-    """The loss is a sum over tokens divided by this; unset is the number of tokens that count in this call. Give the
-    whole batch's count in each of several calls and their sum is the whole batch's mean.
+    """The loss is a sum over tokens (dpo: over pairs) divided by this; unset is the number of tokens (dpo: pairs) that
+    count in this call, and for custom it is 1. Give the whole batch's count in each of several calls and their sum is
+    the whole batch's mean.
     """
     @property
     def sequences(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TrainingSequence]:
@@ -145,6 +280,26 @@ class ForwardBackwardRequest(google.protobuf.message.Message):
     @property
     def ppo(self) -> Global___PpoLoss:
         """Clipped PPO with value loss."""
+
+    @property
+    def importance_sampling(self) -> Global___ImportanceSamplingLoss:
+        """Policy gradient with importance sampling."""
+
+    @property
+    def cross_entropy(self) -> Global___CrossEntropyLoss:
+        """Supervised fine-tuning."""
+
+    @property
+    def dpo(self) -> Global___DpoLoss:
+        """Direct preference optimization."""
+
+    @property
+    def custom(self) -> Global___CustomLoss:
+        """The client's own."""
+
+    @property
+    def value(self) -> Global___ValueLoss:
+        """The clipped value loss alone."""
 
     def __init__(
         self,
@@ -155,16 +310,21 @@ class ForwardBackwardRequest(google.protobuf.message.Message):
         expected_version: builtins.int | None = ...,
         sequences: collections.abc.Iterable[Global___TrainingSequence] | None = ...,
         ppo: Global___PpoLoss | None = ...,
+        importance_sampling: Global___ImportanceSamplingLoss | None = ...,
+        cross_entropy: Global___CrossEntropyLoss | None = ...,
+        dpo: Global___DpoLoss | None = ...,
+        custom: Global___CustomLoss | None = ...,
+        value: Global___ValueLoss | None = ...,
         denominator: builtins.float | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_denominator", b"_denominator", "_expected_version", b"_expected_version", "denominator", b"denominator", "expected_version", b"expected_version", "loss", b"loss", "ppo", b"ppo"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_denominator", b"_denominator", "_expected_version", b"_expected_version", "adapter", b"adapter", "denominator", b"denominator", "expected_version", b"expected_version", "loss", b"loss", "ppo", b"ppo", "request_id", b"request_id", "sequences", b"sequences", "session_id", b"session_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_denominator", b"_denominator", "_expected_version", b"_expected_version", "cross_entropy", b"cross_entropy", "custom", b"custom", "denominator", b"denominator", "dpo", b"dpo", "expected_version", b"expected_version", "importance_sampling", b"importance_sampling", "loss", b"loss", "ppo", b"ppo", "value", b"value"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_denominator", b"_denominator", "_expected_version", b"_expected_version", "adapter", b"adapter", "cross_entropy", b"cross_entropy", "custom", b"custom", "denominator", b"denominator", "dpo", b"dpo", "expected_version", b"expected_version", "importance_sampling", b"importance_sampling", "loss", b"loss", "ppo", b"ppo", "request_id", b"request_id", "sequences", b"sequences", "session_id", b"session_id", "value", b"value"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_denominator", b"_denominator"]) -> typing.Literal["denominator"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_expected_version", b"_expected_version"]) -> typing.Literal["expected_version"] | None: ...
     @typing.overload
-    def WhichOneof(self, oneof_group: typing.Literal["loss", b"loss"]) -> typing.Literal["ppo"] | None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["loss", b"loss"]) -> typing.Literal["ppo", "importance_sampling", "cross_entropy", "dpo", "custom", "value"] | None: ...
 
 Global___ForwardBackwardRequest: typing_extensions.TypeAlias = ForwardBackwardRequest
 
@@ -196,6 +356,7 @@ class ForwardBackwardResponse(google.protobuf.message.Message):
     VALUES_FIELD_NUMBER: builtins.int
     RATIO_THRESHOLD_EXCEEDED_FIELD_NUMBER: builtins.int
     PENDING_GRADIENTS_FIELD_NUMBER: builtins.int
+    ENTROPY_FIELD_NUMBER: builtins.int
     ratio_threshold_exceeded: builtins.bool
     """True when ratio_threshold made all gradients of this call zero."""
     pending_gradients: builtins.int
@@ -219,6 +380,10 @@ class ForwardBackwardResponse(google.protobuf.message.Message):
     def values(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[onebase.v1.types_pb2.Tensor]:
         """Values under the current version, one array per sequence, if the policy has a value head."""
 
+    @property
+    def entropy(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[onebase.v1.types_pb2.Tensor]:
+        """Entropies under the current version in nats, one DTYPE_FLOAT32 array of shape [t] per sequence."""
+
     def __init__(
         self,
         *,
@@ -228,9 +393,10 @@ class ForwardBackwardResponse(google.protobuf.message.Message):
         values: collections.abc.Iterable[onebase.v1.types_pb2.Tensor] | None = ...,
         ratio_threshold_exceeded: builtins.bool = ...,
         pending_gradients: builtins.int = ...,
+        entropy: collections.abc.Iterable[onebase.v1.types_pb2.Tensor] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["adapter", b"adapter"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "logprobs", b"logprobs", "metrics", b"metrics", "pending_gradients", b"pending_gradients", "ratio_threshold_exceeded", b"ratio_threshold_exceeded", "values", b"values"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "entropy", b"entropy", "logprobs", b"logprobs", "metrics", b"metrics", "pending_gradients", b"pending_gradients", "ratio_threshold_exceeded", b"ratio_threshold_exceeded", "values", b"values"]) -> None: ...
 
 Global___ForwardBackwardResponse: typing_extensions.TypeAlias = ForwardBackwardResponse
 

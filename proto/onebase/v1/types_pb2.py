@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16onebase/v1/types.proto\x12\nonebase.v1\"G\n\x06Tensor\x12 \n\x05\x64type\x18\x01 \x01(\x0e\x32\x11.onebase.v1.DType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"H\n\x07\x43ontent\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12$\n\x06tokens\x18\x02 \x01(\x0b\x32\x12.onebase.v1.TensorH\x00\x42\x07\n\x05value\"X\n\x08Sequence\x12#\n\x06prompt\x18\x01 \x01(\x0b\x32\x13.onebase.v1.Content\x12\'\n\ncompletion\x18\x02 \x01(\x0b\x32\x13.onebase.v1.Content\"\xb8\x02\n\x08LoraSpec\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\r\n\x05\x61lpha\x18\x02 \x01(\x01\x12\x16\n\x0etarget_modules\x18\x03 \x03(\t\x12\x12\n\nuse_rslora\x18\x04 \x01(\x08\x12;\n\x0crank_pattern\x18\x05 \x03(\x0b\x32%.onebase.v1.LoraSpec.RankPatternEntry\x12=\n\ralpha_pattern\x18\x06 \x03(\x0b\x32&.onebase.v1.LoraSpec.AlphaPatternEntry\x1a\x32\n\x10RankPatternEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x1a\x33\n\x11\x41lphaPatternEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"r\n\rAdapterMemory\x12\x15\n\rweights_bytes\x18\x01 \x01(\x03\x12\x16\n\x0egradient_bytes\x18\x02 \x01(\x03\x12\x17\n\x0foptimizer_bytes\x18\x03 \x01(\x03\x12\x19\n\x11old_version_bytes\x18\x04 \x01(\x03\"\xaf\x02\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x04kind\x18\x02 \x01(\x0e\x32\x17.onebase.v1.AdapterKind\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12\"\n\x04lora\x18\x04 \x01(\x0b\x32\x14.onebase.v1.LoraSpec\x12\x12\n\nvalue_head\x18\x05 \x01(\x08\x12\x12\n\nnum_labels\x18\x06 \x01(\x05\x12\x17\n\x0fparameter_count\x18\x07 \x01(\x03\x12)\n\x06memory\x18\x08 \x01(\x0b\x32\x19.onebase.v1.AdapterMemory\x12\x0e\n\x06leased\x18\t \x01(\x08\x12\x19\n\x11pending_gradients\x18\n \x01(\x05\x12\x13\n\x0b\x63reate_time\x18\x0b \x01(\x01\x12\x0e\n\x06source\x18\x0c \x01(\t\"/\n\x0e\x41\x64\x61pterVersion\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03*v\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x44TYPE_INT32\x10\x01\x12\x0f\n\x0b\x44TYPE_INT64\x10\x02\x12\x11\n\rDTYPE_FLOAT32\x10\x03\x12\x11\n\rDTYPE_FLOAT64\x10\x04\x12\x0e\n\nDTYPE_BOOL\x10\x05*y\n\x0b\x41\x64\x61pterKind\x12\x1c\n\x18\x41\x44\x41PTER_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13\x41\x44\x41PTER_KIND_POLICY\x10\x01\x12\x17\n\x13\x41\x44\x41PTER_KIND_REWARD\x10\x02\x12\x1a\n\x16\x41\x44\x41PTER_KIND_REFERENCE\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16onebase/v1/types.proto\x12\nonebase.v1\"G\n\x06Tensor\x12 \n\x05\x64type\x18\x01 \x01(\x0e\x32\x11.onebase.v1.DType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"1\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.onebase.v1.ChatMessage\"j\n\x07\x43ontent\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12$\n\x06tokens\x18\x02 \x01(\x0b\x32\x12.onebase.v1.TensorH\x00\x12 \n\x04\x63hat\x18\x03 \x01(\x0b\x32\x10.onebase.v1.ChatH\x00\x42\x07\n\x05value\"X\n\x08Sequence\x12#\n\x06prompt\x18\x01 \x01(\x0b\x32\x13.onebase.v1.Content\x12\'\n\ncompletion\x18\x02 \x01(\x0b\x32\x13.onebase.v1.Content\"\xb8\x02\n\x08LoraSpec\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\r\n\x05\x61lpha\x18\x02 \x01(\x01\x12\x16\n\x0etarget_modules\x18\x03 \x03(\t\x12\x12\n\nuse_rslora\x18\x04 \x01(\x08\x12;\n\x0crank_pattern\x18\x05 \x03(\x0b\x32%.onebase.v1.LoraSpec.RankPatternEntry\x12=\n\ralpha_pattern\x18\x06 \x03(\x0b\x32&.onebase.v1.LoraSpec.AlphaPatternEntry\x1a\x32\n\x10RankPatternEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x1a\x33\n\x11\x41lphaPatternEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"r\n\rAdapterMemory\x12\x15\n\rweights_bytes\x18\x01 \x01(\x03\x12\x16\n\x0egradient_bytes\x18\x02 \x01(\x03\x12\x17\n\x0foptimizer_bytes\x18\x03 \x01(\x03\x12\x19\n\x11old_version_bytes\x18\x04 \x01(\x03\"\xfd\x02\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x04kind\x18\x02 \x01(\x0e\x32\x17.onebase.v1.AdapterKind\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12\"\n\x04lora\x18\x04 \x01(\x0b\x32\x14.onebase.v1.LoraSpec\x12\x12\n\nvalue_head\x18\x05 \x01(\x08\x12\x12\n\nnum_labels\x18\x06 \x01(\x05\x12\x17\n\x0fparameter_count\x18\x07 \x01(\x03\x12)\n\x06memory\x18\x08 \x01(\x0b\x32\x19.onebase.v1.AdapterMemory\x12\x0e\n\x06leased\x18\t \x01(\x08\x12\x19\n\x11pending_gradients\x18\n \x01(\x05\x12\x13\n\x0b\x63reate_time\x18\x0b \x01(\x01\x12\x0e\n\x06source\x18\x0c \x01(\t\x12\x17\n\nappend_eos\x18\r \x01(\x08H\x00\x88\x01\x01\x12$\n\x07pooling\x18\x0e \x01(\x0e\x32\x13.onebase.v1.PoolingB\r\n\x0b_append_eos\"/\n\x0e\x41\x64\x61pterVersion\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03*v\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x44TYPE_INT32\x10\x01\x12\x0f\n\x0b\x44TYPE_INT64\x10\x02\x12\x11\n\rDTYPE_FLOAT32\x10\x03\x12\x11\n\rDTYPE_FLOAT64\x10\x04\x12\x0e\n\nDTYPE_BOOL\x10\x05*\x92\x01\n\x0b\x41\x64\x61pterKind\x12\x1c\n\x18\x41\x44\x41PTER_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13\x41\x44\x41PTER_KIND_POLICY\x10\x01\x12\x17\n\x13\x41\x44\x41PTER_KIND_REWARD\x10\x02\x12\x1a\n\x16\x41\x44\x41PTER_KIND_REFERENCE\x10\x03\x12\x17\n\x13\x41\x44\x41PTER_KIND_CRITIC\x10\x04*T\n\x07Pooling\x12\x17\n\x13POOLING_UNSPECIFIED\x10\x00\x12\x16\n\x12POOLING_LAST_TOKEN\x10\x01\x12\x18\n\x14POOLING_LAST_NOT_PAD\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,26 +35,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LORASPEC_RANKPATTERNENTRY']._serialized_options = b'8\001'
   _globals['_LORASPEC_ALPHAPATTERNENTRY']._loaded_options = None
   _globals['_LORASPEC_ALPHAPATTERNENTRY']._serialized_options = b'8\001'
-  _globals['_DTYPE']._serialized_start=1061
-  _globals['_DTYPE']._serialized_end=1179
-  _globals['_ADAPTERKIND']._serialized_start=1181
-  _globals['_ADAPTERKIND']._serialized_end=1302
+  _globals['_DTYPE']._serialized_start=1270
+  _globals['_DTYPE']._serialized_end=1388
+  _globals['_ADAPTERKIND']._serialized_start=1391
+  _globals['_ADAPTERKIND']._serialized_end=1537
+  _globals['_POOLING']._serialized_start=1539
+  _globals['_POOLING']._serialized_end=1623
   _globals['_TENSOR']._serialized_start=38
   _globals['_TENSOR']._serialized_end=109
-  _globals['_CONTENT']._serialized_start=111
-  _globals['_CONTENT']._serialized_end=183
-  _globals['_SEQUENCE']._serialized_start=185
-  _globals['_SEQUENCE']._serialized_end=273
-  _globals['_LORASPEC']._serialized_start=276
-  _globals['_LORASPEC']._serialized_end=588
-  _globals['_LORASPEC_RANKPATTERNENTRY']._serialized_start=485
-  _globals['_LORASPEC_RANKPATTERNENTRY']._serialized_end=535
-  _globals['_LORASPEC_ALPHAPATTERNENTRY']._serialized_start=537
-  _globals['_LORASPEC_ALPHAPATTERNENTRY']._serialized_end=588
-  _globals['_ADAPTERMEMORY']._serialized_start=590
-  _globals['_ADAPTERMEMORY']._serialized_end=704
-  _globals['_ADAPTER']._serialized_start=707
-  _globals['_ADAPTER']._serialized_end=1010
-  _globals['_ADAPTERVERSION']._serialized_start=1012
-  _globals['_ADAPTERVERSION']._serialized_end=1059
+  _globals['_CHATMESSAGE']._serialized_start=111
+  _globals['_CHATMESSAGE']._serialized_end=155
+  _globals['_CHAT']._serialized_start=157
+  _globals['_CHAT']._serialized_end=206
+  _globals['_CONTENT']._serialized_start=208
+  _globals['_CONTENT']._serialized_end=314
+  _globals['_SEQUENCE']._serialized_start=316
+  _globals['_SEQUENCE']._serialized_end=404
+  _globals['_LORASPEC']._serialized_start=407
+  _globals['_LORASPEC']._serialized_end=719
+  _globals['_LORASPEC_RANKPATTERNENTRY']._serialized_start=616
+  _globals['_LORASPEC_RANKPATTERNENTRY']._serialized_end=666
+  _globals['_LORASPEC_ALPHAPATTERNENTRY']._serialized_start=668
+  _globals['_LORASPEC_ALPHAPATTERNENTRY']._serialized_end=719
+  _globals['_ADAPTERMEMORY']._serialized_start=721
+  _globals['_ADAPTERMEMORY']._serialized_end=835
+  _globals['_ADAPTER']._serialized_start=838
+  _globals['_ADAPTER']._serialized_end=1219
+  _globals['_ADAPTERVERSION']._serialized_start=1221
+  _globals['_ADAPTERVERSION']._serialized_end=1268
 # @@protoc_insertion_point(module_scope)

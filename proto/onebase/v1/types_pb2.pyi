@@ -69,6 +69,8 @@ class _AdapterKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """A reward model: an adapter with a score head. Frozen, shared by everybody."""
     ADAPTER_KIND_REFERENCE: _AdapterKind.ValueType  # 3
     """A frozen reference other than the bare base. Shared by everybody."""
+    ADAPTER_KIND_CRITIC: _AdapterKind.ValueType  # 4
+    """A critic: an adapter with a value head of its own, trained by the session that holds its lease."""
 
 class AdapterKind(_AdapterKind, metaclass=_AdapterKindEnumTypeWrapper):
     """What an adapter is for."""
@@ -81,7 +83,37 @@ ADAPTER_KIND_REWARD: AdapterKind.ValueType  # 2
 """A reward model: an adapter with a score head. Frozen, shared by everybody."""
 ADAPTER_KIND_REFERENCE: AdapterKind.ValueType  # 3
 """A frozen reference other than the bare base. Shared by everybody."""
+ADAPTER_KIND_CRITIC: AdapterKind.ValueType  # 4
+"""A critic: an adapter with a value head of its own, trained by the session that holds its lease."""
 Global___AdapterKind: typing_extensions.TypeAlias = AdapterKind
+
+class _Pooling:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _PoolingEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Pooling.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    POOLING_UNSPECIFIED: _Pooling.ValueType  # 0
+    """As the adapter declares; one that declares nothing reads the last token."""
+    POOLING_LAST_TOKEN: _Pooling.ValueType  # 1
+    """The last token of the sequence, whatever it is."""
+    POOLING_LAST_NOT_PAD: _Pooling.ValueType  # 2
+    """The last token that is not the padding token, as transformers' sequence classifiers do. It differs where a sequence
+    ends with that token, so where padding and end of sequence are the same one: then the score is read before it.
+    """
+
+class Pooling(_Pooling, metaclass=_PoolingEnumTypeWrapper):
+    """Where a reward adapter's score is read."""
+
+POOLING_UNSPECIFIED: Pooling.ValueType  # 0
+"""As the adapter declares; one that declares nothing reads the last token."""
+POOLING_LAST_TOKEN: Pooling.ValueType  # 1
+"""The last token of the sequence, whatever it is."""
+POOLING_LAST_NOT_PAD: Pooling.ValueType  # 2
+"""The last token that is not the padding token, as transformers' sequence classifiers do. It differs where a sequence
+ends with that token, so where padding and end of sequence are the same one: then the score is read before it.
+"""
+Global___Pooling: typing_extensions.TypeAlias = Pooling
 
 @typing.final
 class Tensor(google.protobuf.message.Message):
@@ -112,6 +144,48 @@ class Tensor(google.protobuf.message.Message):
 Global___Tensor: typing_extensions.TypeAlias = Tensor
 
 @typing.final
+class ChatMessage(google.protobuf.message.Message):
+    """One message of a conversation."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: builtins.int
+    CONTENT_FIELD_NUMBER: builtins.int
+    role: builtins.str
+    """Who says it, as the tokenizer's chat template knows it: "system", "user", "assistant", ..."""
+    content: builtins.str
+    """What is said."""
+    def __init__(
+        self,
+        *,
+        role: builtins.str = ...,
+        content: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["content", b"content", "role", b"role"]) -> None: ...
+
+Global___ChatMessage: typing_extensions.TypeAlias = ChatMessage
+
+@typing.final
+class Chat(google.protobuf.message.Message):
+    """A conversation, which the tokenizer's chat template turns into tokens."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MESSAGES_FIELD_NUMBER: builtins.int
+    @property
+    def messages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
+        """The messages in order, at least one; a system prompt is the first, with the role "system"."""
+
+    def __init__(
+        self,
+        *,
+        messages: collections.abc.Iterable[Global___ChatMessage] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["messages", b"messages"]) -> None: ...
+
+Global___Chat: typing_extensions.TypeAlias = Chat
+
+@typing.final
 class Content(google.protobuf.message.Message):
     """A piece of text, given as text (the server tokenizes it) or as token ids (used as they are)."""
 
@@ -119,21 +193,29 @@ class Content(google.protobuf.message.Message):
 
     TEXT_FIELD_NUMBER: builtins.int
     TOKENS_FIELD_NUMBER: builtins.int
+    CHAT_FIELD_NUMBER: builtins.int
     text: builtins.str
     """Text. As a prompt it gets the tokenizer's own special tokens in front; as a completion it gets none."""
     @property
     def tokens(self) -> Global___Tensor:
         """Token ids of the base model, one dimension, DTYPE_INT32 or DTYPE_INT64, each in [0, vocabulary size)."""
 
+    @property
+    def chat(self) -> Global___Chat:
+        """Messages. As a prompt they get the template's generation prompt behind them; as the completion of a chat they are
+        what the template adds to the prompt for them. FAILED_PRECONDITION where the tokenizer has no chat template.
+        """
+
     def __init__(
         self,
         *,
         text: builtins.str = ...,
         tokens: Global___Tensor | None = ...,
+        chat: Global___Chat | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["text", b"text", "tokens", b"tokens", "value", b"value"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["text", b"text", "tokens", b"tokens", "value", b"value"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["value", b"value"]) -> typing.Literal["text", "tokens"] | None: ...
+    def HasField(self, field_name: typing.Literal["chat", b"chat", "text", b"text", "tokens", b"tokens", "value", b"value"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["chat", b"chat", "text", b"text", "tokens", b"tokens", "value", b"value"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["value", b"value"]) -> typing.Literal["text", "tokens", "chat"] | None: ...
 
 Global___Content: typing_extensions.TypeAlias = Content
 
@@ -288,6 +370,8 @@ class Adapter(google.protobuf.message.Message):
     PENDING_GRADIENTS_FIELD_NUMBER: builtins.int
     CREATE_TIME_FIELD_NUMBER: builtins.int
     SOURCE_FIELD_NUMBER: builtins.int
+    APPEND_EOS_FIELD_NUMBER: builtins.int
+    POOLING_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Unique name on this server: 1 to 64 of [A-Za-z0-9._-], beginning with a letter or a digit. "base" is reserved."""
     kind: Global___AdapterKind.ValueType
@@ -308,6 +392,12 @@ class Adapter(google.protobuf.message.Message):
     """When it came to this server, in seconds since 1970."""
     source: builtins.str
     """Where it was loaded from; empty for an adapter made here."""
+    append_eos: builtins.bool
+    """Whether an end-of-sequence token belongs behind what this reward adapter reads, as it was trained; unset where
+    nothing says so, then texts get one and token ids get none.
+    """
+    pooling: Global___Pooling.ValueType
+    """Where this reward adapter's score is read."""
     @property
     def lora(self) -> Global___LoraSpec:
         """Its LoRA shape."""
@@ -331,9 +421,12 @@ class Adapter(google.protobuf.message.Message):
         pending_gradients: builtins.int = ...,
         create_time: builtins.float = ...,
         source: builtins.str = ...,
+        append_eos: builtins.bool | None = ...,
+        pooling: Global___Pooling.ValueType = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["lora", b"lora", "memory", b"memory"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["create_time", b"create_time", "kind", b"kind", "leased", b"leased", "lora", b"lora", "memory", b"memory", "name", b"name", "num_labels", b"num_labels", "parameter_count", b"parameter_count", "pending_gradients", b"pending_gradients", "source", b"source", "value_head", b"value_head", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_append_eos", b"_append_eos", "append_eos", b"append_eos", "lora", b"lora", "memory", b"memory"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_append_eos", b"_append_eos", "append_eos", b"append_eos", "create_time", b"create_time", "kind", b"kind", "leased", b"leased", "lora", b"lora", "memory", b"memory", "name", b"name", "num_labels", b"num_labels", "parameter_count", b"parameter_count", "pending_gradients", b"pending_gradients", "pooling", b"pooling", "source", b"source", "value_head", b"value_head", "version", b"version"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_append_eos", b"_append_eos"]) -> typing.Literal["append_eos"] | None: ...
 
 Global___Adapter: typing_extensions.TypeAlias = Adapter
 
