@@ -31,7 +31,7 @@ class KeepAlive:
         return not self._task.done()
 
     async def stop(self, wait: float) -> None:
-        """Cancels the task, and a call that it has under way; returns when it has ended, at most after `wait` seconds."""
+        """Cancels the task and a call that it has under way; returns when it has ended, or after `wait` seconds."""
         self._task.cancel()
         await asyncio.wait([self._task], timeout=wait)
 

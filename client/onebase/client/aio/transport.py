@@ -110,6 +110,11 @@ class AsyncStream(Generic[Result]):
         self._received = False
         self._stream = transport.begin(call, self._attempts.remaining())
 
+    def __del__(self) -> None:
+        # The channel holds its calls, so one that nobody reads any more would go on.
+        if hasattr(self, "_stream"):  # else it never began
+            self._stream.cancel()
+
     def __aiter__(self) -> AsyncStream[Result]:
         return self
 
