@@ -26,7 +26,7 @@ from pathlib import Path
 
 from twins.change import Change
 from twins.facts import gather
-from twins.modules import Module
+from twins.modules import Module, Refused
 
 ROOT = Path(__file__).parents[1]
 SYNC = ROOT / "client" / "onebase" / "client"
@@ -64,10 +64,13 @@ def _finish(change: Change, name: str) -> str:
 
 def main() -> int:
     """Writes the twins, or with --check compares them; the exit code."""
-    made = make(
-        {name: (SYNC / f"{name}.py").read_text(encoding="utf-8") for name in MADE},
-        {name: (AIO / f"{name}.py").read_text(encoding="utf-8") for name in BY_HAND},
-    )
+    sync = {name: (SYNC / f"{name}.py").read_text(encoding="utf-8") for name in MADE}
+    by_hand = {name: (AIO / f"{name}.py").read_text(encoding="utf-8") for name in BY_HAND}
+    try:
+        made = make(sync, by_hand)
+    except Refused as refusal:
+        print(f"no asyncio twin: {refusal}", file=sys.stderr)
+        return 1
     stale = []
     for name, text in made.items():
         path = AIO / f"{name}.py"

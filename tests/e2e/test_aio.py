@@ -91,15 +91,13 @@ async def test_many_calls_at_once_are_answered_as_one_by_one(server: RunningServ
     prompts = [sequences(random.Random(seed), 1) for seed in range(24)]
     with client.open_session() as session:
         written = [
-            session.generate(one[0].prompt, adapter=READERS[i % 12], sampling=SAMPLING)
-            for i, one in enumerate(prompts)
+            session.generate(one[0].prompt, adapter=READERS[i % 12], sampling=SAMPLING) for i, one in enumerate(prompts)
         ]
         rewarded = [session.reward(one, REWARDS) for one in prompts]
 
     async with connect_async(server.address) as other, other.open_session() as session:
         calls = [
-            session.generate(one[0].prompt, adapter=READERS[i % 12], sampling=SAMPLING)
-            for i, one in enumerate(prompts)
+            session.generate(one[0].prompt, adapter=READERS[i % 12], sampling=SAMPLING) for i, one in enumerate(prompts)
         ]
         answers = await asyncio.gather(*calls, *[session.reward(one, REWARDS) for one in prompts])
 

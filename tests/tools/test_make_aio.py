@@ -43,7 +43,9 @@ def twin(body, head=HEAD):
 
 
 def test_what_is_committed_is_what_the_sync_modules_say():
-    checked = subprocess.run([sys.executable, ROOT / "tools" / "make_aio.py", "--check"], capture_output=True, text=True)
+    checked = subprocess.run(
+        [sys.executable, ROOT / "tools" / "make_aio.py", "--check"], capture_output=True, text=True
+    )
 
     assert checked.returncode == 0, checked.stderr
 

@@ -143,17 +143,13 @@ class Change:
         package, _, name = (node.module or "").rpartition(".")
         if package != PACKAGE or name not in self.facts.twins:
             return
-        here = {alias.name for alias in node.names if RENAMED.get(alias.name, alias.name) in self._defined(name)}
-        lines = [
-            f"from {module} import "
-            + ", ".join(RENAMED.get(n, n) if module != node.module else n for n in sorted(names))
-            for module, names in (
-                (f"{PACKAGE}.aio.{name}", here),
-                (node.module, {alias.name for alias in node.names} - here),
-            )
-            if names
-        ]
-        self._edit(self.module.start(node), self.module.end(node), ("\n" + " " * node.col_offset).join(lines))
+        names = {alias.name for alias in node.names}
+        here = {one for one in names if RENAMED.get(one, one) in self._defined(name)}
+        lines = [f"from {PACKAGE}.aio.{name} import {', '.join(RENAMED.get(one, one) for one in sorted(here))}"]
+        if names - here:
+            lines.append(f"from {node.module} import {', '.join(sorted(names - here))}")
+        if here:
+            self._edit(self.module.start(node), self.module.end(node), ("\n" + " " * node.col_offset).join(lines))
 
     def _defined(self, name: str) -> set[str]:
         return {RENAMED.get(one, one) for one in self.facts.twins[name]}

@@ -111,9 +111,11 @@ def _read_by_hand(facts: Facts, name: str, tree: ast.Module) -> set[str]:
     plain = [part for part in parts if isinstance(part, Function)]
     facts.given.update({p.name: names[kind] for p in plain if (kind := class_of(p.returns)) in names})
     if "Transport" in classes:
-        there = list(ast.walk(classes["Transport"]))
-        facts.transport |= {node.name for node in there if isinstance(node, Function | ast.AsyncFunctionDef)}
-        facts.transport |= {node.attr for node in there if isinstance(node, ast.Attribute)}
+        for node in ast.walk(classes["Transport"]):
+            if isinstance(node, Function | ast.AsyncFunctionDef):
+                facts.transport.add(node.name)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                facts.transport.add(node.attr)
     return {part.name for part in plain}
 
 
