@@ -90,11 +90,17 @@ def _written(annotation: Any) -> str:
 
 
 def _default(value: Any) -> str:
-    # Settings that are all defaults are shown without them: they have a line of their own.
-    kind: Callable[[], Any] = type(value)
-    if dataclasses.is_dataclass(kind) and value == kind():
-        return f"{type(value).__name__}()"
-    return repr(value)
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return repr(value)
+    # Only what differs from the settings' own defaults, which stand in their class's line.
+    defaults = inspect.signature(type(value)).parameters
+    given = {name: there for name, there in vars(value).items() if not _is_default(defaults[name].default, there)}
+    return f"{type(value).__name__}({', '.join(f'{name}={there!r}' for name, there in given.items())})"
+
+
+def _is_default(default: Any, value: Any) -> bool:
+    made = repr(default) == "<factory>"  # an empty collection, in all of our settings
+    return not value if made else bool(default == value)
 
 
 @dataclasses.dataclass(frozen=True)

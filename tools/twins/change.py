@@ -143,6 +143,8 @@ class Change:
         package, _, name = (node.module or "").rpartition(".")
         if package != PACKAGE or name not in self.facts.twins:
             return
+        if any(alias.asname for alias in node.names):
+            raise self.module.refuse(node, "an import under another name")
         names = {alias.name for alias in node.names}
         here = {one for one in names if RENAMED.get(one, one) in self._defined(name)}
         lines = [f"from {PACKAGE}.aio.{name} import {', '.join(RENAMED.get(one, one) for one in sorted(here))}"]
