@@ -199,6 +199,21 @@ async def test_another_task_can_close_a_stream_that_waits(server):
         assert await asyncio.wait_for(reader, 60) == []
 
 
+async def test_closing_a_stream_does_not_swallow_that_its_reader_is_cancelled(server):
+    server.hold = threading.Event()
+    async with opened(server) as client:
+        stream = client.stream("ab", adapter="base", sampling=TWO_TOKENS)
+        await anext(stream)
+        reader = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0.05)
+
+        await stream.close()
+        reader.cancel()
+
+        with pytest.raises(asyncio.CancelledError):
+            await reader
+
+
 # ------------------------------------------------------------------------------------------------ cancellation
 
 
@@ -207,6 +222,7 @@ async def test_cancelling_a_task_cancels_its_call(server):
     async with opened(server) as client:
         task = asyncio.create_task(client.generate("ab", adapter="base", sampling=SamplingParams(n=2)))
         await arrived(server, "Generate", 1)
+        await asyncio.sleep(0.05)
 
         task.cancel()
 
@@ -312,15 +328,16 @@ async def test_closing_ends_calls_and_streams_that_wait_without_cancelling_their
     client = await connect(server.target)
     stream = client.stream("ab", adapter="base", sampling=TWO_TOKENS)
     await anext(stream)
-    calls = [anext(stream), client.generate("ab", adapter="base", sampling=TWO_TOKENS)]
-    tasks = [asyncio.ensure_future(call) for call in calls]
-    await arrived(server, "Generate", 2)
+    with server.lock:  # no call that is not a stream is answered
+        calls = [anext(stream), client.generate("ab", adapter="base", sampling=TWO_TOKENS), client.status()]
+        tasks = [asyncio.ensure_future(call) for call in calls]
+        await arrived(server, "GetStatus", 1)
 
-    await client.close()
+        await client.close()
+        failures = await asyncio.gather(*tasks, return_exceptions=True)
 
-    for failure in await asyncio.gather(*tasks, return_exceptions=True):
-        assert isinstance(failure, CancelledError)
-        assert failure.reason == "CLIENT_CLOSED"
+    assert [type(failure) for failure in failures] == [CancelledError] * 3
+    assert {failure.reason for failure in failures} == {"CLIENT_CLOSED"}
 
 
 async def test_closing_ends_a_call_that_waits_for_its_retry(server):

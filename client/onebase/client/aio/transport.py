@@ -127,7 +127,6 @@ class AsyncStream(Generic[Result]):
                     await self._begin_again(translate(error, self._call.rpc.method))
             except asyncio.CancelledError:
                 if task_is_cancelled():
-                    self._stream.cancel()
                     raise
                 if not self._closed:  # then the channel was closed under the call
                     self._transport.check_open()
