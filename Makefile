@@ -21,10 +21,10 @@ demo: .venv/.installed  ## all three stages: a base, a reward model, and two pol
 	$(BIN)/python examples/sentiment/demo.py
 
 .PHONY: test
-test: check  ## everything: formatting, lint, types, import contracts, proto drift, and all tests
+test: check  ## everything: formatting, lint, types, import contracts, drift of what is generated, and all tests
 
 .PHONY: check
-check: format-check lint types imports proto-check pytest  ## the same, for people who are used to this name
+check: format-check lint types imports proto-check aio-check pytest  ## the same, for people who are used to this name
 
 .PHONY: install
 install: .venv/.installed  ## make the environment in .venv
@@ -78,6 +78,18 @@ proto-check: .venv-proto/.installed  ## fail if the stubs are not what the .prot
 	$(call PROTOC,.cache/proto)
 	@for file in .cache/proto/onebase/v1/*; do cmp $$file proto/onebase/v1/$$(basename $$file) \
 		|| { echo "the stubs are stale: run 'make proto' and commit them"; exit 1; }; done
+
+.PHONY: aio
+aio: .venv/.installed  ## make the asyncio client from the sync one
+	$(BIN)/python tools/make_aio.py
+
+.PHONY: aio-check
+aio-check: .venv/.installed  ## fail if the asyncio client is not what the sync one says
+	$(BIN)/python tools/make_aio.py --check
+
+.PHONY: api
+api: .venv/.installed  ## list the public API anew, after a change that is meant
+	$(BIN)/python tools/public_api.py
 
 .venv-oracle/.installed: tests/oracle/requirements.txt
 	test -x $(ORACLE_BIN)/python || $(PYTHON) -m venv .venv-oracle

@@ -88,7 +88,7 @@ class Session(Calls):
             prompts, adapter, sampling, logprobs, values, adapter_version, timeout, stream_tokens=False
         )
         with chunks:
-            return inference.join_chunks(chunks)
+            return inference.join_chunks(list(chunks))
 
     def stream(
         self,
