@@ -67,7 +67,8 @@ def test_pyright_takes_a_users_program_and_finds_every_mistake(project: Path) ->
     settings = {"typeCheckingMode": "strict", "extraPaths": ROOTS, "pythonVersion": "3.11"}
     (project / "pyrightconfig.json").write_text(json.dumps(settings))
     # basedpyright is pyright with its runtime packed in: pyright itself fetches that from the network
-    command = [sys.executable, "-m", "basedpyright", "--outputjson", "--pythonpath", sys.executable, "--project", str(project)]
+    command = [sys.executable, "-m", "basedpyright", "--outputjson", "--project", str(project)]
+    command += ["--pythonpath", sys.executable]
     done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=280)
     errors = [one for one in json.loads(done.stdout)["generalDiagnostics"] if one["severity"] == "error"]
     found = {(Path(one["file"]).name, one["range"]["start"]["line"] + 1) for one in errors}
