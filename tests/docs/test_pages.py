@@ -91,7 +91,8 @@ class Reader:
         self._stack.callback(process.kill)
         until = time.monotonic() + 120
         while not (port_file.exists() and port_file.read_text().strip()):
-            assert process.poll() is None and time.monotonic() < until, log.read_text(errors="replace")
+            assert process.poll() is None, log.read_text(errors="replace")
+            assert time.monotonic() < until, log.read_text(errors="replace")
             time.sleep(0.05)
         self.address = f"127.0.0.1:{port_file.read_text().strip()}"
 
