@@ -14,8 +14,8 @@ SURFACE = """
 AbortedError AdamW Adapter AdapterKind AdapterVersion AlreadyExistsError BASE BaseModel CancelledError Client
 Completion CompletionChunk Content DataLossError DeadlineExceededError FailedPreconditionError FinishReason
 ForwardBackward InternalError InvalidArgumentError Logprobs LoraSpec NotFoundError OnebaseError OptimStep
-PermissionDeniedError Policy PpoLoss QueueStatus ResourceExhaustedError Reward SamplingParams SavedAdapter Score
-ScoreOutput Sequence ServerInfo ServerLimits ServerStatus Session SessionInfo SessionStatus Stream Tokens
+PermissionDeniedError Policy Pooling PpoLoss QueueStatus ResourceExhaustedError Reward RewardTerm SamplingParams
+SavedAdapter Score ScoreOutput Sequence ServerInfo ServerLimits ServerStatus Session SessionInfo SessionStatus Stream Tokens
 TrainingSequence UnauthenticatedError UnavailableError UnimplementedError connect
 """
 READING = {"generate", "stream", "logprob", "reference_logprob", "reward"}

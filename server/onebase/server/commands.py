@@ -327,9 +327,12 @@ def _adapter_line(entry: Entry, seconds: float) -> str:
 
 
 def _score_head(facts: AdapterFacts) -> str:
-    """What is known of a reward's head, such as "score head of 3, eos appended, read at last_not_pad"."""
-    eos = {None: "", True: ", eos appended", False: ", no eos appended"}[facts.append_eos]
-    return f"score head of {facts.num_labels}{eos}, read at {facts.pooling.value}"
+    """A reward's head and what is declared of it, such as "score head of 3, no eos, read at last_not_pad"."""
+    from onebase.server.jobs import Pooling
+
+    eos = {None: "", True: ", eos", False: ", no eos"}[facts.append_eos]
+    rule = "" if facts.pooling is Pooling.LAST_TOKEN else f", read at {facts.pooling.value}"
+    return f"score head of {facts.num_labels}{eos}{rule}"
 
 
 def _size(count: int) -> str:

@@ -339,7 +339,7 @@ class DropGradientsJob(Job[AdapterFacts]):
 
 @dataclass(eq=False, kw_only=True)
 class CreateAdapterJob(Job[AdapterFacts]):
-    """Makes a policy or critic under a new uid: fresh, or a copy of the adapter `init_from`, and then without `lora`."""
+    """Makes a policy or critic under a new uid: fresh, or a copy of the adapter `init_from`, which ignores `lora`."""
 
     uid: int
     name: str  # for messages only

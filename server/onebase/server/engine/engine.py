@@ -270,12 +270,11 @@ class Engine:
 
 
 def _needed(row: ScoreRow) -> list[int]:
-    """The tokens that must be run: the last one only matters to token scores, or to a score that is read there."""
+    """The tokens that must be run: the last one only matters to a score, and what is behind a score not to it."""
     tokens: list[int] = row.tokens.tolist()
-    if row.token_scores:
-        return tokens
-    stop = len(tokens) - 1 if row.logprobs or row.entropy or row.values or row.logits else 0
-    return tokens[: max(stop, _score_place(row) + 1) if row.score else stop]
+    if row.score and not (row.token_scores or row.logprobs or row.entropy or row.values or row.logits):
+        return tokens[: _score_place(row) + 1]
+    return tokens if row.score or row.token_scores else tokens[:-1]
 
 
 def _score_place(row: ScoreRow) -> int:

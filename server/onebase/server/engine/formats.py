@@ -78,7 +78,7 @@ class Formats:
     # --------------------------------------------------------------------------------------------------- make
 
     def create(self, job: CreateAdapterJob) -> Adapter:
-        """A fresh policy or critic: A as PEFT begins it (Kaiming uniform), B zero; its head as torch begins a Linear."""
+        """A fresh policy or critic: A as PEFT begins it (Kaiming uniform), B zero; its head as torch begins it."""
         config = lora_config(job.lora, conv1d=self._conv1d, base=self._facts.model)
         targets = self.targets(config, "lora.target_modules")
         random = torch.Generator().manual_seed(job.seed)
