@@ -15,8 +15,8 @@ AbortedError AdamW Adapter AdapterKind AdapterVersion AlreadyExistsError BASE Ba
 Completion CompletionChunk Content DataLossError DeadlineExceededError FailedPreconditionError FinishReason
 ForwardBackward InternalError InvalidArgumentError Logprobs LoraSpec NotFoundError OnebaseError OptimStep
 PermissionDeniedError Policy Pooling PpoLoss QueueStatus ResourceExhaustedError Reward RewardTerm SamplingParams
-SavedAdapter Score ScoreOutput Sequence ServerInfo ServerLimits ServerStatus Session SessionInfo SessionStatus Stream Tokens
-TrainingSequence UnauthenticatedError UnavailableError UnimplementedError connect
+SavedAdapter Score ScoreOutput Sequence ServerInfo ServerLimits ServerStatus Session SessionInfo SessionStatus Stream
+Tokens TrainingSequence UnauthenticatedError UnavailableError UnimplementedError connect
 """
 READING = {"generate", "stream", "logprob", "reference_logprob", "reward"}
 ADAPTERS = {"adapter", "adapters", "create_adapter", "load_adapter", "save_adapter", "delete_adapter"}
