@@ -57,6 +57,7 @@ class AsyncPolicy:
         *,
         entropy: bool = False,
         values: bool = False,
+        logits: bool = False,
         adapter_version: int | None = None,
         timeout: float | None = None,
     ) -> list[t.Logprobs]:
@@ -66,6 +67,7 @@ class AsyncPolicy:
             adapter=self.name,
             entropy=entropy,
             values=values,
+            logits=logits,
             adapter_version=adapter_version,
             timeout=timeout,
         )
@@ -77,7 +79,9 @@ class AsyncPolicy:
         rewards: Rewards = None,
         reference: str = t.BASE,
         outputs: Collection[t.ScoreOutput] | None = None,
+        critic: str = "",
         append_eos: bool | None = None,
+        pooling: t.Pooling | None = None,
         adapter_version: int | None = None,
         timeout: float | None = None,
     ) -> list[t.Score]:
@@ -87,7 +91,9 @@ class AsyncPolicy:
             rewards=rewards,
             reference=reference,
             outputs=outputs,
+            critic=critic,
             append_eos=append_eos,
+            pooling=pooling,
             ppo_adapter_name=self.name,
             adapter_version=adapter_version,
             timeout=timeout,
