@@ -6,10 +6,10 @@ One text is one turn on that thread: a request with thousands of texts and one w
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from onebase.server.jobs import Tokens
+from onebase.server.jobs import Message, Tokens
 from onebase.server.ports import TextLike
 
 
@@ -31,6 +31,10 @@ class Texts:
     async def joined(self, prompt: str, completion: str) -> Tokens:
         """Token ids of prompt and completion as one string, with special tokens."""
         return await self._turn(lambda: self._text.encode_joined(prompt, completion))
+
+    async def chat(self, messages: Sequence[Message], *, generation_prompt: bool) -> Tokens:
+        """Token ids of a conversation, as `TextLike.encode_chat`; ValueError if the template refuses it."""
+        return await self._turn(lambda: self._text.encode_chat(messages, generation_prompt=generation_prompt))
 
     def close(self) -> None:
         """Ends the thread; texts that still wait are dropped."""

@@ -30,7 +30,7 @@ from onebase.server.engine.heads import LmHead, logits_finish
 from onebase.server.engine.kv import KVCache
 from onebase.server.engine.precision import widens
 from onebase.server.engine.proof import Proof, prove
-from onebase.server.engine.text import Text
+from onebase.server.engine.text import Text, has_chat_template
 from onebase.server.errors import FailedPrecondition, InvalidArgument, NotFound
 from onebase.server.jobs import BaseFacts
 
@@ -120,13 +120,17 @@ def _is_exact(config: EngineConfig, route: Route, proof: Proof) -> bool:
 def _describe(config: EngineConfig) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
     """The model's configuration and tokenizer."""
     try:
+        source = config.model
         settings = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+        source = config.tokenizer or config.model
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise NotFound(
-            "MODEL_NOT_FOUND", f"cannot load {config.model!r} as a hub id or a directory: {first}", field="model"
+            "MODEL_NOT_FOUND", f"cannot load {source!r} as a hub id or a directory: {first}", field="model"
         ) from error
+    if config.chat_template is not None:
+        tokenizer.chat_template = config.chat_template.read_text(encoding="utf-8")
     if getattr(settings, "is_encoder_decoder", False):
         raise FailedPrecondition(
             "ARCHITECTURE_NOT_SUPPORTED", f"{config.model!r} ({settings.model_type}) is not decoder-only", field="model"
@@ -205,6 +209,7 @@ def _facts(
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         quantization=config.quantization,
+        chat_template=has_chat_template(tokenizer),
     )
 
 
