@@ -11,8 +11,8 @@ import pytest
 import onebase.client as onebase
 
 SURFACE = """
-AbortedError AdamW Adapter AdapterKind AdapterVersion AlreadyExistsError BASE BaseModel CancelledError Client
-Completion CompletionChunk Content DataLossError DeadlineExceededError FailedPreconditionError FinishReason
+AbortedError AdamW Adapter AdapterKind AdapterVersion AlreadyExistsError BASE BaseModel CancelledError Chat ChatMessage
+Client Completion CompletionChunk Content DataLossError DeadlineExceededError FailedPreconditionError FinishReason
 ForwardBackward InternalError InvalidArgumentError Logprobs LoraSpec NotFoundError OnebaseError OptimStep
 PermissionDeniedError Policy PpoLoss QueueStatus ResourceExhaustedError Reward SamplingParams SavedAdapter Score
 ScoreOutput Sequence ServerInfo ServerLimits ServerStatus Session SessionInfo SessionStatus Stream Tokens

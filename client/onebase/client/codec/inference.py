@@ -29,7 +29,7 @@ from onebase.client.errors import InternalError
 from onebase.v1 import inference_pb2 as pb
 
 Prompts: TypeAlias = "t.Content | SequenceABC[t.Content]"
-"""One prompt or several, each a text or token ids."""
+"""One prompt or several, each a text, token ids or a conversation."""
 Sequences: TypeAlias = "t.Sequence | Iterable[t.Sequence]"
 """One sequence or several."""
 Rewards: TypeAlias = "str | Mapping[str, float] | SequenceABC[str] | None"

@@ -4,7 +4,9 @@
     adapter_model.safetensors    base_model.model.{layer}.lora_{A,B}.weight; rewards: base_model.model.score.weight
     value_head.safetensors       v_head.summary.{weight,bias}, where there is a value head (TRL's names)
     optimizer.safetensors        AdamW's moments, where they were asked for
-    onebase.json                 version, kind, the base's fingerprint and precision, and a SHA-256 of each file
+    onebase.json                 version, kind, the base's fingerprint and precision, the tokenizer's fingerprint, and a
+                                 SHA-256 of each file
+    tokenizer.json, …            not written; where TRL wrote them, they must be the base's
 
 PEFT resolves which layers an adapter targets, on a copy of the architecture without weights. Pickle is never opened.
 What we do not compute the way PEFT does is refused by the name of its setting.
@@ -29,6 +31,7 @@ from onebase.server.engine.adapters import Adapter, Head, Moments, Weights
 from onebase.server.engine.files import SavedFiles, write_directory
 from onebase.server.engine.lora import LoraPair
 from onebase.server.engine.precision import widens
+from onebase.server.engine.tokenizer_check import TokenizerCheck
 from onebase.server.errors import FailedPrecondition, InvalidArgument, OnebaseError, ResourceExhausted
 from onebase.server.jobs import (
     AdapterKind,
@@ -80,13 +83,17 @@ class Formats:
         skeleton: the base's architecture on the meta device, without weights.
         layers: the names of the layers that the engine can adapt.
         facts: the base.
+        tokenizer: its tokenizer, which adapters must have been trained with.
         conv1d: whether its linear layers are transformers' Conv1D.
     """
 
-    def __init__(self, skeleton: PreTrainedModel, layers: set[str], facts: BaseFacts, *, conv1d: bool) -> None:
+    def __init__(
+        self, skeleton: PreTrainedModel, layers: set[str], facts: BaseFacts, tokenizer: TokenizerCheck, *, conv1d: bool
+    ) -> None:
         self._skeleton = skeleton
         self._layers = layers
         self._facts = facts
+        self._tokenizer = tokenizer
         self._conv1d = conv1d
         self._device = torch.device(facts.device)
         dtype: torch.dtype = getattr(torch, facts.dtype)
@@ -164,6 +171,7 @@ class Formats:
         manifest = files.manifest()
         self._check_base(manifest, job.path)
         self._compare_precision(manifest, job.name)
+        self._tokenizer.check(job.path, manifest)
         config = read_config(files)
         check_config(config, job.kind)
         ranks = [config.r, *(config.rank_pattern or {}).values()]
@@ -311,6 +319,7 @@ class Formats:
                 "dtype": self._facts.dtype,
                 "quantization": self._facts.quantization,
             },
+            "tokenizer": self._tokenizer.manifest,
         }
         size = write_directory(path, config, files, manifest, overwrite=overwrite)
         return SaveResult(path, weights.version, size)

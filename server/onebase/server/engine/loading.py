@@ -31,6 +31,7 @@ from onebase.server.engine.kv import KVCache
 from onebase.server.engine.precision import widens
 from onebase.server.engine.proof import Proof, prove
 from onebase.server.engine.text import Text, has_chat_template
+from onebase.server.engine.tokenizer_check import TokenizerCheck
 from onebase.server.errors import FailedPrecondition, InvalidArgument, NotFound
 from onebase.server.jobs import BaseFacts
 
@@ -65,12 +66,13 @@ def open_engine(config: EngineConfig) -> Engine:
     wrapped = lora.install(model, blocks, route)
     attention.install(model, route)
     conv1d = any(not isinstance(skeleton.get_submodule(name), nn.Linear) for name in wrapped)
+    text = Text(tokenizer)
     engine = Engine(
         model,
         route,
         LmHead(model.get_output_embeddings(), logits_finish(model.config), wide),
-        Formats(skeleton, set(wrapped), facts, conv1d=conv1d),
-        Text(tokenizer),
+        Formats(skeleton, set(wrapped), facts, TokenizerCheck(text.decoder), conv1d=conv1d),
+        text,
         facts,
         KVCache(config.kv_slots, facts.max_context),
         [layer.out_features for layer in wrapped.values()],

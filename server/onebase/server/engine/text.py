@@ -31,7 +31,7 @@ class Text:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self._decoder = copy.deepcopy(tokenizer)
+        self.decoder = copy.deepcopy(tokenizer)  # the device's thread has this one
         self._silent = frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
         self._going_on: Tokenizer | None = None  # for texts that go on, where others get a space in front
         self._bytes: dict[int, int] = {}  # tokens that stand for bytes
@@ -83,15 +83,15 @@ class Text:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens left out; bytes that are no character become U+FFFD."""
-        text: str = self._decoder.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: str = self.decoder.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         if self._bytes and _BROKEN in text:
             # The tokenizer would drop all characters that are spelled in bytes beside a broken one.
-            return str(self._decoder.backend_tokenizer.decoder.decode(list(self._pieces(ids))))
+            return str(self.decoder.backend_tokenizer.decoder.decode(list(self._pieces(ids))))
         return text
 
     def silent(self, token: int) -> bool:
         """Whether a token has no text: a special one, or an id that only the base knows."""
-        return token in self._silent or self._decoder.convert_ids_to_tokens(token) is None
+        return token in self._silent or self.decoder.convert_ids_to_tokens(token) is None
 
     def _pieces(self, ids: Sequence[int]) -> Iterator[str]:
         """Tokens as strings; those that are bytes are put together, and give one string for each character."""
@@ -100,7 +100,7 @@ class Text:
             if is_bytes:
                 yield from bytes(self._bytes[token] for token in run).decode(errors="replace")
             else:
-                yield from self._decoder.convert_ids_to_tokens(list(run))
+                yield from self.decoder.convert_ids_to_tokens(list(run))
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
