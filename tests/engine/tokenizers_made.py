@@ -51,7 +51,9 @@ def _sentencepiece(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    few = trainers.BpeTrainer(vocab_size=380, limit_alphabet=40, **_trainer([f"<0x{byte:02X}>" for byte in range(256)]))
+    known = [*"▁abcdefghijklmnopqrstuvwxyzéïü,.好影は😀"]  # what else there is in the corpus becomes bytes
+    alphabet = {"initial_alphabet": known, "limit_alphabet": len(known)}
+    few = trainers.BpeTrainer(vocab_size=380, **alphabet, **_trainer([f"<0x{byte:02X}>" for byte in range(256)]))
     return _trained(tokenizer, few)
 
 
