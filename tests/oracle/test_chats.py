@@ -123,6 +123,21 @@ def test_a_text_goes_on_behind_the_generation_prompt(tokenizer: PreTrainedTokeni
     assert reading.reward(conversation(name), "A delight") == [*prompt, *text, 1]
 
 
+def test_what_would_melt_into_the_prompts_last_token_stays_the_completions() -> None:
+    tokenizer = tokenizers_made.byte_level()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    prompt = ids(tokenizer, CONVERSATION, add_generation_prompt=True)
+    answer = [{"role": "assistant", "content": "très naïf 😀"}]
+    melted = ids(tokenizer, CONVERSATION + answer)
+    assert trl.data_utils.common_prefix_length(prompt, melted) < len(prompt)
+
+    found = Reading(tokenizer).pair(CONVERSATION, answer)
+
+    assert found == (prompt, tokenizer("très naïf 😀</s>", add_special_tokens=False)["input_ids"])
+    assert tokenizer.decode([*found[0], *found[1]]) == tokenizer.decode(melted)
+
+
 def test_the_templates_own_special_tokens_are_not_doubled() -> None:
     tokenizer = tokenizer_with("llama3")
     prompt, _ = Reading(tokenizer).pair(conversation("llama3"), CHOSEN)

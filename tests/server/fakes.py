@@ -60,6 +60,11 @@ class FakeText:
         ids = [i for m in said for i in (roles[m["role"]], *self._words(m["content"]), 14)]
         return np.array([begin, *ids, *([13] if generation_prompt else [])], dtype=np.int64)
 
+    def encode_reply(self, prompt, completion):
+        before = self.encode_chat(prompt, generation_prompt=True)
+        whole = self.encode_chat([*prompt, *completion], generation_prompt=False)
+        return whole[before.size :] if np.array_equal(whole[: before.size], before) else None
+
     def _words(self, text):
         return [int(word[1:]) if word.startswith("#") else 100 + len(word) for word in text.split()]
 

@@ -64,3 +64,14 @@ class TextLike(Protocol):
             ValueError: the template refuses these messages; the message says why.
         """
         ...
+
+    def encode_reply(self, prompt: Sequence[Message], completion: Sequence[Message]) -> Tokens | None:
+        """Token ids of what the chat template adds to a prompt, as `encode_chat` renders it, for a completion.
+
+        Returns:
+            None if the template renders the prompt in another way once the completion stands behind it.
+
+        Raises:
+            ValueError: the template refuses these messages; the message says why.
+        """
+        ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -158,7 +158,7 @@ class SequenceReader:
     async def _pair(self, sequence: types_pb2.Sequence, field: str) -> Pair:
         prompt = await self._prompt(sequence.prompt, f"{field}.prompt")
         self._check_prompt(prompt, f"{field}.prompt")
-        completion = await self._completion(sequence, prompt, field)
+        completion = await self._completion(sequence, field)
         self._check_context(prompt.size + completion.size, field)
         return Pair(prompt, completion, from_text=sequence.completion.WhichOneof("value") != "tokens")
 
@@ -172,31 +172,32 @@ class SequenceReader:
             tokens = await self._texts.joined(sequence.prompt.text, sequence.completion.text)
             return self._checked(tokens, f"{field}.completion.text")
         if kinds[1] == "chat":
-            return await self._conversation(sequence, field, may_be_empty=True)
+            return await self._conversation(sequence, field)
         if pair is not None:
             return pair.tokens
         prompt = await self._prompt(sequence.prompt, f"{field}.prompt") if kinds[0] else _NO_TOKENS
-        return np.concatenate((prompt, await self._completion(sequence, prompt, field)))
+        return np.concatenate((prompt, await self._completion(sequence, field)))
 
-    async def _conversation(self, sequence: types_pb2.Sequence, field: str, *, may_be_empty: bool) -> Tokens:
+    async def _conversation(self, sequence: types_pb2.Sequence, field: str) -> Tokens:
         """Prompt and completion, both chats, rendered as one."""
+        before, messages = self._messages(sequence, field, may_be_empty=True)
+        whole, field = [*before, *messages], f"{field}.completion.chat"
+        return await self._rendered(self._texts.chat(whole, generation_prompt=False), field)
+
+    async def _reply(self, sequence: types_pb2.Sequence, field: str) -> Tokens:
+        """What the template adds to the prompt for the completion's messages."""
+        before, messages = self._messages(sequence, field, may_be_empty=False)
+        field = f"{field}.completion.chat"
+        return await self._rendered(self._texts.reply(before, messages), field)
+
+    def _messages(
+        self, sequence: types_pb2.Sequence, field: str, *, may_be_empty: bool
+    ) -> tuple[list[Message], list[Message]]:
         before = said_before(sequence.prompt, f"{field}.prompt", self._facts, may_be_empty=may_be_empty)
         field = f"{field}.completion.chat"
-        messages = [*before, *read_chat(sequence.completion.chat, field, self._facts)]
-        return await self._rendered(messages, field, generation_prompt=False)
-
-    async def _reply(self, sequence: types_pb2.Sequence, prompt: Tokens, field: str) -> Tokens:
-        """What the template adds to the prompt for the completion's messages."""
-        whole = await self._conversation(sequence, field, may_be_empty=False)
-        if not np.array_equal(whole[: prompt.size], prompt):
-            field = f"{field}.completion.chat"
-            raise InvalidArgument(
-                "CHAT_NOT_CONTINUED",
-                f"{field}: this chat template renders the prompt in another way once the completion stands behind it, "
-                "so there is no telling which tokens are the completion's: give it as text or tokens",
-                field=field,
-            )
-        return whole[prompt.size :]
+        messages = read_chat(sequence.completion.chat, field, self._facts)
+        self._check_characters(characters([*before, *messages]), field)
+        return before, messages
 
     def _with_eos(self, tokens: Tokens, is_text: bool, append_eos: bool | None) -> RewardTokens:
         eos = self._facts.eos_token_ids
@@ -217,11 +218,12 @@ class SequenceReader:
             case "chat":
                 field = f"{field}.chat"
                 messages = read_chat(content.chat, field, self._facts)
-                return await self._rendered(messages, field, generation_prompt=True)
+                self._check_characters(characters(messages), field)
+                return await self._rendered(self._texts.chat(messages, generation_prompt=True), field)
             case _:
                 raise required(field, "give text, tokens or a chat")
 
-    async def _completion(self, sequence: types_pb2.Sequence, prompt: Tokens, field: str) -> Tokens:
+    async def _completion(self, sequence: types_pb2.Sequence, field: str) -> Tokens:
         content, whole, field = sequence.completion, field, f"{field}.completion"
         match content.WhichOneof("value"):
             case "text":
@@ -232,7 +234,7 @@ class SequenceReader:
                 field = f"{field}.tokens"
                 tokens = read_tokens(content.tokens, field, self._facts.vocab_size)
             case "chat":
-                tokens = await self._reply(sequence, prompt, whole)
+                tokens = await self._reply(sequence, whole)
                 field = f"{field}.chat"
             case _:
                 raise required(field, "give text, tokens or a chat")
@@ -240,13 +242,19 @@ class SequenceReader:
             raise self._empty_completion(field)
         return tokens
 
-    async def _rendered(self, messages: list[Message], field: str, *, generation_prompt: bool) -> Tokens:
-        """A conversation through the chat template."""
-        self._check_characters(characters(messages), field)
+    async def _rendered(self, rendering: Awaitable[Tokens | None], field: str) -> Tokens:
+        """What the chat template made of a conversation."""
         try:
-            tokens = await self._texts.chat(messages, generation_prompt=generation_prompt)
+            tokens = await rendering
         except ValueError as error:
             raise InvalidArgument("CHAT_REFUSED", f"{field}: {error}", field=field) from error
+        if tokens is None:
+            raise InvalidArgument(
+                "CHAT_NOT_CONTINUED",
+                f"{field}: this chat template renders the prompt in another way once the completion stands behind it, "
+                "so there is no telling which tokens are the completion's: give it as text or tokens",
+                field=field,
+            )
         return self._checked(tokens, field)
 
     def _checked(self, tokens: Tokens, field: str) -> Tokens:

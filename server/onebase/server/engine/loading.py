@@ -6,8 +6,10 @@ import copy
 import dataclasses
 import logging
 import os
+from pathlib import Path
 
 import torch
+from jinja2 import TemplateSyntaxError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -132,12 +134,25 @@ def _describe(config: EngineConfig) -> tuple[PreTrainedConfig, PreTrainedTokeniz
             "MODEL_NOT_FOUND", f"cannot load {source!r} as a hub id or a directory: {first}", field="model"
         ) from error
     if config.chat_template is not None:
-        tokenizer.chat_template = config.chat_template.read_text(encoding="utf-8")
+        _set_template(tokenizer, config.chat_template)
     if getattr(settings, "is_encoder_decoder", False):
         raise FailedPrecondition(
             "ARCHITECTURE_NOT_SUPPORTED", f"{config.model!r} ({settings.model_type}) is not decoder-only", field="model"
         )
     return settings, tokenizer
+
+
+def _set_template(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Gives the tokenizer another chat template."""
+    try:
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+    except (TemplateSyntaxError, OSError, UnicodeDecodeError) as error:
+        raise InvalidArgument(
+            "BAD_CHAT_TEMPLATE", f"chat_template {str(path)!r} is no Jinja template: {error}", field="chat_template"
+        ) from error
+    except Exception as error:  # it may refuse just this conversation
+        log.debug("the chat template refuses a lone user: %s", error)
 
 
 def _load(config: EngineConfig, settings: PreTrainedConfig, device: torch.device) -> PreTrainedModel:

@@ -70,16 +70,28 @@ class Text:
         Raises:
             ValueError: the template refuses these messages; the message says why.
         """
-        try:
-            ids = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                add_generation_prompt=generation_prompt,
-                tokenize=True,
-                return_dict=False,
-            )
-        except Exception as error:  # a template is a program, and may fail in any way
-            raise ValueError(f"the chat template fails with these messages: {error}") from error
-        return np.asarray(ids, dtype=np.int64)
+        return np.asarray(self._render(messages, generation_prompt, tokenize=True), dtype=np.int64)
+
+    def encode_reply(self, prompt: Sequence[Message], completion: Sequence[Message]) -> Tokens | None:
+        """Ids of what the chat template adds to a prompt for a completion.
+
+        Where its first characters would make one token with the prompt's last ones, they are tokenized by themselves:
+        a policy that was given the prompt could not have written them otherwise.
+
+        Returns:
+            None if the template renders the prompt in another way once the completion stands behind it.
+
+        Raises:
+            ValueError: the template refuses these messages; the message says why.
+        """
+        messages = [*prompt, *completion]
+        before = self.encode_chat(prompt, generation_prompt=True)
+        whole = self.encode_chat(messages, generation_prompt=False)
+        if np.array_equal(whole[: before.size], before):
+            return whole[before.size :]
+        start: str = self._render(prompt, True, tokenize=False)
+        text: str = self._render(messages, False, tokenize=False)
+        return self.encode_completion(text[len(start) :]) if text.startswith(start) else None
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens left out; bytes that are no character become U+FFFD."""
@@ -92,6 +104,17 @@ class Text:
     def silent(self, token: int) -> bool:
         """Whether a token has no text: a special one, or an id that only the base knows."""
         return token in self._silent or self.decoder.convert_ids_to_tokens(token) is None
+
+    def _render(self, messages: Sequence[Message], generation_prompt: bool, *, tokenize: bool) -> Any:
+        try:
+            return self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                add_generation_prompt=generation_prompt,
+                tokenize=tokenize,
+                return_dict=False,
+            )
+        except Exception as error:  # a template is a program, and may fail in any way
+            raise ValueError(f"the chat template fails with these messages: {error}") from error
 
     def _pieces(self, ids: Sequence[int]) -> Iterator[str]:
         """Tokens as strings; those that are bytes are put together, and give one string for each character."""
