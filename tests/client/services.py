@@ -30,7 +30,7 @@ class Server(Servicer, server_pb2_grpc.ServerServiceServicer):
         info = server_pb2.ServerInfo(
             version="9.9",
             base=server_pb2.BaseModel(
-                model="fake/base", vocab_size=256, pad_token_id=-1, bos_token_id=1, dtype="float32"
+                model="fake/base", vocab_size=256, pad_token_id=-1, bos_token_id=1, dtype="float32", chat_template=True
             ),
             limits=server_pb2.ServerLimits(max_rank=64),
             reward_adapters=["helpful"],

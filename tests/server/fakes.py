@@ -34,6 +34,7 @@ FACTS = jobs.BaseFacts(
     eos_token_ids=(2, 3),
     pad_token_id=None,
     bos_token_id=1,
+    chat_template=True,
 )
 
 
@@ -48,6 +49,21 @@ class FakeText:
 
     def encode_joined(self, prompt, completion):
         return self.encode_prompt(f"{prompt} {completion}")
+
+    def encode_chat(self, messages, *, generation_prompt):
+        """Role, words and 14 of each message; what says "tool" is rendered in another way from its beginning on."""
+        roles = {"system": 11, "user": 12, "assistant": 13, "tool": 15}
+        if strange := [message["role"] for message in messages if message["role"] not in roles]:
+            raise ValueError(f"no role {strange[0]!r}")
+        begin = 5 if messages[-1]["role"] == "tool" else 1
+        said = [m for m in messages if m["content"] != "nothing"]
+        ids = [i for m in said for i in (roles[m["role"]], *self._words(m["content"]), 14)]
+        return np.array([begin, *ids, *([13] if generation_prompt else [])], dtype=np.int64)
+
+    def encode_reply(self, prompt, completion):
+        before = self.encode_chat(prompt, generation_prompt=True)
+        whole = self.encode_chat([*prompt, *completion], generation_prompt=False)
+        return whole[before.size :] if np.array_equal(whole[: before.size], before) else None
 
     def _words(self, text):
         return [int(word[1:]) if word.startswith("#") else 100 + len(word) for word in text.split()]

@@ -31,8 +31,8 @@ def check(live, call, request, reason, field, code=INVALID, told=""):
 
 SEQUENCES = [
     ([], "REQUIRED", "sequences", ""),
-    ([GOOD, types_pb2.Sequence()], "REQUIRED", "sequences[1].prompt", "give text or tokens"),
-    ([pair((1,), None)], "REQUIRED", "sequences[0].completion", "give text or tokens"),
+    ([GOOD, types_pb2.Sequence()], "REQUIRED", "sequences[1].prompt", "give text, tokens or a chat"),
+    ([pair((1,), None)], "REQUIRED", "sequences[0].completion", "give text, tokens or a chat"),
     ([pair((), (1,))], "EMPTY_PROMPT", "sequences[0].prompt", "at least one"),
     ([pair((1,), ())], "EMPTY_COMPLETION", "sequences[0].completion.tokens", ""),
     ([pair("a", " ")], "EMPTY_COMPLETION", "sequences[0].completion.text", ""),

@@ -73,7 +73,7 @@ def base_model(*, exact):
     numbers = dict.fromkeys(("hidden_size", "num_layers", "max_context", "parameter_count", "weights_bytes"), 1)
     texts = dict.fromkeys(("model", "architecture", "fingerprint", "dtype", "device", "quantization"), "toy")
     ids = {"eos_token_ids": (EOS,), "pad_token_id": None, "bos_token_id": None}
-    return t.BaseModel(vocab_size=VOCABULARY, exact=exact, **numbers, **texts, **ids)
+    return t.BaseModel(vocab_size=VOCABULARY, exact=exact, chat_template=False, **numbers, **texts, **ids)
 
 
 class ToyServer:

@@ -15,9 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 Tokens: TypeAlias = "NDArray[np.integer[Any]] | SequenceABC[int]"
-Content: TypeAlias = "str | NDArray[np.integer[Any]] | SequenceABC[int]"
-"""A text, or token ids of the base model."""
-
 Floats: TypeAlias = "NDArray[np.float32]"
 
 AdapterKind: TypeAlias = Literal["policy", "reward", "reference", "critic"]
@@ -32,8 +29,29 @@ BASE = "base"
 
 
 @dataclass(frozen=True)
+class ChatMessage:
+    """One message of a conversation."""
+
+    role: str
+    """Who says it, as the base's chat template knows it: "system", "user", "assistant", …"""
+    content: str
+    """What is said."""
+
+
+Chat: TypeAlias = "SequenceABC[ChatMessage | Mapping[str, Any]]"
+"""A conversation, at least one message; {"role": …, "content": …} is one too, as transformers and TRL write it."""
+
+Content: TypeAlias = "str | NDArray[np.integer[Any]] | SequenceABC[int] | Chat"
+"""A text, token ids of the base model, or a conversation that the base's chat template turns into tokens."""
+
+
+@dataclass(frozen=True)
 class Sequence:
-    """A prompt and what followed it, as text or token ids."""
+    """A prompt and what followed it, each as text, token ids or a conversation.
+
+    A completion may be a conversation where the prompt is one, and means what the chat template adds for it. For
+    rewards both are rendered as one, and the prompt may be empty ([]).
+    """
 
     prompt: Content
     completion: Content
@@ -156,7 +174,7 @@ class Logprobs:
     logprobs: Floats  # [t]
     entropy: Floats | None  # [t], nats
     values: Floats | None  # [t]
-    completion_tokens: NDArray[np.int32] | None  # [t], where the completion was given as text
+    completion_tokens: NDArray[np.int32] | None  # [t], where the completion was not given as ids
     adapter: AdapterVersion
     logits: Floats | None = None  # [t, vocabulary]
 
@@ -388,6 +406,8 @@ class BaseModel:
     """How the weights of its linear layers are kept: none (in its dtype), int8 or nf4."""
     exact: bool
     """Whether Generate's logprobs and values are Logprob's bit for bit: then PPO takes its old ones from there."""
+    chat_template: bool
+    """Whether its tokenizer can render conversations."""
 
 
 @dataclass(frozen=True)

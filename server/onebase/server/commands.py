@@ -177,6 +177,22 @@ VersionWindow = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python that comes with the model.", rich_help_panel=_ENGINE)
 ]
+Tokenizer = Annotated[
+    str,
+    typer.Option(
+        help="A hub id or a directory with another tokenizer than the model's own, such as an adapter that was trained "
+        "with one.",
+        rich_help_panel=_ENGINE,
+    ),
+]
+ChatTemplate = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="A Jinja file that renders conversations, in place of the tokenizer's own.",
+        rich_help_panel=_ENGINE,
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log every finished call.")]
 
 
@@ -208,6 +224,8 @@ def serve(
     gradient_checkpointing: GradientCheckpointing = False,
     version_window: VersionWindow = 0,
     trust_remote_code: TrustRemoteCode = False,
+    tokenizer: Tokenizer = "",
+    chat_template: ChatTemplate = None,
     verbose: Verbose = False,
 ) -> None:
     """Serve one base model with any number of adapters: policies to train, rewards, references.
@@ -256,6 +274,8 @@ def serve(
             gradient_checkpointing=gradient_checkpointing,
             version_window=version_window,
             trust_remote_code=trust_remote_code,
+            tokenizer=tokenizer,
+            chat_template=chat_template,
         )
         config = ServerConfig(
             engine=engine,

@@ -66,6 +66,10 @@ class EngineConfig:
     """How many old versions of each policy can still be asked for by number; each costs its weights."""
     trust_remote_code: bool = False
     """Run Python that comes with the model."""
+    tokenizer: str = ""
+    """A hub id or a directory with another tokenizer than the model's own; empty is the model's."""
+    chat_template: Path | None = None
+    """A file with the Jinja template of conversations; None is the tokenizer's own, if it has one."""
 
     def __post_init__(self) -> None:
         _require(bool(self.model), "model", self.model, "give a hub id or a directory")
@@ -87,6 +91,8 @@ class EngineConfig:
         for key, value in (("step_tokens", self.step_tokens), ("train_tokens", self.train_tokens)):
             _require(value == 0 or value >= 16, key, value, "use 16 or more, or 0 for what suits the device")
         _require(self.exact in ("auto", "on", "off"), "exact", self.exact, "use auto, on or off")
+        template = self.chat_template
+        _require(template is None or template.is_file(), "chat_template", str(template), "there is no such file")
 
     def budget(self, device: str) -> Budget:
         """The budget on a device, such as cpu or cuda:0."""

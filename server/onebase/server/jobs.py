@@ -27,6 +27,9 @@ BASE = 0
 Tokens = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
+Message = Mapping[str, str]
+"""One message of a conversation, in transformers' words: its "role" and its "content"."""
+
 
 class AdapterKind(enum.Enum):
     """What an adapter is for."""
@@ -499,6 +502,7 @@ class BaseFacts:
     bos_token_id: int | None
     quantization: str = "none"  # none, int8 or nf4: how the linear layers' weights are kept
     exact: bool = False  # whether Generate's logprobs and values equal Logprob's bit for bit
+    chat_template: bool = False  # whether its tokenizer can render conversations
 
     @property
     def precision(self) -> str:

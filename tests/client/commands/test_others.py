@@ -29,6 +29,14 @@ def test_every_flag_reaches_the_server(run, server):
     assert (sampling.min_new_tokens, sampling.ignore_eos) == (1, True)
 
 
+def test_a_prompt_can_be_put_in_a_conversation(run, server):
+    assert run("generate", "Hi?", "--system", "Be brief.").code == 0
+    assert run("generate", "Hi?", "--chat").code == 0
+
+    said = [[(m.role, m.content) for m in r.prompts[0].chat.messages] for r in server.requests["Generate"]]
+    assert said == [[("system", "Be brief."), ("user", "Hi?")], [("user", "Hi?")]]
+
+
 def test_the_bare_base_writes_where_no_policy_is_named_with_a_seed_of_the_servers(run, server):
     run("generate", "ab")
 

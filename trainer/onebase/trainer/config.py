@@ -122,7 +122,7 @@ class PromptsConfig:
     path: str
     """A .jsonl, .json, .csv or .parquet file, a directory, or a data set's id on the hub."""
     column: str = "prompt"
-    """The column that holds them: texts, or lists of token ids."""
+    """The column that holds them: texts, lists of token ids, or conversations as TRL has them."""
     split: str = "train"
     """The split of a directory or of a data set on the hub."""
     max_tokens: int = 0

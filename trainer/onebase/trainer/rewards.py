@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 RewardFunction: TypeAlias = Callable[..., Sequence[float]]
 """f(prompts, completions, **columns) -> one number per completion.
 
-`prompts` are texts or lists of token ids, `completions` texts, `columns` lists of the prompts' other columns; a
-function without **kwargs gets only the columns that it names.
+`prompts` are texts, lists of token ids or of messages, `completions` texts, `columns` lists of the prompts' other
+columns; a function without **kwargs gets only the columns that it names.
 """
 
 FUNCTION = "reward_function"

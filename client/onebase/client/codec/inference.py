@@ -31,7 +31,7 @@ from onebase.v1 import inference_pb2 as pb
 from onebase.v1.types_pb2 import AdapterVersion
 
 Prompts: TypeAlias = "t.Content | SequenceABC[t.Content]"
-"""One prompt or several, each a text or token ids."""
+"""One prompt or several, each a text, token ids or a conversation."""
 Sequences: TypeAlias = "t.Sequence | Iterable[t.Sequence]"
 """One sequence or several."""
 Rewards: TypeAlias = "str | t.RewardTerm | Mapping[str, float] | SequenceABC[str | t.RewardTerm] | None"

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from onebase.server.codec.chats import characters, read_chat, said_before
 from onebase.server.codec.fields import required
 from onebase.server.codec.tensors import check_tokens, read_tokens
 from onebase.server.config import Limits
 from onebase.server.errors import FailedPrecondition, InvalidArgument
-from onebase.server.jobs import BaseFacts, Pooling, Tokens
+from onebase.server.jobs import BaseFacts, Message, Pooling, Tokens
 from onebase.server.texts import Texts
 from onebase.v1 import types_pb2
 
@@ -31,7 +32,7 @@ class Pair:
     prompt: Tokens
     completion: Tokens
     from_text: bool
-    """Whether the completion was given as text."""
+    """Whether the completion was given as text or messages."""
 
     @property
     def tokens(self) -> Tokens:
@@ -114,7 +115,10 @@ class SequenceReader:
     async def joined(
         self, sequences: Sequence[types_pb2.Sequence], pairs: Sequence[Pair] | None = None
     ) -> list[Joined]:
-        """Sequences to score: two texts are tokenized as one, everything else is joined as token ids.
+        """Sequences to score.
+
+        Two texts are tokenized as one, and a conversation is rendered as one; everything else is joined as token ids.
+        TRL's RewardTrainer does the same, and leaves the end of a conversation to its template.
 
         Args:
             sequences: as they came.
@@ -126,7 +130,10 @@ class SequenceReader:
         self.check_count(len(sequences), "sequences")
         rows = []
         for index, sequence in enumerate(sequences):
-            tokens = await self._joined(sequence, f"sequences[{index}]", pairs[index] if pairs else None)
+            field = f"sequences[{index}]"
+            tokens = await self._joined(sequence, field, pairs[index] if pairs else None)
+            if not tokens.size:
+                raise self._empty_completion(f"{field}.completion")
             rows.append(Joined(tokens, sequence.completion.WhichOneof("value") == "text"))
         return rows
 
@@ -203,9 +210,9 @@ class SequenceReader:
     async def _pair(self, sequence: types_pb2.Sequence, field: str) -> Pair:
         prompt = await self._prompt(sequence.prompt, f"{field}.prompt")
         self._check_prompt(prompt, f"{field}.prompt")
-        completion = await self._completion(sequence.completion, f"{field}.completion")
+        completion = await self._completion(sequence, field)
         self._check_context(prompt.size + completion.size, field)
-        return Pair(prompt, completion, from_text=sequence.completion.WhichOneof("value") == "text")
+        return Pair(prompt, completion, from_text=sequence.completion.WhichOneof("value") != "tokens")
 
     async def _joined(self, sequence: types_pb2.Sequence, field: str, pair: Pair | None) -> Tokens:
         kinds = (sequence.prompt.WhichOneof("value"), sequence.completion.WhichOneof("value"))
@@ -216,11 +223,33 @@ class SequenceReader:
             self._check_text(sequence.completion.text, f"{field}.completion.text")
             tokens = await self._texts.joined(sequence.prompt.text, sequence.completion.text)
             return self._checked(tokens, f"{field}.completion.text")
+        if kinds[1] == "chat":
+            return await self._conversation(sequence, field)
         if pair is not None:
             return pair.tokens
-        completion = await self._completion(sequence.completion, f"{field}.completion")
         prompt = await self._prompt(sequence.prompt, f"{field}.prompt") if kinds[0] else _NO_TOKENS
-        return np.concatenate((prompt, completion))
+        return np.concatenate((prompt, await self._completion(sequence, field)))
+
+    async def _conversation(self, sequence: types_pb2.Sequence, field: str) -> Tokens:
+        """Prompt and completion, both chats, rendered as one."""
+        before, messages = self._messages(sequence, field, may_be_empty=True)
+        whole, field = [*before, *messages], f"{field}.completion.chat"
+        return await self._rendered(self._texts.chat(whole, generation_prompt=False), field)
+
+    async def _reply(self, sequence: types_pb2.Sequence, field: str) -> Tokens:
+        """What the template adds to the prompt for the completion's messages."""
+        before, messages = self._messages(sequence, field, may_be_empty=False)
+        field = f"{field}.completion.chat"
+        return await self._rendered(self._texts.reply(before, messages), field)
+
+    def _messages(
+        self, sequence: types_pb2.Sequence, field: str, *, may_be_empty: bool
+    ) -> tuple[list[Message], list[Message]]:
+        before = said_before(sequence.prompt, f"{field}.prompt", self._facts, may_be_empty=may_be_empty)
+        field = f"{field}.completion.chat"
+        messages = read_chat(sequence.completion.chat, field, self._facts)
+        self._check_characters(characters([*before, *messages]), field)
+        return before, messages
 
     def _with_eos(self, joined: Joined, append_eos: bool | None) -> RewardTokens:
         tokens, eos = joined.tokens, self._facts.eos_token_ids
@@ -238,10 +267,16 @@ class SequenceReader:
                 return self._checked(await self._texts.prompt(content.text), f"{field}.text")
             case "tokens":
                 return read_tokens(content.tokens, f"{field}.tokens", self._facts.vocab_size)
+            case "chat":
+                field = f"{field}.chat"
+                messages = read_chat(content.chat, field, self._facts)
+                self._check_characters(characters(messages), field)
+                return await self._rendered(self._texts.chat(messages, generation_prompt=True), field)
             case _:
-                raise required(field, "give text or tokens")
+                raise required(field, "give text, tokens or a chat")
 
-    async def _completion(self, content: types_pb2.Content, field: str) -> Tokens:
+    async def _completion(self, sequence: types_pb2.Sequence, field: str) -> Tokens:
+        content, whole, field = sequence.completion, field, f"{field}.completion"
         match content.WhichOneof("value"):
             case "text":
                 field = f"{field}.text"
@@ -250,11 +285,29 @@ class SequenceReader:
             case "tokens":
                 field = f"{field}.tokens"
                 tokens = read_tokens(content.tokens, field, self._facts.vocab_size)
+            case "chat":
+                tokens = await self._reply(sequence, whole)
+                field = f"{field}.chat"
             case _:
-                raise required(field, "give text or tokens")
+                raise required(field, "give text, tokens or a chat")
         if not tokens.size:
             raise self._empty_completion(field)
         return tokens
+
+    async def _rendered(self, rendering: Awaitable[Tokens | None], field: str) -> Tokens:
+        """What the chat template made of a conversation."""
+        try:
+            tokens = await rendering
+        except ValueError as error:
+            raise InvalidArgument("CHAT_REFUSED", f"{field}: {error}", field=field) from error
+        if tokens is None:
+            raise InvalidArgument(
+                "CHAT_NOT_CONTINUED",
+                f"{field}: this chat template renders the prompt in another way once the completion stands behind it, "
+                "so there is no telling which tokens are the completion's: give it as text or tokens",
+                field=field,
+            )
+        return self._checked(tokens, field)
 
     def _checked(self, tokens: Tokens, field: str) -> Tokens:
         """Token ids that the tokenizer made; it may know words that the base has no embedding for."""
@@ -273,8 +326,11 @@ class SequenceReader:
             )
 
     def _check_text(self, text: str, field: str) -> None:
-        if len(text) > _CHARACTERS_PER_TOKEN * self._facts.max_context:
-            raise self._too_long(field, f"{field} has {len(text)} characters")
+        self._check_characters(len(text), field)
+
+    def _check_characters(self, count: int, field: str) -> None:
+        if count > _CHARACTERS_PER_TOKEN * self._facts.max_context:
+            raise self._too_long(field, f"{field} has {count} characters")
 
     def _check_context(self, tokens: int, field: str) -> None:
         if tokens > self._facts.max_context:

@@ -36,6 +36,7 @@ from onebase.server.jobs import (
     RowResult,
     Sampling,
     ScoreRow,
+    Tokens,
 )
 
 
@@ -161,9 +162,9 @@ class Engine:
         if weights is not None:
             weights.readers -= 1
 
-    def detokenizer(self) -> Detokenizer:
-        """For the text of a new completion."""
-        return Detokenizer(self.text)
+    def detokenizer(self, prompt: Tokens) -> Detokenizer:
+        """For the text of a new completion of a prompt."""
+        return Detokenizer(self.text, prompt)
 
     def rest(self) -> None:
         """Frees what is only worth keeping while there is work."""

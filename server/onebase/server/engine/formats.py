@@ -4,8 +4,9 @@
     adapter_model.safetensors    base_model.model.{layer}.lora_{A,B}.weight; rewards: base_model.model.score.weight
     value_head.safetensors       v_head.summary.{weight,bias}, where there is a value head (TRL's names)
     optimizer.safetensors        AdamW's moments, where they were asked for
-    onebase.json                 version, kind, the base's fingerprint and precision, and a SHA-256 of each file; of
-                                 rewards also append_eos and pooling
+    onebase.json                 version, kind, the base's fingerprint and precision, the tokenizer's fingerprint, and a
+                                 SHA-256 of each file; of rewards also append_eos and pooling
+    tokenizer.json, …            not written; where TRL wrote them, they must be the base's
 
 PEFT resolves which layers an adapter targets, on a copy of the architecture without weights. Pickle is never opened.
 """
@@ -30,6 +31,7 @@ from onebase.server.engine.files import SavedFiles, write_directory
 from onebase.server.engine.lora import LoraPair
 from onebase.server.engine.precision import widens
 from onebase.server.engine.settings import HEAD_NAMES, check_config, lora_config, read_config, trainable_config
+from onebase.server.engine.tokenizer_check import TokenizerCheck
 from onebase.server.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from onebase.server.jobs import (
     AdapterKind,
@@ -63,13 +65,17 @@ class Formats:
         skeleton: the base's architecture on the meta device, without weights.
         layers: the names of the layers that the engine can adapt.
         facts: the base.
+        tokenizer: its tokenizer, which adapters must have been trained with.
         conv1d: whether its linear layers are transformers' Conv1D.
     """
 
-    def __init__(self, skeleton: PreTrainedModel, layers: set[str], facts: BaseFacts, *, conv1d: bool) -> None:
+    def __init__(
+        self, skeleton: PreTrainedModel, layers: set[str], facts: BaseFacts, tokenizer: TokenizerCheck, *, conv1d: bool
+    ) -> None:
         self._skeleton = skeleton
         self._layers = layers
         self._facts = facts
+        self._tokenizer = tokenizer
         self._conv1d = conv1d
         self._device = torch.device(facts.device)
         dtype: torch.dtype = getattr(torch, facts.dtype)
@@ -175,6 +181,7 @@ class Formats:
         manifest = files.manifest()
         self._check_base(manifest, job.path)
         self._compare_precision(manifest, job.name)
+        self._tokenizer.check(job.path, manifest)
         config = read_config(files)
         check_config(config, job.kind)
         ranks = [config.r, *(config.rank_pattern or {}).values()]
@@ -360,6 +367,7 @@ class Formats:
                 "dtype": self._facts.dtype,
                 "quantization": self._facts.quantization,
             },
+            "tokenizer": self._tokenizer.manifest,
         }
         if adapter.kind is AdapterKind.REWARD:
             manifest |= {"append_eos": adapter.append_eos, "pooling": adapter.pooling.value}

@@ -6,8 +6,10 @@ import copy
 import dataclasses
 import logging
 import os
+from pathlib import Path
 
 import torch
+from jinja2 import TemplateSyntaxError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -30,7 +32,8 @@ from onebase.server.engine.heads import LmHead, logits_finish
 from onebase.server.engine.kv import KVCache
 from onebase.server.engine.precision import widens
 from onebase.server.engine.proof import Proof, prove
-from onebase.server.engine.text import Text
+from onebase.server.engine.text import Text, has_chat_template
+from onebase.server.engine.tokenizer_check import TokenizerCheck
 from onebase.server.errors import FailedPrecondition, InvalidArgument, NotFound
 from onebase.server.jobs import BaseFacts
 
@@ -65,12 +68,13 @@ def open_engine(config: EngineConfig) -> Engine:
     wrapped = lora.install(model, blocks, route)
     attention.install(model, route)
     conv1d = any(not isinstance(skeleton.get_submodule(name), nn.Linear) for name in wrapped)
+    text = Text(tokenizer)
     engine = Engine(
         model,
         route,
         LmHead(model.get_output_embeddings(), logits_finish(model.config), wide),
-        Formats(skeleton, set(wrapped), facts, conv1d=conv1d),
-        Text(tokenizer),
+        Formats(skeleton, set(wrapped), facts, TokenizerCheck(text.decoder), conv1d=conv1d),
+        text,
         facts,
         KVCache(config.kv_slots, facts.max_context),
         [layer.out_features for layer in wrapped.values()],
@@ -120,18 +124,35 @@ def _is_exact(config: EngineConfig, route: Route, proof: Proof) -> bool:
 def _describe(config: EngineConfig) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
     """The model's configuration and tokenizer."""
     try:
+        source = config.model
         settings = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+        source = config.tokenizer or config.model
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise NotFound(
-            "MODEL_NOT_FOUND", f"cannot load {config.model!r} as a hub id or a directory: {first}", field="model"
+            "MODEL_NOT_FOUND", f"cannot load {source!r} as a hub id or a directory: {first}", field="model"
         ) from error
+    if config.chat_template is not None:
+        _set_template(tokenizer, config.chat_template)
     if getattr(settings, "is_encoder_decoder", False):
         raise FailedPrecondition(
             "ARCHITECTURE_NOT_SUPPORTED", f"{config.model!r} ({settings.model_type}) is not decoder-only", field="model"
         )
     return settings, tokenizer
+
+
+def _set_template(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Gives the tokenizer another chat template."""
+    try:
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+    except (TemplateSyntaxError, OSError, UnicodeDecodeError) as error:
+        raise InvalidArgument(
+            "BAD_CHAT_TEMPLATE", f"chat_template {str(path)!r} is no Jinja template: {error}", field="chat_template"
+        ) from error
+    except Exception as error:  # it may refuse just this conversation
+        log.debug("the chat template refuses a lone user: %s", error)
 
 
 def _load(config: EngineConfig, settings: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
@@ -205,6 +226,7 @@ def _facts(
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         quantization=config.quantization,
+        chat_template=has_chat_template(tokenizer),
     )
 
 
