@@ -63,7 +63,7 @@ def page(results: Mapping[str, Any]) -> str:
     entries = results["architectures"]
     proven = {name: one for name, one in entries.items() if one["status"] == "proven"}
     refused = {name: one for name, one in entries.items() if one["status"] == "refused"}
-    inexact = ", ".join(name for name, one in proven.items() if not one["exact"])
+    inexact = "; ".join(name for name, one in proven.items() if not one["exact"])
     largest = max(float(one["largest_difference"]["overall"]) for one in proven.values())
     rows = [
         f"| {name} | `{one['class']}` | " + " | ".join(_cell(one, kind) for kind in KINDS) + " |"
@@ -116,12 +116,12 @@ def _cause(one: Entry) -> str:
 PAGE_TEXT = """\
 # Architectures
 
-A base is served if its numbers were shown to be those of transformers, and refused by name if not. This page is made
-by `make matrix` with {versions}; [tests/matrix.json](../tests/matrix.json) holds the same for programs, and the tests
-compare it with what the engine does today.
+A base is served if its numbers were shown to be those of transformers, and refused by name if not. `make matrix` makes
+this page, and [tests/matrix.json](../tests/matrix.json) for programs; the tests compare what is written there with what
+the engine does today.
 
-{proven} architectures are proven, {refused} are refused. The largest difference of all is {largest} of the largest
-magnitude; {tolerance} is allowed.
+{proven} architectures are proven and {refused} refused, with {versions}. The largest difference of all is {largest} of
+the largest magnitude; {tolerance} is allowed.
 
 ## What is compared
 
@@ -135,7 +135,7 @@ magnitude of its kind, in float32:
   `generate` without a cache: the same tokens, and their logprobs.
 * **logprob**: logprobs and entropies of the base (the reference) and of a policy by PEFT, and the policy's values.
 * **reward**: a SEQ_CLS adapter by PEFT on `AutoModelForSequenceClassification`. A dash: transformers has none for this
-  architecture, so there is nothing to compare with; TRL cannot train such a reward there either.
+  architecture, so there is nothing to compare with, and TRL's RewardTrainer, which needs it, makes no such reward.
 * **train**: one pass of the PPO loss with its value loss, and one clipped step of AdamW, against autograd and
   `torch.optim.AdamW`: losses, every gradient, the gradients' norm, every weight after the step, and logprobs, entropies
   and values under the new weights.
@@ -148,9 +148,9 @@ A cell says *untied / tied*: the output embedding has weights of its own, or tho
 |---|---|---|---|---|---|
 {rows}
 
-With these, Generate's logprobs are Logprob's bit for bit on a CPU with one thread (`--exact`), but for: {inexact}.
-Their experts' products round by the number of tokens that an expert gets; they are right all the same, and PPO scores
-its rollouts again.
+With these, Generate's logprobs are Logprob's bit for bit on a CPU with one thread (`--exact`), except with mixtures of
+experts ({inexact}): their products round by the number of
+tokens that an expert gets. They are right all the same, and PPO scores its rollouts again.
 
 Adapters go on linear layers. Where transformers keeps all experts of a layer in one tensor (Mixtral, Qwen3-MoE,
 OLMoE), adapt the attention (`target_modules` q_proj, k_proj, v_proj, o_proj); PEFT's `target_parameters` are refused.
