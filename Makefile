@@ -100,6 +100,10 @@ api: .venv/.installed  ## list the public API anew, after a change that is meant
 oracle: .venv-oracle/.installed  ## remake the fixtures with TRL 0.11.4 and PEFT, in an environment of their own
 	$(ORACLE_BIN)/python tests/oracle/generate.py
 
+.PHONY: matrix
+matrix: .venv/.installed  ## every architecture against transformers and PEFT, into docs/architectures.md
+	PYTHONPATH=tests $(BIN)/python -m matrix.run
+
 .PHONY: bench
 bench: .venv/.installed  ## ratios against transformers and PEFT, into benchmarks/results/; alone on the machine, please
 	$(BIN)/python benchmarks/run.py

@@ -215,7 +215,7 @@ def _facts(
         architecture=type(model).__name__,
         fingerprint=fingerprint(model, skeleton, config.model),
         vocab_size=int(model.get_input_embeddings().weight.shape[0]),
-        hidden_size=int(settings.hidden_size),
+        hidden_size=_width(skeleton),
         num_layers=int(settings.num_hidden_layers),
         max_context=config.max_context or longest,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -228,6 +228,14 @@ def _facts(
         quantization=config.quantization,
         chat_template=has_chat_template(tokenizer),
     )
+
+
+def _width(skeleton: PreTrainedModel) -> int:
+    """Of the last hidden states; an OPT may narrow them after its layers."""
+    embedding = skeleton.get_output_embeddings()
+    if embedding is None:
+        return int(skeleton.config.get_text_config().hidden_size)
+    return int(embedding.weight.shape[1])
 
 
 def recomputed_layers(model: PreTrainedModel) -> list[nn.Module]:
