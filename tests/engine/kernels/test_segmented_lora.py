@@ -15,7 +15,7 @@ import torch
 from engine.kernels.layers import CPU
 from support import environment
 
-from onebase.server.engine.kernels import LoraTables, Tiles
+from onebase.server.engine.kernels import AdapterEntries, LoraTables, Tiles
 from onebase.server.engine.kernels.table import FIELDS, LARGE_TILE, SMALL_TILE, Launch, LoraTable
 from onebase.server.engine.lora import LoraPair
 
@@ -96,7 +96,8 @@ def test_compiled_kernels_fit_and_move_16_bytes_at_a_time(
     monkeypatch.setattr(segmented_lora, "expand", expand)
     for rank in (16, 256):
         a, b = torch.zeros(rank, 4096, dtype=dtype), torch.zeros(2048, rank, dtype=dtype)
-        table = LoraTables([{"layer": LoraPair(a, b, 1.0, a, b)}], CPU).layer("layer")
+        entries = AdapterEntries({"layer": LoraPair(a, b, 1.0, a, b)}, {"layer": (4096, 2048)}, CPU)
+        table = LoraTables([entries]).layer("layer")
         x, y = torch.zeros(rows, 4096, dtype=dtype), torch.zeros(rows, 2048, dtype=dtype)
         segmented_lora.add_lora_(x, y, table, Tiles.of([(0, rows)], CPU))
         shrunk, expanded = shrink.compiled(arch), expand.compiled(arch)
