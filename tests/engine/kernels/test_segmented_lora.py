@@ -27,10 +27,10 @@ SHARED_BYTES = 99 * 1024
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32", int: "i32"}
 
 
-def test_interpreted() -> None:
+@pytest.mark.parametrize("file", ["interpreted.py", "wired.py"])
+def test_interpreted(file: str) -> None:
     """Triton decides when it is imported whether it interprets, so these tests have a process of their own."""
-    tests = Path(__file__).with_name("interpreted.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name(file))]
     ran = subprocess.run(
         command, env=environment() | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=240
     )

@@ -1,4 +1,4 @@
-"""The engine on the kernels, under Triton's interpreter. Run by test_wiring in a process of its own.
+"""The engine on the kernels, under Triton's interpreter. Run by test_segmented_lora in a process of its own.
 
 Two engines on the same base with the same adapters take the same steps: one on the kernels, one on torch's products.
 """
@@ -93,16 +93,16 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-@pytest.fixture(params=["float32", "bfloat16", "int8"])
+@pytest.fixture(params=["float32", "bfloat16"])
 def pair(request: pytest.FixtureRequest, launches: list[int], monkeypatch: pytest.MonkeyPatch) -> Pair:
     """Two engines with POLICIES. In bfloat16 products are not widened, so that adapters have their rounded copies."""
     for module in (loading, formats):
         monkeypatch.setattr(module, "widens", lambda dtype, device: False)
-    quantized, dtype = (request.param, "float32") if request.param == "int8" else ("none", request.param)
+    dtype, _, quantization = request.param.partition(" ")
 
     def opened(kernels: str) -> Engine:
         config = EngineConfig(
-            model=str(BASE), threads=1, kv_slots=8, dtype=dtype, quantization=quantized, kernels=kernels, exact="off"
+            str(BASE), threads=1, dtype=dtype, quantization=quantization or "none", kernels=kernels, exact="off"
         )
         return open_engine(config)
 
@@ -133,6 +133,7 @@ def trained(engine: Engine, uid: int, seed: int = 0) -> dict[str, torch.Tensor]:
     return task.gradients
 
 
+@pytest.mark.parametrize("pair", ["float32", "bfloat16", "float32 int8"], indirect=True)
 def test_a_mixed_step_is_what_torch_makes_of_it(pair: Pair) -> None:
     random = [t.tolist() for t in texts(6, shortest=18)]
     owners = (1, 2, 3, 0)
@@ -174,7 +175,7 @@ def test_scores_and_draws(pair: Pair) -> None:
         return engine.step(scorings, decodings)
 
     (ours, drawn), (theirs, expected) = pair.on_kernels(step)
-    close = {"rtol": 0, "atol": 20 * CLOSE[pair.dtype]}
+    close = {"rtol": 0, "atol": 5 * CLOSE[pair.dtype]}
     for one, other in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(one.logprobs, other.logprobs, **close)
         np.testing.assert_allclose(one.entropy, other.entropy, **close)
@@ -223,25 +224,19 @@ def test_a_version_that_is_read_stays_beside_the_next(pair: Pair) -> None:
     assert (after[4:] - before).abs().max() > 0.1
 
 
-def test_adapters_that_come_and_go_leave_nothing_behind(pair: Pair) -> None:
+def test_adapters_that_come_and_go_leave_nothing_behind(fp32: Pair) -> None:
     """Memory of a deleted adapter is given to the next one; what was noted of the old must not be read for it."""
-
-    def rows(engine: Engine) -> list[Row]:
-        return [Row(weights(engine, uid), [4, 5, 6, 7]) for uid in engine.adapters]
-
     for seed in range(3):
-        pair.hidden(rows)
-        gone = [weakref.ref(tensor) for engine in pair.both for tensor in tensors(engine.adapters[3].weights)]
-        for engine in pair.both:
-            engine.delete(3)
+        fp32.add(1, LoraSpec(rank=4 + seed, alpha=8.0))
+        fp32.hidden(lambda engine: [Row(weights(engine, 1), [4, 5, 6, 7])])
+        version = fp32.kernels.adapters[1].weights
+        gone = [weakref.ref(tensor) for one in version.lora.values() for tensor in (one.a, one.compute_b)]
+        del version
+        for engine in fp32.both:
+            engine.delete(1)
             engine.rest()
         gc.collect()
-        assert [ref for ref in gone if ref() is not None] == []
-        pair.add(3, LoraSpec(rank=40 - seed, alpha=8.0))
-
-
-def tensors(version: Weights) -> list[torch.Tensor]:
-    return [tensor for one in version.lora.values() for tensor in (one.a, one.compute_b)]
+        assert not any(ref() is not None for ref in gone)
 
 
 def test_addresses_are_noted_once_per_version(fp32: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
