@@ -38,12 +38,22 @@ def test_interpreted(file: str) -> None:
     assert re.search(r"^\d\d passed", ran.stdout, re.MULTILINE), ran.stdout
 
 
-def test_the_benchmark_runs_dry(tmp_path: Path) -> None:
-    script, out = Path(__file__).parents[3] / "benchmarks" / "gpu" / "segmented_lora.py", tmp_path / "out.json"
-    command = [sys.executable, str(script), "--dry-run", "--out", str(out)]
-    subprocess.run(command, env=environment(), stdout=subprocess.DEVNULL, check=True, timeout=240)
-    shapes = json.loads(out.read_text())["shapes"]
+def dry(script: str, out: Path) -> Any:
+    """What a benchmark of GPUs writes without one."""
+    command = [sys.executable, str(Path(__file__).parents[3] / "benchmarks" / "gpu" / script), "--dry-run", "--out"]
+    subprocess.run([*command, str(out)], env=environment(), stdout=subprocess.DEVNULL, check=True, timeout=240)
+    return json.loads(out.read_text())
+
+
+def test_the_benchmark_of_layers_runs_dry(tmp_path: Path) -> None:
+    shapes = dry("segmented_lora.py", tmp_path / "out.json")["shapes"]
     assert [sorted(shape["error"]) for shape in shapes] == [["exact", "kernel", "torch"]] * 2
+
+
+def test_the_benchmark_of_engine_steps_runs_dry(tmp_path: Path) -> None:
+    steps = dry("engine.py", tmp_path / "out.json")["steps"]
+    assert [step["past"] > 0 for step in steps] == [True, False]
+    assert all(0 < step["difference"] < 1e-4 for step in steps)
 
 
 def table(dtype: torch.dtype, rank_block: int, in_features: int, out_features: int) -> LoraTable:

@@ -155,6 +155,15 @@ def test_a_mixed_step_is_what_torch_makes_of_it(pair: Pair) -> None:
     assert (alone - base).abs().max() > 0.1 * base.abs().max()
 
 
+def test_conv1d_layers(launches: list[int]) -> None:
+    """GPT-2 keeps its weights the other way round; adapters' A and B are as anywhere."""
+    base = str(BASE.parent / "base_gpt2")
+    engines = [open_engine(EngineConfig(base, threads=1, kernels=k, exact="off")) for k in ("on", "off")]
+    pair = Pair(*engines, "float32", launches)
+    pair.add(1, LoraSpec(rank=5, alpha=8.0))
+    pair.hidden(lambda engine: [Row(weights(engine, 1), [4, 5, 6]), Row(None, [7, 8])])
+
+
 def test_rows_without_adapters_need_no_kernel(fp32: Pair) -> None:
     with torch.no_grad():
         ours, theirs = (engine.forward([Row(None, [5, 6, 7])])[1] for engine in fp32.both)

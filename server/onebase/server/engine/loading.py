@@ -141,6 +141,7 @@ def _uses_kernels(config: EngineConfig, dtype: torch.dtype, device: torch.device
         except KernelFailure as error:
             why = str(error)
         else:
+            log.info("the adapters' products are made by Triton kernels, except in training")
             return True
     if config.kernels == "on":
         raise FailedPrecondition("NO_KERNELS", f"kernels is on, and {why}: serve with --kernels auto", field="kernels")
