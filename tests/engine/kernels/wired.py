@@ -27,11 +27,17 @@ from onebase.server.jobs import AdamW, CreateAdapterJob, ForwardBackwardJob, Lor
 from onebase.server.worker import Worker
 
 CPU = torch.device("cpu")
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def spec(rank: int, *layers: str, **more: Any) -> LoraSpec:
+    """A policy of few layers: the interpreter is slow."""
+    return LoraSpec(rank=rank, alpha=8.0, target_modules=layers, **more)
+
+
 POLICIES = {
-    1: LoraSpec(rank=3, alpha=8.0),
-    2: LoraSpec(rank=16, alpha=8.0, target_modules=ATTENTION),  # leaves the other layers alone
-    3: LoraSpec(rank=40, alpha=8.0, rank_pattern={"down_proj": 5}),
+    1: spec(3, "q_proj", "down_proj"),
+    2: spec(16, "q_proj"),
+    3: spec(40, "v_proj", "down_proj", rank_pattern={"down_proj": 5}),
 }
 CLOSE = {"float32": 1e-5, "bfloat16": 6e-2}
 """Largest difference of hidden states, relative to the largest of them."""
@@ -50,9 +56,9 @@ class Pair:
     def both(self) -> tuple[Engine, Engine]:
         return self.kernels, self.torch
 
-    def add(self, uid: int, spec: LoraSpec) -> None:
+    def add(self, uid: int, lora: LoraSpec) -> None:
         for engine in self.both:
-            job = CreateAdapterJob(uid=uid, name=f"policy_{uid}", lora=spec, value_head=True, seed=uid)
+            job = CreateAdapterJob(uid=uid, name=f"policy_{uid}", lora=lora, value_head=True, seed=uid)
             engine.add(engine.formats.create(job))
             perturb(engine, uid)
 
@@ -107,8 +113,8 @@ def pair(request: pytest.FixtureRequest, launches: list[int], monkeypatch: pytes
         return open_engine(config)
 
     pair = Pair(opened("on"), opened("off"), dtype, launches)
-    for uid, spec in POLICIES.items():
-        pair.add(uid, spec)
+    for uid, lora in POLICIES.items():
+        pair.add(uid, lora)
     launches.clear()  # of the trial when the engine was opened
     return pair
 
@@ -160,7 +166,7 @@ def test_conv1d_layers(launches: list[int]) -> None:
     base = str(BASE.parent / "base_gpt2")
     engines = [open_engine(EngineConfig(base, threads=1, kernels=k, exact="off")) for k in ("on", "off")]
     pair = Pair(*engines, "float32", launches)
-    pair.add(1, LoraSpec(rank=5, alpha=8.0))
+    pair.add(1, spec(5, "c_attn", "mlp.c_proj"))
     pair.hidden(lambda engine: [Row(weights(engine, 1), [4, 5, 6]), Row(None, [7, 8])])
 
 
@@ -236,7 +242,7 @@ def test_a_version_that_is_read_stays_beside_the_next(pair: Pair) -> None:
 def test_adapters_that_come_and_go_leave_nothing_behind(fp32: Pair) -> None:
     """Memory of a deleted adapter is given to the next one; what was noted of the old must not be read for it."""
     for seed in range(3):
-        fp32.add(1, LoraSpec(rank=4 + seed, alpha=8.0))
+        fp32.add(1, spec(4 + seed, "q_proj"))
         fp32.hidden(lambda engine: [Row(weights(engine, 1), [4, 5, 6, 7])])
         version = fp32.kernels.adapters[1].weights
         gone = [weakref.ref(tensor) for one in version.lora.values() for tensor in (one.a, one.compute_b)]
@@ -260,7 +266,7 @@ def test_addresses_are_noted_once_per_version(fp32: Pair, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(segmented, "AdapterEntries", noted)
     for uid in (1, 2):
-        fp32.add(uid, LoraSpec(rank=4, alpha=8.0))
+        fp32.add(uid, spec(4, "q_proj"))
     engine = fp32.kernels
     with torch.no_grad():
         for uids in ((1,), (1, 2), (2,), (1, 2), (1, 2)):
@@ -269,8 +275,8 @@ def test_addresses_are_noted_once_per_version(fp32: Pair, monkeypatch: pytest.Mo
 
 
 def test_completions_on_a_worker(fp32: Pair) -> None:
-    fp32.add(1, LoraSpec(rank=4, alpha=8.0))
-    fp32.add(2, LoraSpec(rank=9, alpha=8.0))
+    fp32.add(1, spec(4, "q_proj"))
+    fp32.add(2, spec(9, "q_proj", "up_proj"))
     prompts = [t[:5] for t in texts(2)]
 
     def complete(engine: Engine) -> list[Any]:
