@@ -158,6 +158,15 @@ Exact = Annotated[
         rich_help_panel=_ENGINE,
     ),
 ]
+Kernels = Annotated[
+    str,
+    typer.Option(
+        help="on, off or auto: the adapters' products by Triton kernels, in prompts, decoding and scoring. auto: on "
+        "CUDA, if they are seen to work when the base is loaded. on: serve only with them. Training, and an exact "
+        "server, use torch's products.",
+        rich_help_panel=_ENGINE,
+    ),
+]
 GradientCheckpointing = Annotated[
     bool,
     typer.Option(
@@ -221,6 +230,7 @@ def serve(
     step_tokens: StepTokens = 0,
     train_tokens: TrainTokens = 0,
     exact: Exact = "auto",
+    kernels: Kernels = "auto",
     gradient_checkpointing: GradientCheckpointing = False,
     version_window: VersionWindow = 0,
     trust_remote_code: TrustRemoteCode = False,
@@ -271,6 +281,7 @@ def serve(
             step_tokens=step_tokens,
             train_tokens=train_tokens,
             exact=exact,
+            kernels=kernels,
             gradient_checkpointing=gradient_checkpointing,
             version_window=version_window,
             trust_remote_code=trust_remote_code,

@@ -60,6 +60,8 @@ class EngineConfig:
     """Most tokens of the micro-batches in one training step; their activations are held until the backward pass."""
     exact: str = "auto"
     """on, off or auto: whether Generate's numbers are Logprob's bit for bit; auto is on a CPU where it can be shown."""
+    kernels: str = "auto"
+    """on, off or auto: Triton kernels make the adapters' products except in training; auto: on CUDA, if they can."""
     gradient_checkpointing: bool = False
     """Keep no activations inside layers while training: a third more time, far less memory."""
     version_window: int = 0
@@ -90,7 +92,10 @@ class EngineConfig:
         _require(self.version_window >= 0, "version_window", self.version_window, "use 0 or more")
         for key, value in (("step_tokens", self.step_tokens), ("train_tokens", self.train_tokens)):
             _require(value == 0 or value >= 16, key, value, "use 16 or more, or 0 for what suits the device")
-        _require(self.exact in ("auto", "on", "off"), "exact", self.exact, "use auto, on or off")
+        for key, choice in (("exact", self.exact), ("kernels", self.kernels)):
+            _require(choice in ("auto", "on", "off"), key, choice, "use auto, on or off")
+        both = self.exact == "on" and self.kernels == "on"
+        _require(not both, "kernels", self.kernels, "an exact engine's products are torch's: use auto or off")
         template = self.chat_template
         _require(template is None or template.is_file(), "chat_template", str(template), "there is no such file")
 

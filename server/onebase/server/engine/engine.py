@@ -23,6 +23,7 @@ from onebase.server.engine.formats import Formats
 from onebase.server.engine.heads import LmHead, all_logits, linear_head, token_logprobs
 from onebase.server.engine.kv import KVCache
 from onebase.server.engine.sampling import draw
+from onebase.server.engine.segmented import SegmentedLora
 from onebase.server.engine.stacks import Stacks
 from onebase.server.engine.text import Detokenizer, Text
 from onebase.server.engine.training import Pass, begin
@@ -90,6 +91,7 @@ class Engine:
         facts: what it is.
         kv: a place per running completion.
         widths: of the layers' outputs.
+        segmented: makes the adapters' products of steps without gradients, if kernels are to; torch's otherwise.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class Engine:
         facts: BaseFacts,
         kv: KVCache,
         widths: Iterable[int],
+        segmented: SegmentedLora | None = None,
     ) -> None:
         self.text = text
         self.facts = facts
@@ -116,6 +119,7 @@ class Engine:
         self._device = torch.device(facts.device)
         self._multiple = row_multiple(widths)
         self._stacks = Stacks()
+        self._segmented = segmented
 
     # ------------------------------------------------------------------------------------------------ adapters
 
@@ -169,6 +173,8 @@ class Engine:
     def rest(self) -> None:
         """Frees what is only worth keeping while there is work."""
         self._stacks.drop()
+        if self._segmented is not None:
+            self._segmented.drop()
 
     def begin_pass(self, job: ForwardBackwardJob) -> Pass:
         """A training pass before its first row; see `training`."""
@@ -185,7 +191,10 @@ class Engine:
     def showing(self, rows: Sequence[Row]) -> Iterator[Batch]:
         """Shows the base's layers a batch; as long as layers may be run again for it (recomputed in a backward)."""
         batch = flatten(rows, self._device, self._multiple)
-        self._route.begin(batch, self.kv, self._stacks.group(batch.segments))
+        if self._segmented is None or torch.is_grad_enabled():
+            self._route.begin(batch, self.kv, self._stacks.group(batch.segments))
+        else:
+            self._route.begin(batch, self.kv, segmented=self._segmented.step(batch.segments))
         try:
             yield batch
         finally:

@@ -29,9 +29,11 @@ from onebase.server.engine.engine import Engine
 from onebase.server.engine.fingerprint import fingerprint
 from onebase.server.engine.formats import Formats
 from onebase.server.engine.heads import LmHead, logits_finish
+from onebase.server.engine.kernels import KernelFailure, available, try_out
 from onebase.server.engine.kv import KVCache
 from onebase.server.engine.precision import widens
 from onebase.server.engine.proof import Proof, prove
+from onebase.server.engine.segmented import SegmentedLora
 from onebase.server.engine.text import Text, has_chat_template
 from onebase.server.engine.tokenizer_check import TokenizerCheck
 from onebase.server.errors import FailedPrecondition, InvalidArgument, NotFound
@@ -67,6 +69,9 @@ def open_engine(config: EngineConfig) -> Engine:
         )
     wrapped = lora.install(model, blocks, route)
     attention.install(model, route)
+    dtype = torch.float32 if wide else model.dtype  # of products
+    kernels = _uses_kernels(config, dtype, device, exact=route.exact)
+    shapes = {name: (layer.in_features, layer.out_features) for name, layer in wrapped.items()}
     conv1d = any(not isinstance(skeleton.get_submodule(name), nn.Linear) for name in wrapped)
     text = Text(tokenizer)
     engine = Engine(
@@ -78,6 +83,7 @@ def open_engine(config: EngineConfig) -> Engine:
         facts,
         KVCache(config.kv_slots, facts.max_context),
         [layer.out_features for layer in wrapped.values()],
+        SegmentedLora(shapes, device) if kernels else None,
     )
     engine.version_window = config.version_window
     if config.gradient_checkpointing:
@@ -99,7 +105,7 @@ def _device(name: str) -> torch.device:
 
 
 def _wants_exact(config: EngineConfig, device: torch.device) -> bool:
-    return config.exact == "on" or (config.exact == "auto" and device.type == "cpu")
+    return config.exact == "on" or (config.exact == "auto" and device.type == "cpu" and config.kernels != "on")
 
 
 def _is_exact(config: EngineConfig, route: Route, proof: Proof) -> bool:
@@ -119,6 +125,32 @@ def _is_exact(config: EngineConfig, route: Route, proof: Proof) -> bool:
             )
         log.warning("not exact: this machine's products round by batch (%s); PPO scores its rollouts again", seen)
     return route.exact and proof.exact
+
+
+def _uses_kernels(config: EngineConfig, dtype: torch.dtype, device: torch.device, *, exact: bool) -> bool:
+    """Whether the kernels make the adapters' products; a trial shows that they can.
+
+    Not where the engine is exact: training goes through torch, and an exact engine's training gives inference's
+    numbers. And of its own accord on CUDA only: Triton's interpreter is for tests.
+
+    Raises:
+        FailedPrecondition: they must, and cannot.
+    """
+    if exact or config.kernels == "off" or (config.kernels == "auto" and device.type != "cuda"):
+        return False
+    why = f"Triton has no kernels for {device} here"
+    if available(device):
+        try:
+            try_out(device, dtype)
+        except KernelFailure as error:
+            why = str(error)
+        else:
+            log.info("the adapters' products are made by Triton kernels, except in training")
+            return True
+    if config.kernels == "on":
+        raise FailedPrecondition("NO_KERNELS", f"kernels is on, and {why}: serve with --kernels auto", field="kernels")
+    log.warning("the adapters' products are torch's: %s", why)
+    return False
 
 
 def _describe(config: EngineConfig) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
