@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from pathlib import Path
 
 from onebase.server.catalog import LoadedAdapter, NewAdapter, SavedAdapter
 from onebase.server.codec.fields import integer, number, out_of_range, required
@@ -46,6 +48,17 @@ def read_load(request: adapters_pb2.LoadAdapterRequest, roots: Roots) -> LoadedA
         InvalidArgument: naming the field.
         FailedPrecondition, PermissionDenied: the path may not be read.
     """
+    return replace(read_loaded(request), path=roots.readable(request.path))
+
+
+def read_loaded(
+    request: adapters_pb2.LoadAdapterRequest | adapters_pb2.UploadAdapterHeader, source: str = ""
+) -> LoadedAdapter:
+    """Checks what these two have in common; the path is still open.
+
+    Raises:
+        InvalidArgument: naming the field.
+    """
     check_new_name(request.name, "name")
     kind = read_kind(request.kind)
     if kind is None:
@@ -57,11 +70,12 @@ def read_load(request: adapters_pb2.LoadAdapterRequest, roots: Roots) -> LoadedA
     return LoadedAdapter(
         name=request.name,
         kind=kind,
-        path=roots.readable(request.path),
+        path=Path(),
         value_head=request.value_head,
         replace=request.replace,
         with_optimizer=request.with_optimizer,
         seed=request.seed,
+        source=source,
     )
 
 
@@ -73,8 +87,14 @@ def read_save(request: adapters_pb2.SaveAdapterRequest, roots: Roots) -> SavedAd
         FailedPrecondition, PermissionDenied: the path may not be written.
     """
     check_name(request.name, "name")
+    if request.merged and request.with_optimizer:
+        raise InvalidArgument(
+            "UNUSED_FIELD",
+            "with_optimizer is set, and a merged model has no place for the moments: leave it out",
+            field="with_optimizer",
+        )
     path = roots.writable(request.path)
-    return SavedAdapter(request.name, path, request.with_optimizer, request.overwrite)
+    return SavedAdapter(request.name, path, request.with_optimizer, request.overwrite, request.merged)
 
 
 def read_kind(kind: int) -> AdapterKind | None:

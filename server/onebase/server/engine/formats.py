@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -74,7 +76,7 @@ class Target:
 
 
 class Formats:
-    """Makes, reads and writes adapters of one base.
+    """Makes, reads and writes adapters of one base; several threads may do so at once.
 
     Args:
         skeleton: the base's architecture on the meta device, without weights.
@@ -88,6 +90,7 @@ class Formats:
         self._layers = layers
         self._facts = facts
         self._conv1d = conv1d
+        self._placing = threading.Lock()  # meanwhile PEFT changes how torch makes parameters, for all threads
         self._device = torch.device(facts.device)
         dtype: torch.dtype = getattr(torch, facts.dtype)
         self._dtype = torch.float32 if widens(dtype, torch.device(facts.device)) else dtype  # of products
@@ -129,7 +132,8 @@ class Formats:
         plain.modules_to_save = None
         plain.inference_mode = False
         try:
-            model = inject_adapter_in_model(plain, copy.deepcopy(self._skeleton), low_cpu_mem_usage=True)
+            with self._placing:
+                model = inject_adapter_in_model(plain, copy.deepcopy(self._skeleton), low_cpu_mem_usage=True)
         except (ValueError, TypeError, AttributeError) as error:
             raise FailedPrecondition(
                 "TARGET_MODULES_NOT_FOUND",
@@ -278,7 +282,6 @@ class Formats:
 
         Raises:
             AlreadyExists: the path is taken and `overwrite` is not set.
-            FailedPrecondition: an optimizer state was asked for, and there is none.
         """
         weights = adapter.weights
         state = {}
@@ -305,15 +308,27 @@ class Formats:
             "format": 1,
             "kind": adapter.kind.value,
             "version": weights.version,
-            "base": {
-                "model": self._facts.model,
-                "fingerprint": self._facts.fingerprint,
-                "dtype": self._facts.dtype,
-                "quantization": self._facts.quantization,
-            },
+            "base": base_entry(self._facts),
         }
-        size = write_directory(path, config, files, manifest, overwrite=overwrite)
+
+        def fill(folder: Path) -> None:
+            config.save_pretrained(str(folder))
+            for name, tensors in files.items():
+                own = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+                save_file(own, folder / name, {"format": "pt"})
+
+        size = write_directory(path, fill, manifest, overwrite=overwrite)
         return SaveResult(path, weights.version, size)
+
+
+def base_entry(facts: BaseFacts) -> dict[str, str]:
+    """What a manifest says of the base."""
+    return {
+        "model": facts.model,
+        "fingerprint": facts.fingerprint,
+        "dtype": facts.dtype,
+        "quantization": facts.quantization,
+    }
 
 
 def _moments_state(moments: Moments) -> dict[str, torch.Tensor]:
@@ -401,7 +416,12 @@ def check_config(config: LoraConfig, kind: AdapterKind) -> None:
         )
 
     if config.use_dora:
-        raise refuse("use_dora", True, "train a plain LoRA (use_dora=False)")
+        raise refuse(
+            "use_dora",
+            True,
+            "DoRA divides by norms of the base's weights with the update merged in, so it has no product with the base "
+            "that rows of other adapters could share; train a plain LoRA (use_dora=False)",
+        )
     if config.bias != "none":
         raise refuse("bias", config.bias, "train with bias='none': biases belong to the shared base")
     if config.init_lora_weights not in _PLAIN_INITS:
