@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,7 +135,7 @@ class Formats:
         try:
             with self._placing:
                 model = inject_adapter_in_model(plain, copy.deepcopy(self._skeleton), low_cpu_mem_usage=True)
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, re.error) as error:
             raise FailedPrecondition(
                 "TARGET_MODULES_NOT_FOUND",
                 f"PEFT cannot place this adapter on {self._facts.architecture}: {error}",
@@ -398,9 +399,34 @@ def read_config(files: SavedFiles) -> LoraConfig:
         )
     known.pop("peft_type", None)
     try:
-        return LoraConfig(**known)
+        config = LoraConfig(**known)
     except (TypeError, ValueError) as error:
         raise InvalidArgument("BAD_CONFIG", f"adapter_config.json of {files.path}: {error}", field="path") from error
+    _check_form(config)
+    return config
+
+
+def _check_form(config: LoraConfig) -> None:
+    """Refuses settings of a type that PEFT only trips over later.
+
+    Raises:
+        InvalidArgument: naming the first.
+    """
+    ranks, alphas, saved = config.rank_pattern or {}, config.alpha_pattern or {}, config.modules_to_save or []
+    fine = {
+        "r": type(config.r) is int,
+        "lora_alpha": type(config.lora_alpha) in (int, float),
+        "rank_pattern": isinstance(ranks, dict) and all(type(rank) is int for rank in ranks.values()),
+        "alpha_pattern": isinstance(alphas, dict) and all(type(alpha) in (int, float) for alpha in alphas.values()),
+        "modules_to_save": isinstance(saved, list | tuple | set) and all(isinstance(name, str) for name in saved),
+    }
+    for name, as_it_should in fine.items():
+        if not as_it_should:
+            raise InvalidArgument(
+                "BAD_CONFIG",
+                f"adapter_config.json has {name}={getattr(config, name)!r}, which PEFT's LoraConfig does not take",
+                field="path",
+            )
 
 
 def check_config(config: LoraConfig, kind: AdapterKind) -> None:
