@@ -20,6 +20,7 @@ TrainingSequence UnauthenticatedError UnavailableError UnimplementedError connec
 """
 READING = {"generate", "stream", "logprob", "reference_logprob", "reward"}
 ADAPTERS = {"adapter", "adapters", "create_adapter", "load_adapter", "save_adapter", "delete_adapter"}
+ADAPTERS |= {"upload_adapter", "download_adapter"}
 METHODS = {
     onebase.Client: READING | ADAPTERS | {"info", "status", "open_session", "close"},
     onebase.Session: READING
