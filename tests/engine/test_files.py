@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine.conftest import Run, texts
+from engine.conftest import Run, generation, texts
 from engine.test_mixed import row, train_rows
 from safetensors.torch import load_file
 
@@ -20,7 +20,9 @@ from onebase.server.errors import AlreadyExists, FailedPrecondition, InvalidArgu
 from onebase.server.jobs import (
     AdamW,
     AdapterKind,
+    CompletionChunk,
     CreateAdapterJob,
+    DeleteAdapterJob,
     DescribeAdaptersJob,
     ForwardBackwardJob,
     LoadAdapterJob,
@@ -78,6 +80,37 @@ def test_a_policy_is_stepped_while_it_is_written_and_the_files_are_of_the_versio
     assert adapter.weights.version == 2
     described = run(DescribeAdaptersJob())[1]
     assert described.memory.old_versions == 0  # what was read was given back
+
+
+def test_completions_under_way_go_on_with_the_version_that_was_replaced(
+    worker: Worker, run: Run, tmp_path: Path
+) -> None:
+    """A replacement is a load under a new uid, and then the end of the old one."""
+    run(SaveAdapterJob(adapter=2, path=tmp_path / "other"))
+    prompt = texts(1)[0][:4]
+    alone, wanted = generation(1, [prompt], seed=1, max_new_tokens=60, ignore_eos=True)
+    run(alone)
+    begun, replaced = threading.Event(), threading.Event()
+    job, chunks = generation(1, [prompt], seed=1, max_new_tokens=60, ignore_eos=True, stream_tokens=True)
+    emit = job.emit
+
+    def emit_and_tell(chunk: CompletionChunk) -> None:
+        emit(chunk)
+        begun.set()
+        if not replaced.is_set():
+            replaced.wait(0.02)  # slow enough for what follows to come in the middle
+
+    job.emit = emit_and_tell
+    worker.submit(job)
+    assert begun.wait(30)
+    run(LoadAdapterJob(uid=9, name="new", kind=AdapterKind.POLICY, path=tmp_path / "other", least_version=1))
+    run(DeleteAdapterJob(adapter=1))
+    assert not job.done.done(), "the replacement came too late to show anything"
+    replaced.set()
+    job.done.result(30)
+    assert [token for chunk in chunks[0, 0] for token in chunk.tokens] == list(wanted[0, 0][0].tokens)
+    assert {chunk.version for chunk in chunks[0, 0]} == {0}
+    assert run(ScoreJob(rows=[row(9, texts(1)[0])])).versions == {9: 1}
 
 
 def test_no_step_waits_for_an_adapter_that_is_read(
