@@ -14,9 +14,9 @@ SURFACE = """
 AbortedError AdamW Adapter AdapterKind AdapterVersion AlreadyExistsError BASE BaseModel CancelledError Client
 Completion CompletionChunk Content DataLossError DeadlineExceededError FailedPreconditionError FinishReason
 ForwardBackward InternalError InvalidArgumentError Logprobs LoraSpec NotFoundError OnebaseError OptimStep
-PermissionDeniedError Policy PpoLoss QueueStatus ResourceExhaustedError Reward SamplingParams SavedAdapter Score
-ScoreOutput Sequence ServerInfo ServerLimits ServerStatus Session SessionInfo SessionStatus Stream Tokens
-TrainingSequence UnauthenticatedError UnavailableError UnimplementedError connect
+PermissionDeniedError Policy Pooling PpoLoss QueueStatus ResourceExhaustedError Reward RewardTerm SamplingParams
+SavedAdapter Score ScoreOutput Sequence ServerInfo ServerLimits ServerStatus Session SessionInfo SessionStatus Stream
+Tokens TrainingSequence UnauthenticatedError UnavailableError UnimplementedError connect
 """
 READING = {"generate", "stream", "logprob", "reference_logprob", "reward"}
 ADAPTERS = {"adapter", "adapters", "create_adapter", "load_adapter", "save_adapter", "delete_adapter"}

@@ -198,7 +198,17 @@ def test_several_writes_to_one_path_leave_one_whole_directory(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "text", ['{"version": "1"}', '{"version": -1}', '{"version": 1e300}', '{"base": []}', '{"sha256": 3}', "[]", "{"]
+    "text",
+    [
+        '{"version": "1"}',
+        '{"version": -1}',
+        '{"version": 1e300}',
+        '{"base": []}',
+        '{"base": {"fingerprint": 5}}',
+        '{"sha256": 3}',
+        "[]",
+        "{",
+    ],
 )
 def test_a_manifest_of_another_form_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "onebase.json").write_text(text)

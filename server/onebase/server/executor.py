@@ -201,6 +201,8 @@ class Executor:
         """
         engine = self._engine
         if isinstance(job, CreateAdapterJob):
+            if job.init_from is not None:
+                return engine.add(engine.formats.copy(job, engine.adapter(job.init_from)))
             return Aside(lambda: engine.formats.create(job), engine.add)
         if isinstance(job, LoadAdapterJob):
             return Aside(lambda: engine.formats.load(job, self._limits.max_rank), engine.add)

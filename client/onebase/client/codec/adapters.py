@@ -6,7 +6,15 @@ from collections.abc import Iterator
 
 from onebase.client import types as t
 from onebase.client.codec.rpc import Call, Rpc
-from onebase.client.codec.values import KINDS, build, decode_adapter, decode_version, encode_lora, encode_name
+from onebase.client.codec.values import (
+    KINDS,
+    build,
+    decode_adapter,
+    decode_version,
+    encode_lora,
+    encode_name,
+    encode_pooling,
+)
 from onebase.client.files import File, Header, Outgoing, Part
 from onebase.v1 import adapters_pb2 as pb
 from onebase.v1 import types_pb2
@@ -23,7 +31,15 @@ DOWNLOAD = Rpc("AdapterService/DownloadAdapter", pb.DownloadAdapterRequest, pb.D
 
 
 def create(
-    name: str, lora: t.LoraSpec, *, value_head: bool, seed: int, request_id: str, session_id: str = ""
+    name: str,
+    lora: t.LoraSpec | None,
+    *,
+    kind: t.AdapterKind,
+    value_head: bool,
+    init_from: str,
+    seed: int,
+    request_id: str,
+    session_id: str = "",
 ) -> Call[t.Adapter]:
     """CreateAdapter."""
     request = build(
@@ -31,9 +47,11 @@ def create(
         session_id=session_id,
         request_id=request_id,
         name=name,
-        lora=encode_lora(lora),
+        lora=None if lora is None else encode_lora(lora),
         value_head=value_head,
         seed=seed,
+        kind=encode_name(KINDS, kind, "kind"),
+        init_from=init_from,
     )
     return CREATE.call(request, decode_adapter)
 
@@ -72,6 +90,8 @@ def load(
     replace: bool,
     with_optimizer: bool,
     seed: int,
+    append_eos: bool | None,
+    pooling: t.Pooling | None,
     request_id: str,
     session_id: str = "",
 ) -> Call[t.Adapter]:
@@ -87,6 +107,8 @@ def load(
         replace=replace,
         with_optimizer=with_optimizer,
         seed=seed,
+        append_eos=append_eos,
+        pooling=encode_pooling(pooling),
     )
     return LOAD.call(request, decode_adapter)
 
@@ -128,6 +150,8 @@ def upload(
     replace: bool,
     with_optimizer: bool,
     seed: int,
+    append_eos: bool | None,
+    pooling: t.Pooling | None,
     request_id: str,
     session_id: str = "",
 ) -> Call[t.Adapter]:
@@ -143,6 +167,8 @@ def upload(
         replace=replace,
         with_optimizer=with_optimizer,
         seed=seed,
+        append_eos=append_eos,
+        pooling=encode_pooling(pooling),
     )
 
     def body() -> Iterator[pb.UploadAdapterRequest]:

@@ -10,10 +10,10 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from onebase.client.codec.values import KINDS
+from onebase.client.codec.values import KINDS, POOLINGS
 from onebase.client.commands.options import DEFAULT_SERVER, Json, Server, open_client
 from onebase.client.terminal import console, human_bytes, human_count, print_json
-from onebase.client.types import Adapter, AdapterKind, SavedAdapter
+from onebase.client.types import Adapter, AdapterKind, Pooling, SavedAdapter
 
 adapters = typer.Typer(add_completion=False, rich_markup_mode="rich", invoke_without_command=True)
 
@@ -27,8 +27,21 @@ Kind = Annotated[str, typer.Option("--kind", "-k", metavar="KIND", help=f"What i
 LocalDirectory = Annotated[
     Path, typer.Argument(metavar="PATH", help="A directory on this machine, in PEFT's format.", file_okay=False)
 ]
-ValueHead = Annotated[bool, typer.Option("--value-head", help="Give a policy that has none a fresh value head.")]
+ValueHead = Annotated[
+    bool, typer.Option("--value-head", help="Give a policy or critic that has none a fresh value head.")
+]
 Replace = Annotated[bool, typer.Option("--replace", help="Put it in the place of one of that name.")]
+AppendEos = Annotated[
+    bool | None,
+    typer.Option(
+        "--append-eos/--no-append-eos",
+        help="Whether an end-of-sequence token belongs behind what a reward reads, as it was trained.",
+    ),
+]
+Rule = Annotated[
+    str | None,
+    typer.Option("--pooling", metavar="RULE", help=f"Where a reward's score is read: {' or '.join(POOLINGS)}."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 
 
@@ -62,6 +75,7 @@ def adapters_table(there: list[Adapter] | tuple[Adapter, ...]) -> Table:
     table = Table(title=f"adapters: {len(there)}", title_justify="left")
     table.add_column("name", overflow="fold")
     table.add_column("kind", no_wrap=True)
+    table.add_column("head", overflow="fold")
     for heading in ("version", "rank", "params", "memory", "training"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("leased", no_wrap=True)
@@ -70,6 +84,7 @@ def adapters_table(there: list[Adapter] | tuple[Adapter, ...]) -> Table:
         table.add_row(
             Text(adapter.name),
             adapter.kind,
+            _head(adapter),
             str(adapter.version),
             str(adapter.lora.rank),
             human_count(adapter.parameter_count),
@@ -78,6 +93,16 @@ def adapters_table(there: list[Adapter] | tuple[Adapter, ...]) -> Table:
             "yes" if adapter.leased else "-",
         )
     return table
+
+
+def _head(adapter: Adapter) -> str:
+    """Its head and how it is read, such as "value", "score", "3 scores, eos, not pad"."""
+    if not adapter.num_labels:
+        return "value" if adapter.value_head else "-"
+    scores = "score" if adapter.num_labels == 1 else f"{adapter.num_labels} scores"
+    eos = {None: "", True: ", eos", False: ", no eos"}[adapter.append_eos]
+    rule = ", not pad" if adapter.pooling == "last_not_pad" else ""
+    return f"{scores}{eos}{rule}"
 
 
 @adapters.command()
@@ -91,6 +116,8 @@ def load(
     with_optimizer: Annotated[
         bool, typer.Option("--with-optimizer", help="Also read the AdamW moments saved with it.")
     ] = False,
+    append_eos: AppendEos = None,
+    pooling: Rule = None,
     server: OwnServer = None,
 ) -> None:
     """Load an adapter that PEFT or this server has saved.
@@ -99,6 +126,7 @@ def load(
 
       onebase adapters load helpful rewards/helpful --kind reward
       onebase adapters load policy_1 policies/policy_1 --value-head
+      onebase adapters load harmless rewards/harmless --kind reward --no-append-eos
     """
     with open_client(server or ctx.obj) as client:
         adapter = client.load_adapter(
@@ -108,6 +136,8 @@ def load(
             value_head=value_head,
             replace=replace,
             with_optimizer=with_optimizer,
+            append_eos=append_eos,
+            pooling=_checked_rule(pooling),
         )
     typer.echo(_told("loaded", adapter))
 
@@ -123,6 +153,8 @@ def upload(
     with_optimizer: Annotated[
         bool, typer.Option("--with-optimizer", help="Also send the AdamW moments saved with it.")
     ] = False,
+    append_eos: AppendEos = None,
+    pooling: Rule = None,
     server: OwnServer = None,
 ) -> None:
     """Send an adapter of this machine to the server: what PEFT's save_pretrained wrote.
@@ -140,6 +172,8 @@ def upload(
             value_head=value_head,
             replace=replace,
             with_optimizer=with_optimizer,
+            append_eos=append_eos,
+            pooling=_checked_rule(pooling),
         )
     typer.echo(_told("uploaded", adapter))
 
@@ -148,6 +182,12 @@ def _checked(kind: str) -> AdapterKind:
     if kind not in KINDS:
         raise typer.BadParameter(f"must be one of {', '.join(KINDS)}, not {kind!r}", param_hint="--kind")
     return cast("AdapterKind", kind)
+
+
+def _checked_rule(pooling: str | None) -> Pooling | None:
+    if pooling not in (None, *POOLINGS):
+        raise typer.BadParameter(f"must be one of {', '.join(POOLINGS)}, not {pooling!r}", param_hint="--pooling")
+    return pooling
 
 
 def _told(done: str, adapter: Adapter) -> str:

@@ -51,6 +51,8 @@ class SavedFiles:
         for key, (kind, wanted) in _MANIFEST_TYPES.items():
             if key in found and not isinstance(found[key], kind):
                 raise InvalidArgument("BAD_MANIFEST", f"{self.path / MANIFEST}: {key} is not {wanted}", field="path")
+        if not all(isinstance(value, str) for value in found.get("base", {}).values()):
+            raise InvalidArgument("BAD_MANIFEST", f"{self.path / MANIFEST}: base holds more than texts", field="path")
         if not 0 <= found.get("version", 0) <= _MAX_VERSION:
             raise InvalidArgument(
                 "BAD_MANIFEST",
