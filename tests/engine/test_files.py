@@ -12,7 +12,7 @@ import pytest
 import torch
 from engine.conftest import Run, generation, texts
 from engine.test_mixed import row, train_rows
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from onebase.server.engine import Engine
 from onebase.server.engine.files import SavedFiles, write_directory
@@ -216,6 +216,17 @@ def test_a_manifest_of_another_form_is_refused(tmp_path: Path, text: str) -> Non
         SavedFiles(tmp_path).manifest()
     assert refused.value.field == "path"
     assert "onebase.json" in refused.value.message
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.complex64, torch.float8_e4m3fn, torch.bool])
+def test_tensors_of_another_dtype_are_refused_in_words(run: Run, tmp_path: Path, dtype: torch.dtype) -> None:
+    run(SaveAdapterJob(adapter=1, path=tmp_path / "saved"))
+    path = tmp_path / "saved" / "adapter_model.safetensors"
+    (tmp_path / "saved" / "onebase.json").unlink()  # as PEFT writes it: without hashes
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(InvalidArgument, match=str(dtype).removeprefix("torch.")) as refused:
+        run(LoadAdapterJob(uid=9, name="nine", kind=AdapterKind.POLICY, path=tmp_path / "saved"))
+    assert refused.value.reason == "BAD_DTYPE"
 
 
 @pytest.mark.parametrize(

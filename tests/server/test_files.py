@@ -15,7 +15,7 @@ from server.harness import Live, refused
 
 from onebase.server.config import EngineConfig, Limits, ServerConfig
 from onebase.server.errors import FailedPrecondition
-from onebase.server.jobs import AdapterKind, DeleteAdapterJob, LoadAdapterJob, SaveAdapterJob
+from onebase.server.jobs import AdapterKind, DeleteAdapterJob, LoadAdapterJob, Pooling, SaveAdapterJob
 from onebase.v1 import adapters_pb2, sessions_pb2, training_pb2, types_pb2
 
 A = adapters_pb2
@@ -97,6 +97,16 @@ def test_its_directory_is_private(live, spool):
     live.worker.before = lambda job: modes.append(job.path.stat().st_mode & 0o777)
     live.adapters.UploadAdapter(upload(header()))
     assert modes == [0o700]
+
+
+def test_an_upload_says_how_a_reward_reads(live):
+    head = header(kind=REWARD, append_eos=False, pooling=types_pb2.POOLING_LAST_NOT_PAD)
+    loaded = live.adapters.UploadAdapter(upload(head))
+    (job,) = loads(live)
+    assert (job.kind, job.append_eos, job.pooling) == (AdapterKind.REWARD, False, Pooling.LAST_NOT_PAD)
+    assert not loaded.leased
+    refusal = refused(live.adapters.UploadAdapter, upload(header("three", append_eos=False)))
+    assert (refusal.reason, refusal.field) == ("UNUSED_FIELD", "append_eos")
 
 
 def test_each_push_of_a_policy_is_its_next_version(live, session):

@@ -48,6 +48,9 @@ log = logging.getLogger(__name__)
 
 PREFIX = "base_model.model."
 
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
+"""What tensors may be saved in; int64 is the number of an optimizer's steps."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -423,6 +426,13 @@ def _take(tensors: dict[str, torch.Tensor], key: str, shape: tuple[int, ...]) ->
             "WRONG_BASE",
             f"tensor {key!r} has shape {tuple(tensor.shape)}, and this base needs {shape}: the adapter belongs to "
             "another base model",
+            field="path",
+        )
+    if tensor.dtype not in _DTYPES:
+        raise InvalidArgument(
+            "BAD_DTYPE",
+            f"tensor {key!r} is of dtype {str(tensor.dtype).removeprefix('torch.')}: save it as float32, bfloat16 or "
+            "float16",
             field="path",
         )
     if not bool(torch.isfinite(tensor).all()):
