@@ -43,6 +43,10 @@ class FakeServer:
     stored: dict[str, object] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
     arrived: threading.Condition = field(default_factory=threading.Condition)
+    uploads: dict[str, bytes] = field(default_factory=dict)
+    """The bytes of each upload, by the adapter's name."""
+    download: list = field(default_factory=list)
+    """The messages of the next downloads."""
     gradients: int = 0
     hold: threading.Event | None = None
     """Where it is set, streams stop after their first message until it is set, or the client is gone."""

@@ -241,6 +241,10 @@ class Training(Servicer, training_pb2_grpc.TrainingServiceServicer):
         return self.fake.answer("OptimStep", request, context, lambda: self.fake.once(request, work))
 
 
+EARLY = object()
+"""A failure of an upload before its data was read."""
+
+
 class Adapters(Servicer, adapters_pb2_grpc.AdapterServiceServicer):
     def _put(self, request, **facts):
         memory = types_pb2.AdapterMemory(weights_bytes=1_500_000, gradient_bytes=1000)
@@ -306,3 +310,20 @@ class Adapters(Servicer, adapters_pb2_grpc.AdapterServiceServicer):
             )
 
         return self.fake.answer("SaveAdapter", request, context, work)
+
+    def UploadAdapter(self, request_iterator, context):
+        first = next(request_iterator)
+        if self.fake.failures["UploadAdapter"] and self.fake.failures["UploadAdapter"][0] is EARLY:
+            self.fake.failures["UploadAdapter"].popleft()
+            context.abort_with_status(Failure(grpc.StatusCode.UNAVAILABLE, "gone").status())
+        data = b"".join(request.data for request in request_iterator)
+
+        def work():
+            self.fake.uploads[first.header.name] = data
+            return self._put(first.header, kind=first.header.kind, source="uploaded")
+
+        return self.fake.answer("UploadAdapter", first.header, context, lambda: self.fake.once(first.header, work))
+
+    def DownloadAdapter(self, request, context):
+        self.fake.answer("DownloadAdapter", request, context, lambda: self._find(request, context))
+        yield from self.fake.download

@@ -100,6 +100,8 @@ class FakeWorker:
         self.executed: list[jobs.Job] = []
         self.failures: list[Exception] = []  # the next jobs fail so
         self.before: Callable[[jobs.Job], None] = lambda job: None
+        self.read: dict[str, bytes] = {}  # the files of the directory that was loaded last
+        self.written = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}  # what a save writes
         self.value_heads = True  # of loaded policies that ask for none
         self.endless = False  # completions that go on until they are cancelled
         self._held: tuple[type, ...] = ()
@@ -284,11 +286,16 @@ class FakeWorker:
         return self._make(job.uid, job.kind, 0, job.value_head, lora)
 
     def _LoadAdapterJob(self, job):
+        if job.path is not None and job.path.is_dir():
+            self.read = {file.name: file.read_bytes() for file in job.path.iterdir()}
         head = job.kind.trained and (job.value_head or self.value_heads)
         self._make(job.uid, job.kind, job.least_version, head, jobs.LoraSpec())
         return self._change(job.uid, append_eos=job.append_eos, pooling=job.pooling or jobs.Pooling.LAST_TOKEN)
 
     def _SaveAdapterJob(self, job):
+        job.path.mkdir(parents=True)
+        for name, data in self.written.items():
+            (job.path / name).write_bytes(data)
         return jobs.SaveResult(job.path, self._adapter(job.adapter), 77)
 
     def _DeleteAdapterJob(self, job):

@@ -308,7 +308,8 @@ def test_what_the_server_tells_of_itself(live):
     assert (base.model, base.vocab_size, base.max_context, base.hidden_size) == ("fake", 1000, 64, 8)
     assert (base.pad_token_id, base.bos_token_id, list(base.eos_token_ids)) == (-1, 1, [2, 3])
     assert (base.dtype, base.quantization) == ("float32", "none")
-    assert (info.limits.max_rank, info.limits.max_message_bytes) == (512, 64 * 2**20)
+    limits = info.limits
+    assert (limits.max_rank, limits.max_message_bytes, limits.max_upload_bytes) == (512, 64 * 2**20, 4 * 2**30)
     assert info.version
 
 

@@ -47,7 +47,7 @@ def test_it_tells_what_it_does(run, tmp_path):
         "model", "--reward", f"r1={tmp_path}/r", "--policy", "p1", "--policy", f"p2={tmp_path}/p", "--port", "0",
         "--root", str(tmp_path), "--policy-rank", "4", "--policy-alpha", "8", "--kv-slots", "3", "--step-tokens", "64",
         "--max-context", "77", "--threads", "1", "--drain-seconds", "2", "--dtype", "float32", "--device", "cpu",
-        "--quantization", "nf4",
+        "--quantization", "nf4", "--max-upload-bytes", "4096",
     )  # fmt: skip
     assert code == 0, output
     assert "FakeForCausalLM" in output
@@ -62,6 +62,7 @@ def test_it_tells_what_it_does(run, tmp_path):
     assert (engine.model, engine.kv_slots, engine.step_tokens, engine.max_context) == ("model", 3, 64, 77)
     assert (engine.threads, engine.dtype, engine.device, engine.trust_remote_code) == (1, "float32", "cpu", False)
     assert engine.quantization == "nf4"
+    assert config.limits.max_upload_bytes == 4096
 
 
 def test_rewards_declare_how_they_read_and_critics_are_made_or_loaded(run, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from onebase.client import files
 from onebase.client import types as t
 from onebase.client.codec import adapters, inference
 from onebase.client.codec.inference import Prompts, Sequences
@@ -111,6 +112,78 @@ class Calls:
         )
         return self._transport.run(call, timeout)
 
+    def upload_adapter(
+        self,
+        name: str,
+        path: str | os.PathLike[str],
+        *,
+        kind: t.AdapterKind = "policy",
+        value_head: bool = False,
+        replace: bool = False,
+        with_optimizer: bool = False,
+        seed: int = 0,
+        append_eos: bool | None = None,
+        pooling: t.Pooling | None = None,
+        timeout: float | None = None,
+    ) -> t.Adapter:
+        """Sends an adapter to the server: a PEFT directory of this machine, such as `save_pretrained` writes.
+
+        A session gets a policy's or critic's lease; it is not made active. A trainer that trains elsewhere calls this
+        after each of its steps with `replace`: completions under way go on with the version that they read.
+
+        Args:
+            name: its name on the server.
+            path: a directory on this machine.
+            kind: what it is for.
+            value_head: give a policy or critic that has none a fresh value head.
+            replace: put it in the place of an adapter of that name, whose version goes on growing.
+            with_optimizer: also send the AdamW moments saved with it.
+            seed: of a fresh value head.
+            append_eos: whether an end-of-sequence token belongs behind what a reward reads; None is what its manifest
+                says.
+            pooling: where a reward's score is read; None is what its manifest says, or else the last token.
+            timeout: seconds.
+        """
+        call = adapters.upload(
+            name,
+            files.outgoing(path, with_optimizer=with_optimizer),
+            kind=kind,
+            value_head=value_head,
+            replace=replace,
+            with_optimizer=with_optimizer,
+            seed=seed,
+            append_eos=append_eos,
+            pooling=pooling,
+            request_id=new_request_id(),
+            session_id=self._session_id,
+        )
+        return self._transport.run(call, timeout)
+
+    def download_adapter(
+        self,
+        name: str,
+        path: str | os.PathLike[str],
+        *,
+        with_optimizer: bool = False,
+        overwrite: bool = False,
+        timeout: float | None = None,
+    ) -> t.SavedAdapter:
+        """Writes an adapter as a PEFT directory on this machine, whole and checked by its hashes, or not at all.
+
+        Args:
+            name: the adapter.
+            path: a directory on this machine.
+            with_optimizer: also write the AdamW moments.
+            overwrite: replace the adapter that is there; otherwise `AlreadyExistsError`.
+            timeout: seconds.
+        """
+        call = adapters.download(name, with_optimizer=with_optimizer, session_id=self._session_id)
+        with files.Incoming(path, overwrite=overwrite) as incoming:
+            with self._transport.stream(call, timeout) as parts:
+                for part in parts:
+                    incoming.take(part)
+            return incoming.finish()
+
     def delete_adapter(self, name: str, *, timeout: float | None = None) -> None:
         """Forgets an adapter and frees its memory. What is leased, only the session that holds the lease may delete."""
         call = adapters.delete(name, request_id=new_request_id(), session_id=self._session_id)
@@ -146,6 +219,7 @@ class Calls:
         path: str | os.PathLike[str],
         with_optimizer: bool,
         overwrite: bool,
+        merged: bool,
         timeout: float | None,
     ) -> t.SavedAdapter:
         call = adapters.save(
@@ -153,6 +227,7 @@ class Calls:
             os.fspath(path),
             with_optimizer=with_optimizer,
             overwrite=overwrite,
+            merged=merged,
             request_id=new_request_id(),
             session_id=self._session_id,
         )

@@ -140,9 +140,15 @@ class Policy:
         *,
         with_optimizer: bool = False,
         overwrite: bool = False,
+        merged: bool = False,
         timeout: float | None = None,
     ) -> t.SavedAdapter:
-        """Writes the policy as a PEFT directory on the server, as `Session.save_adapter` does."""
+        """Writes the policy on the server, as `Session.save_adapter` does."""
         return self._session.save_adapter(
-            path, name=self.name, with_optimizer=with_optimizer, overwrite=overwrite, timeout=timeout
+            path,
+            name=self.name,
+            with_optimizer=with_optimizer,
+            overwrite=overwrite,
+            merged=merged,
+            timeout=timeout,
         )

@@ -270,10 +270,11 @@ class Session(Calls):
         name: str = "",
         with_optimizer: bool = False,
         overwrite: bool = False,
+        merged: bool = False,
         timeout: float | None = None,
     ) -> t.SavedAdapter:
-        """Writes an adapter, "" the active one, as a PEFT directory on the server. See `Client.save_adapter`."""
-        return self._save(name or self.ppo_adapter_name, path, with_optimizer, overwrite, timeout)
+        """Writes an adapter, "" the active one, on the server. See `Client.save_adapter`."""
+        return self._save(name or self.ppo_adapter_name, path, with_optimizer, overwrite, merged, timeout)
 
     # ----------------------------------------------------------------------------------------------- the session
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -43,16 +44,23 @@ class Transport:
         Raises:
             OnebaseError: the last attempt's failure.
         """
-        send = self._channel.unary_unary(
-            call.rpc.path, request_serializer=_serialize, response_deserializer=call.rpc.answer.FromString
-        )
+        send = self._sender(call)
         attempts = self.attempts(call, timeout)
         while True:
             try:
-                answer = self.invoke(lambda remaining: send(call.request, timeout=remaining), attempts.remaining())
+                answer = self.invoke(send, attempts.remaining())
                 return call.read(answer)
             except grpc.RpcError as error:
                 self.sleep(attempts.delay_after(translate(error, call.rpc.method)))
+
+    def _sender(self, call: Call[Any]) -> Callable[[float], Any]:
+        """What sends one attempt of a call within so many seconds."""
+        path, read, body = call.rpc.path, call.rpc.answer.FromString, call.body
+        if body is None:
+            send = self._channel.unary_unary(path, request_serializer=_serialize, response_deserializer=read)
+            return lambda remaining: send(call.request, timeout=remaining)
+        upload = self._channel.stream_unary(path, request_serializer=_serialize, response_deserializer=read)
+        return lambda remaining: upload(itertools.chain((call.request,), body()), timeout=remaining)
 
     def stream(self, call: Call[Result], timeout: float | None = None) -> Stream[Result]:
         """Sends a call whose answer is a stream, and gives it to be read."""

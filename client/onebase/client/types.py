@@ -420,6 +420,7 @@ class ServerLimits:
     max_queued_requests_per_session: int
     max_rank: int
     max_message_bytes: int
+    max_upload_bytes: int
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,10 @@ class NewAdapter:
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """An adapter to read from a directory; `path` is already known to be allowed."""
+    """An adapter to read from a directory; `path` is already known to be allowed.
+
+    `source` is where it comes from, for people; empty is the path.
+    """
 
     name: str
     kind: AdapterKind
@@ -61,6 +64,7 @@ class LoadedAdapter:
     replace: bool = False
     with_optimizer: bool = False
     seed: int = 0
+    source: str = ""
     append_eos: bool | None = None
     pooling: Pooling | None = None
 
@@ -73,6 +77,7 @@ class SavedAdapter:
     path: Path
     with_optimizer: bool = False
     overwrite: bool = False
+    merged: bool = False
 
 
 class Catalog:
@@ -129,7 +134,7 @@ class Catalog:
                     f"adapter {loaded.name!r} was stepped to version {old.facts.version} while it was being replaced: "
                     "finish its training calls first, then load again",
                 )
-        entry = self._bind(reservation, facts, str(loaded.path), session)
+        entry = self._bind(reservation, facts, loaded.source or str(loaded.path), session)
         if old is not None:
             self._discard(old.uid)
         return entry
@@ -147,6 +152,7 @@ class Catalog:
             path=saved.path,
             with_optimizer=saved.with_optimizer,
             overwrite=saved.overwrite,
+            merged=saved.merged,
         )
         return await settle(self._worker, job, session, deadline)
 

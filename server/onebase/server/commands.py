@@ -202,6 +202,13 @@ ChatTemplate = Annotated[
         rich_help_panel=_ENGINE,
     ),
 ]
+MaxUploadBytes = Annotated[
+    int,
+    typer.Option(
+        help="Most bytes of one upload; it lies in the temporary directory (TMPDIR) until it is loaded.",
+        rich_help_panel=_NETWORK,
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log every finished call.")]
 
 
@@ -220,6 +227,7 @@ def serve(
     port: Port = 7070,
     port_file: PortFile = None,
     drain_seconds: DrainSeconds = 30.0,
+    max_upload_bytes: MaxUploadBytes = 4 * 2**30,
     device: Device = "auto",
     dtype: DType = "auto",
     quantization: Quantization = "none",
@@ -261,7 +269,7 @@ def serve(
     Ctrl-C or SIGTERM stops it: work in flight is finished first, for up to --drain-seconds.
     """
     console = Console(highlight=False)
-    from onebase.server.config import ConfigError, EngineConfig, ServerConfig
+    from onebase.server.config import ConfigError, EngineConfig, Limits, ServerConfig
     from onebase.server.errors import OnebaseError
     from onebase.server.flags import reward_sources, sources
 
@@ -298,6 +306,7 @@ def serve(
             references=sources("--reference", references, with_path=True),
             critics=sources("--critic", critics, with_path=False),
             roots=tuple(roots or ()),
+            limits=Limits(max_upload_bytes=max_upload_bytes),
             drain_seconds=drain_seconds,
             policy_rank=policy_rank,
             policy_alpha=policy_alpha,

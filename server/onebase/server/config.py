@@ -115,6 +115,7 @@ class Limits:
     max_queued_requests_per_session: int = 64
     max_rank: int = 512
     max_message_bytes: int = 64 * 2**20
+    max_upload_bytes: int = 4 * 2**30
 
     def __post_init__(self) -> None:
         for key, value in vars(self).items():

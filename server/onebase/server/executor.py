@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from onebase.server.config import Limits
@@ -25,6 +26,7 @@ from onebase.server.jobs import (
     LoadAdapterJob,
     OptimStepResult,
     SaveAdapterJob,
+    SaveResult,
 )
 from onebase.server.meter import Meter
 from onebase.server.scheduler import Plan
@@ -35,6 +37,26 @@ log = logging.getLogger(__name__)
 AnyTask = ScoreTask | GenerateTask | PassTask | StepTask
 Scored = tuple[ScoreTask, int]
 Part = TypeVar("Part")
+
+
+def _as_it_is(result: Any) -> object:
+    return result
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Aside:
+    """The part of a job for which no engine step should wait: files are read or written on another thread."""
+
+    work: Callable[[], Any]
+    """Runs on that thread."""
+    accept: Callable[[Any], object] = _as_it_is
+    """Makes the job's result of what `work` returned, on the worker's thread."""
+    release: Callable[[], None] = _nothing
+    """Gives back what `work` read, on the worker's thread, however it ended."""
 
 
 class Executor:
@@ -172,27 +194,37 @@ class Executor:
     # --------------------------------------------------------------------------------------------------- admin
 
     def admin(self, job: Job[Any]) -> object:
-        """Makes, loads, saves, deletes or describes adapters: the job's result.
+        """Makes, loads, saves, deletes or describes adapters: the job's result, or what another thread does for it.
 
         Raises:
             OnebaseError: what the job did wrong.
         """
         engine = self._engine
         if isinstance(job, CreateAdapterJob):
-            if job.init_from is None:
-                return engine.add(engine.formats.create(job))
-            return engine.add(engine.formats.copy(job, engine.adapter(job.init_from)))
+            if job.init_from is not None:
+                return engine.add(engine.formats.copy(job, engine.adapter(job.init_from)))
+            return Aside(lambda: engine.formats.create(job), engine.add)
         if isinstance(job, LoadAdapterJob):
-            return engine.add(engine.formats.load(job, self._limits.max_rank))
+            return Aside(lambda: engine.formats.load(job, self._limits.max_rank), engine.add)
         if isinstance(job, SaveAdapterJob):
-            adapter = engine.adapter(job.adapter)
-            return engine.formats.save(adapter, job.path, with_optimizer=job.with_optimizer, overwrite=job.overwrite)
+            return self._save(job)
         if isinstance(job, DeleteAdapterJob):
             engine.delete(job.adapter)
             return None
         if isinstance(job, DescribeAdaptersJob):
             return all_facts(engine.adapters)
         raise TypeError(f"a job of an unknown kind, {type(job).__name__}")
+
+    def _save(self, job: SaveAdapterJob) -> Aside:
+        engine = self._engine
+        adapter = engine.snapshot(job.adapter, with_optimizer=job.with_optimizer)
+
+        def write() -> SaveResult:
+            if job.merged:
+                return engine.merger.save(adapter, job.path, overwrite=job.overwrite)
+            return engine.formats.save(adapter, job.path, with_optimizer=job.with_optimizer, overwrite=job.overwrite)
+
+        return Aside(write, release=lambda: engine.release(adapter.weights))
 
 
 def told(error: Exception) -> OnebaseError:

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -49,7 +49,8 @@ class Guard(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         gate: Gate = self._gate if method.startswith("/onebase.") else lambda: None
         if handler.request_streaming:
-            return _guard_reflection(method, handler)
+            guarded = _guard_reflection if handler.response_streaming else _guard_upload
+            return guarded(method, handler, gate)
         return (
             _guard_stream(method, handler, gate) if handler.response_streaming else _guard_unary(method, handler, gate)
         )
@@ -80,7 +81,21 @@ def _guard_stream(method: str, handler: Handler, gate: Gate) -> Handler:
     return grpc.unary_stream_rpc_method_handler(behavior, None, handler.response_serializer)
 
 
-def _guard_reflection(method: str, handler: Handler) -> Handler:
+def _guard_upload(method: str, handler: Handler, gate: Gate) -> Handler:
+    async def behavior(raws: AsyncIterator[bytes], context: Context) -> Any:
+        async with _told(method, context), contextlib.aclosing(_parsed(handler, raws)) as requests:
+            _pass(gate)
+            return await handler.stream_unary(requests, context)
+
+    return grpc.stream_unary_rpc_method_handler(behavior, None, handler.response_serializer)
+
+
+async def _parsed(handler: Handler, raws: AsyncIterator[bytes]) -> AsyncGenerator[Any, None]:
+    async for raw in raws:
+        yield _parse(handler, raw)
+
+
+def _guard_reflection(method: str, handler: Handler, _gate: Gate) -> Handler:
     async def behavior(requests: Any, context: Context) -> None:
         async with _told(method, context), contextlib.aclosing(handler.stream_stream(requests, context)) as responses:
             async for response in responses:

@@ -459,12 +459,13 @@ class LoadAdapterJob(Job[AdapterFacts]):
 
 @dataclass(eq=False, kw_only=True)
 class SaveAdapterJob(Job[SaveResult]):
-    """Writes an adapter as a PEFT directory."""
+    """Writes an adapter as a PEFT directory, or merged into the base as a transformers model."""
 
     adapter: int
     path: Path
     with_optimizer: bool = False
     overwrite: bool = False
+    merged: bool = False
 
 
 @dataclass(eq=False, kw_only=True)

@@ -12,7 +12,8 @@ from pathlib import Path
 from onebase.server.errors import FailedPrecondition, InvalidArgument, PermissionDenied
 
 _MAX_LENGTH = 4096
-_ADAPTER_FILE = "adapter_config.json"
+_OUR_FILES = ("adapter_config.json", "onebase.json")
+"""Only a directory that has one of these is ever overwritten."""
 
 
 class Roots:
@@ -49,7 +50,8 @@ class Roots:
         resolved = self._resolve(path)
         if not any(root in resolved.parents for root in self._roots):
             raise self._outside(path)
-        if resolved.is_dir() and any(resolved.iterdir()) and not (resolved / _ADAPTER_FILE).is_file():
+        ours = any((resolved / name).is_file() for name in _OUR_FILES)
+        if resolved.is_dir() and any(resolved.iterdir()) and not ours:
             raise FailedPrecondition(
                 "NOT_AN_ADAPTER",
                 f"path {path!r} is a directory that holds no adapter, and is never overwritten: give a new path",

@@ -1,6 +1,9 @@
 """The worker: the one thread that owns the device. It takes jobs in, asks the scheduler, runs steps, resolves futures.
 
 loop:  take in new jobs  →  drop what was cancelled or is too late  →  plan  →  one engine step  →  answer
+
+Files are read and written on threads beside it, so that no step waits for a disk: what they read of the device does not
+change, and what they make is taken in between two steps.
 """
 
 from __future__ import annotations
@@ -8,12 +11,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from onebase.server.config import CPU_BUDGET, Budget, Limits
 from onebase.server.engine import Engine
 from onebase.server.errors import Cancelled, DeadlineExceeded, OnebaseError, ResourceExhausted, Unavailable
-from onebase.server.executor import AnyTask, Executor, told
+from onebase.server.executor import AnyTask, Aside, Executor, told
 from onebase.server.jobs import (
     BaseFacts,
     DropGradientsJob,
@@ -27,6 +31,9 @@ from onebase.server.jobs import (
 )
 from onebase.server.scheduler import Scheduler
 from onebase.server.tasks import GenerateTask, PassTask, ScoreTask, StepTask
+
+FILE_THREADS = 4
+"""So many adapters are read or written at once; the others wait."""
 
 
 class Worker:
@@ -51,6 +58,8 @@ class Worker:
         self._stop = False
         self._steps = 0
         self._executor = Executor(engine, limits)
+        self._files = ThreadPoolExecutor(FILE_THREADS, thread_name_prefix="onebase-files")
+        self._back: deque[tuple[Job[Any], Aside, Future[Any]]] = deque()  # from those threads
         self._thread = threading.Thread(target=self._run, name="onebase-worker", daemon=True)
 
     # --------------------------------------------------------------------------------------- for other threads
@@ -140,18 +149,22 @@ class Worker:
                 self._drop()
                 while self._admin:
                     self._run_admin(self._admin.popleft())
+                while self._back:
+                    self._take_back(*self._back.popleft())
                 self._work()
             except Exception as error:  # a bug in here must not hang every client
                 self._fail_all(told(error))
-        gone = Unavailable("DRAINED", "the server shut down before this was done: repeat it later", retry_after=5.0)
-        self._fail_all(gone)
+        self._fail_all(_gone())
+        self._files.shutdown(cancel_futures=True)
+        while self._back:
+            self._take_back(*self._back.popleft())
         for job in (*self._admin, *self._inbox):
-            job.done.set_exception(gone)
+            job.done.set_exception(_gone())
 
     def _take_in(self) -> bool:
         """Waits until there is something to do, and sorts new jobs into their queues; False to stop."""
         with self._wake:
-            while not (self._inbox or self._tasks or self._admin or self._stop):
+            while not (self._inbox or self._tasks or self._admin or self._back or self._stop):
                 self._wake.wait()
             if self._stop:
                 return False
@@ -243,6 +256,32 @@ class Worker:
         try:
             if job.cancelled:
                 raise Cancelled("CANCELLED", "the client cancelled")
-            job.done.set_result(self._executor.admin(job))
+            result = self._executor.admin(job)
         except Exception as error:
             job.done.set_exception(told(error))
+            return
+        if isinstance(result, Aside):
+            self._files.submit(result.work).add_done_callback(lambda done: self._bring_back(job, result, done))
+        else:
+            job.done.set_result(result)
+
+    def _bring_back(self, job: Job[Any], aside: Aside, done: Future[Any]) -> None:
+        """Called on a thread of the files."""
+        with self._wake:
+            self._back.append((job, aside, done))
+            self._wake.notify()
+
+    def _take_back(self, job: Job[Any], aside: Aside, done: Future[Any]) -> None:
+        aside.release()
+        try:
+            if done.cancelled():
+                raise _gone()
+            result = aside.accept(done.result())
+        except Exception as error:
+            job.done.set_exception(told(error))
+        else:
+            job.done.set_result(result)
+
+
+def _gone() -> Unavailable:
+    return Unavailable("DRAINED", "the server shut down before this was done: repeat it later", retry_after=5.0)

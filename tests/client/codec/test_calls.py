@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from pathlib import Path
 
 import pytest
 from google.protobuf.descriptor import FieldDescriptor
@@ -9,6 +10,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from onebase.client import types as t
 from onebase.client.codec import adapters, inference, server, sessions, training
 from onebase.client.codec.rpc import Rpc
+from onebase.client.files import File, Outgoing
 from onebase.v1 import adapters_pb2, inference_pb2, server_pb2, sessions_pb2, training_pb2
 
 MODULES = {
@@ -21,6 +23,7 @@ MODULES = {
 RPCS = [value for module in MODULES for value in vars(module).values() if isinstance(value, Rpc)]
 SEQUENCE = t.Sequence("p", [1])
 ROW = t.TrainingSequence([1], [2], [0.1], [0.2], [0.3], [0.4], [True])
+FILES = Outgoing(Path("/nowhere"), (File("adapter_config.json", 2, "00"),))
 NAMED = {"request_id": "r", "session_id": "s"}
 
 CALLS = [
@@ -47,7 +50,12 @@ CALLS = [
         "a", "/p", kind="policy", value_head=True, replace=True, with_optimizer=True, seed=1, append_eos=False,
         pooling="last_token", **NAMED
     ),
-    adapters.save("a", "/p", with_optimizer=True, overwrite=True, **NAMED),
+    adapters.save("a", "/p", with_optimizer=True, overwrite=True, merged=True, **NAMED),
+    adapters.upload(
+        "a", FILES, kind="policy", value_head=True, replace=True, with_optimizer=True, seed=1, append_eos=False,
+        pooling="last_token", **NAMED
+    ),
+    adapters.download("a", with_optimizer=True, session_id="s"),
     sessions.open_session("a", label="l", ttl=1.0, resume="r"),
     sessions.get("s"),
     sessions.set_active("s", "a"),
@@ -56,6 +64,11 @@ CALLS = [
     server.info(),
     server.status(),
 ]  # fmt: skip
+
+
+def payload(request):
+    """What a request says; of a stream of requests, what its first message says."""
+    return request.header if "header" in request.DESCRIPTOR.fields_by_name else request
 
 
 def test_every_method_of_the_contract_is_here_with_its_types():
@@ -73,20 +86,21 @@ def test_every_method_of_the_contract_is_here_with_its_types():
 def test_what_changes_something_is_repeatable_only_with_a_request_id():
     # These change nothing but a session's active adapter or its lease of life, and name the outcome themselves.
     reads = {"Generate", "Logprob", "ReferenceLogprob", "Reward", "Score", "GetServerInfo", "GetStatus"}
-    reads |= {"GetAdapter", "ListAdapters", "GetSession", "KeepAlive"}
+    reads |= {"GetAdapter", "ListAdapters", "DownloadAdapter", "GetSession", "KeepAlive"}
     for rpc in RPCS:
-        named = "request_id" in rpc.request.DESCRIPTOR.fields_by_name
+        named = "request_id" in payload(rpc.request()).DESCRIPTOR.fields_by_name
         assert rpc.repeatable == (named or rpc.method.split("/")[1] in reads), rpc.method
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.rpc.method)
 def test_every_field_of_a_request_is_filled_from_an_argument(call):
     assert type(call.request) is call.rpc.request
-    filled = {descriptor.name for descriptor, _ in call.request.ListFields()}
+    request = payload(call.request)
+    filled = {descriptor.name for descriptor, _ in request.ListFields()}
     alternatives = {
         field.name for field in training_pb2.ForwardBackwardRequest.DESCRIPTOR.oneofs_by_name["loss"].fields
     }
-    assert filled == set(call.rpc.request.DESCRIPTOR.fields_by_name) - (alternatives - {"ppo"})
+    assert filled == set(request.DESCRIPTOR.fields_by_name) - (alternatives - {"ppo"})
 
 
 # ------------------------------------------------------------------------------------------------------ reading
@@ -147,7 +161,7 @@ def same(result, message):
         (server.status(), set()),
         (sessions.get("s"), set()),
         (adapters.get("a"), {"weights_bytes", "gradient_bytes", "optimizer_bytes", "old_version_bytes"}),
-        (adapters.save("a", "p", with_optimizer=True, overwrite=True, request_id="r"), set()),
+        (adapters.save("a", "p", with_optimizer=True, overwrite=True, merged=True, request_id="r"), set()),
         (training.optim_step(t.AdamW(1), max_grad_norm=0, adapter="", expected_version=None, **NAMED), set()),
     ],
     ids=lambda value: value.rpc.method if hasattr(value, "rpc") else "",

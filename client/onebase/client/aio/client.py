@@ -185,18 +185,21 @@ class AsyncClient(Calls):
         *,
         with_optimizer: bool = False,
         overwrite: bool = False,
+        merged: bool = False,
         timeout: float | None = None,
     ) -> t.SavedAdapter:
-        """Writes an adapter as a PEFT directory.
+        """Writes an adapter as a PEFT directory, or merged into the base, on the server.
 
         Args:
             name: the adapter.
             path: a directory on the server, absolute or relative to the server's first root.
             with_optimizer: also write the AdamW moments, so that training can go on from there.
             overwrite: replace what is there; otherwise `AlreadyExistsError`.
+            merged: write the base with the adapter merged into it, as a transformers model with its tokenizer, in the
+                base's dtype; a value head is not part of it. `FailedPreconditionError` for a quantized base.
             timeout: seconds.
         """
-        return await self._save(name, path, with_optimizer, overwrite, timeout)
+        return await self._save(name, path, with_optimizer, overwrite, merged, timeout)
 
     # ------------------------------------------------------------------------------------------------ sessions
 

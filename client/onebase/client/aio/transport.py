@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -39,22 +41,28 @@ class Transport:
         Raises:
             OnebaseError: the last attempt's failure.
         """
-        send = self._channel.unary_unary(
-            call.rpc.path,
-            request_serializer=call.rpc.request.SerializeToString,
-            response_deserializer=call.rpc.answer.FromString,
-        )
+        send = self._sender(call)
         attempts = self.attempts(call, timeout)
         while True:
             self.check_open()
             try:
-                return call.read(await send(call.request, timeout=attempts.remaining()))
+                return call.read(await send(attempts.remaining()))
             except grpc.RpcError as error:
                 await self.sleep(attempts.delay_after(translate(error, call.rpc.method)))
             except asyncio.CancelledError:
                 if not task_is_cancelled():  # then the channel was closed under the call
                     self.check_open()
                 raise
+
+    def _sender(self, call: Call[Any]) -> Callable[[float], Awaitable[Any]]:
+        """What sends one attempt of a call within so many seconds."""
+        path, body = call.rpc.path, call.body
+        write, read = call.rpc.request.SerializeToString, call.rpc.answer.FromString
+        if body is None:
+            send = self._channel.unary_unary(path, request_serializer=write, response_deserializer=read)
+            return lambda remaining: send(call.request, timeout=remaining)
+        upload = self._channel.stream_unary(path, request_serializer=write, response_deserializer=read)
+        return lambda remaining: upload(itertools.chain((call.request,), body()), timeout=remaining)
 
     def stream(self, call: Call[Result], timeout: float | None = None) -> AsyncStream[Result]:
         """Sends a call whose answer is a stream, and gives it to be read."""

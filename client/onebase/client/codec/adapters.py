@@ -1,6 +1,8 @@
-"""AdapterService: making, loading, saving and deleting adapters."""
+"""AdapterService: making, loading, saving and deleting adapters, on the server's disk and on this machine's."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 from onebase.client import types as t
 from onebase.client.codec.rpc import Call, Rpc
@@ -13,6 +15,7 @@ from onebase.client.codec.values import (
     encode_name,
     encode_pooling,
 )
+from onebase.client.files import File, Header, Outgoing, Part
 from onebase.v1 import adapters_pb2 as pb
 from onebase.v1 import types_pb2
 
@@ -22,6 +25,9 @@ LIST = Rpc("AdapterService/ListAdapters", pb.ListAdaptersRequest, pb.ListAdapter
 DELETE = Rpc("AdapterService/DeleteAdapter", pb.DeleteAdapterRequest, pb.DeleteAdapterResponse, repeatable=True)
 LOAD = Rpc("AdapterService/LoadAdapter", pb.LoadAdapterRequest, types_pb2.Adapter, repeatable=True)
 SAVE = Rpc("AdapterService/SaveAdapter", pb.SaveAdapterRequest, pb.SaveAdapterResponse, repeatable=True)
+
+UPLOAD = Rpc("AdapterService/UploadAdapter", pb.UploadAdapterRequest, types_pb2.Adapter, repeatable=True)
+DOWNLOAD = Rpc("AdapterService/DownloadAdapter", pb.DownloadAdapterRequest, pb.DownloadAdapterResponse, repeatable=True)
 
 
 def create(
@@ -108,7 +114,14 @@ def load(
 
 
 def save(
-    name: str, path: str, *, with_optimizer: bool, overwrite: bool, request_id: str, session_id: str = ""
+    name: str,
+    path: str,
+    *,
+    with_optimizer: bool,
+    overwrite: bool,
+    merged: bool,
+    request_id: str,
+    session_id: str = "",
 ) -> Call[t.SavedAdapter]:
     """SaveAdapter."""
     request = build(
@@ -119,9 +132,60 @@ def save(
         path=path,
         with_optimizer=with_optimizer,
         overwrite=overwrite,
+        merged=merged,
     )
     return SAVE.call(request, _read_saved)
 
 
 def _read_saved(response: pb.SaveAdapterResponse) -> t.SavedAdapter:
     return t.SavedAdapter(path=response.path, adapter=decode_version(response.adapter), bytes=response.bytes)
+
+
+def upload(
+    name: str,
+    what: Outgoing,
+    *,
+    kind: t.AdapterKind,
+    value_head: bool,
+    replace: bool,
+    with_optimizer: bool,
+    seed: int,
+    append_eos: bool | None,
+    pooling: t.Pooling | None,
+    request_id: str,
+    session_id: str = "",
+) -> Call[t.Adapter]:
+    """UploadAdapter."""
+    header = build(
+        pb.UploadAdapterHeader,
+        session_id=session_id,
+        request_id=request_id,
+        name=name,
+        kind=encode_name(KINDS, kind, "kind"),
+        files=[pb.AdapterFile(name=one.name, bytes=one.bytes, sha256=one.sha256) for one in what.files],
+        value_head=value_head,
+        replace=replace,
+        with_optimizer=with_optimizer,
+        seed=seed,
+        append_eos=append_eos,
+        pooling=encode_pooling(pooling),
+    )
+
+    def body() -> Iterator[pb.UploadAdapterRequest]:
+        return (pb.UploadAdapterRequest(data=piece) for piece in what.pieces())
+
+    return UPLOAD.call(pb.UploadAdapterRequest(header=header), decode_adapter, body)
+
+
+def download(name: str, *, with_optimizer: bool, session_id: str = "") -> Call[Part]:
+    """DownloadAdapter."""
+    request = build(pb.DownloadAdapterRequest, session_id=session_id, name=name, with_optimizer=with_optimizer)
+    return DOWNLOAD.call(request, _read_part)
+
+
+def _read_part(response: pb.DownloadAdapterResponse) -> Part:
+    if not response.HasField("header"):
+        return response.data
+    header = response.header
+    files = tuple(File(name=one.name, bytes=one.bytes, sha256=one.sha256) for one in header.files)
+    return Header(decode_version(header.adapter), files)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -29,9 +29,14 @@ class Rpc(Generic[Request, Answer]):
         """The method's path on the wire."""
         return f"/onebase.v1.{self.method}"
 
-    def call(self, request: Request, read: Callable[[Answer], Result]) -> Call[Result]:
-        """A call of this method, ready to be sent."""
-        return Call(rpc=self, request=request, read=read)
+    def call(
+        self,
+        request: Request,
+        read: Callable[[Answer], Result],
+        body: Callable[[], Iterator[Request]] | None = None,
+    ) -> Call[Result]:
+        """A call of this method, ready to be sent; with a `body` its request is a stream."""
+        return Call(rpc=self, request=request, read=read, body=body)
 
 
 @dataclass(frozen=True)
@@ -41,3 +46,5 @@ class Call(Generic[Result]):
     rpc: Rpc[Any, Any]
     request: Message
     read: Callable[[Any], Result]
+    body: Callable[[], Iterator[Message]] | None = None
+    """For a method whose request is a stream: the messages after `request`, anew for each attempt."""

@@ -33,6 +33,7 @@ def _read_info(info: pb.ServerInfo) -> t.ServerInfo:
             max_queued_requests_per_session=limits.max_queued_requests_per_session,
             max_rank=limits.max_rank,
             max_message_bytes=limits.max_message_bytes,
+            max_upload_bytes=limits.max_upload_bytes,
         ),
         reward_adapters=tuple(info.reward_adapters),
     )

@@ -1,8 +1,9 @@
-"""`onebase adapters`: list, load, save and delete adapters."""
+"""`onebase adapters`: list, load, save, upload, download and delete adapters."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, cast
 
 import typer
@@ -12,7 +13,7 @@ from rich.text import Text
 from onebase.client.codec.values import KINDS, POOLINGS
 from onebase.client.commands.options import DEFAULT_SERVER, Json, Server, open_client
 from onebase.client.terminal import console, human_bytes, human_count, print_json
-from onebase.client.types import Adapter, AdapterKind
+from onebase.client.types import Adapter, AdapterKind, Pooling, SavedAdapter
 
 adapters = typer.Typer(add_completion=False, rich_markup_mode="rich", invoke_without_command=True)
 
@@ -23,16 +24,38 @@ Directory = Annotated[
 ]
 Kind = Annotated[str, typer.Option("--kind", "-k", metavar="KIND", help=f"What it is for: {', '.join(KINDS)}.")]
 
+LocalDirectory = Annotated[
+    Path, typer.Argument(metavar="PATH", help="A directory on this machine, in PEFT's format.", file_okay=False)
+]
+ValueHead = Annotated[
+    bool, typer.Option("--value-head", help="Give a policy or critic that has none a fresh value head.")
+]
+Replace = Annotated[bool, typer.Option("--replace", help="Put it in the place of one of that name.")]
+AppendEos = Annotated[
+    bool | None,
+    typer.Option(
+        "--append-eos/--no-append-eos",
+        help="Whether an end-of-sequence token belongs behind what a reward reads, as it was trained.",
+    ),
+]
+Rule = Annotated[
+    str | None,
+    typer.Option("--pooling", metavar="RULE", help=f"Where a reward's score is read: {' or '.join(POOLINGS)}."),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+
 
 @adapters.callback()
 def list_adapters(ctx: typer.Context, server: Server = DEFAULT_SERVER, as_json: Json = False) -> None:
-    """List the adapters on the base; load, save and delete them.
+    """List the adapters on the base; load, save, upload, download and delete them.
 
     [bold]Examples[/bold]
 
       onebase adapters
       onebase adapters load helpful rewards/helpful --kind reward
       onebase adapters save policy_1 policies/policy_1 --overwrite
+      onebase adapters upload policy_2 ./trained --replace
+      onebase adapters download policy_1 ./policy_1
       onebase adapters delete policy_1
     """
     ctx.obj = server
@@ -88,24 +111,13 @@ def load(
     name: Name,
     path: Directory,
     kind: Kind = "policy",
-    value_head: Annotated[
-        bool, typer.Option("--value-head", help="Give a policy or critic that has none a fresh value head.")
-    ] = False,
-    replace: Annotated[bool, typer.Option("--replace", help="Put it in the place of one of that name.")] = False,
+    value_head: ValueHead = False,
+    replace: Replace = False,
     with_optimizer: Annotated[
         bool, typer.Option("--with-optimizer", help="Also read the AdamW moments saved with it.")
     ] = False,
-    append_eos: Annotated[
-        bool | None,
-        typer.Option(
-            "--append-eos/--no-append-eos",
-            help="Whether an end-of-sequence token belongs behind what a reward reads, as it was trained.",
-        ),
-    ] = None,
-    pooling: Annotated[
-        str | None,
-        typer.Option(metavar="RULE", help=f"Where a reward's score is read: {' or '.join(POOLINGS)}."),
-    ] = None,
+    append_eos: AppendEos = None,
+    pooling: Rule = None,
     server: OwnServer = None,
 ) -> None:
     """Load an adapter that PEFT or this server has saved.
@@ -116,22 +128,70 @@ def load(
       onebase adapters load policy_1 policies/policy_1 --value-head
       onebase adapters load harmless rewards/harmless --kind reward --no-append-eos
     """
-    if kind not in KINDS:
-        raise typer.BadParameter(f"must be one of {', '.join(KINDS)}, not {kind!r}", param_hint="--kind")
-    if pooling not in (None, *POOLINGS):
-        raise typer.BadParameter(f"must be one of {', '.join(POOLINGS)}, not {pooling!r}", param_hint="--pooling")
     with open_client(server or ctx.obj) as client:
         adapter = client.load_adapter(
             name,
             path,
-            kind=cast("AdapterKind", kind),
+            kind=_checked(kind),
             value_head=value_head,
             replace=replace,
             with_optimizer=with_optimizer,
             append_eos=append_eos,
-            pooling=pooling,
+            pooling=_checked_rule(pooling),
         )
-    typer.echo(f"loaded {adapter.name}, {adapter.kind}, version {adapter.version}, {human_bytes(adapter.total_bytes)}")
+    typer.echo(_told("loaded", adapter))
+
+
+@adapters.command()
+def upload(
+    ctx: typer.Context,
+    name: Name,
+    path: LocalDirectory,
+    kind: Kind = "policy",
+    value_head: ValueHead = False,
+    replace: Replace = False,
+    with_optimizer: Annotated[
+        bool, typer.Option("--with-optimizer", help="Also send the AdamW moments saved with it.")
+    ] = False,
+    append_eos: AppendEos = None,
+    pooling: Rule = None,
+    server: OwnServer = None,
+) -> None:
+    """Send an adapter of this machine to the server: what PEFT's save_pretrained wrote.
+
+    [bold]Examples[/bold]
+
+      onebase adapters upload policy_2 ./trained --replace
+      onebase adapters upload helpful ./reward --kind reward
+    """
+    with open_client(server or ctx.obj) as client:
+        adapter = client.upload_adapter(
+            name,
+            path,
+            kind=_checked(kind),
+            value_head=value_head,
+            replace=replace,
+            with_optimizer=with_optimizer,
+            append_eos=append_eos,
+            pooling=_checked_rule(pooling),
+        )
+    typer.echo(_told("uploaded", adapter))
+
+
+def _checked(kind: str) -> AdapterKind:
+    if kind not in KINDS:
+        raise typer.BadParameter(f"must be one of {', '.join(KINDS)}, not {kind!r}", param_hint="--kind")
+    return cast("AdapterKind", kind)
+
+
+def _checked_rule(pooling: str | None) -> Pooling | None:
+    if pooling not in (None, *POOLINGS):
+        raise typer.BadParameter(f"must be one of {', '.join(POOLINGS)}, not {pooling!r}", param_hint="--pooling")
+    return pooling
+
+
+def _told(done: str, adapter: Adapter) -> str:
+    return f"{done} {adapter.name}, {adapter.kind}, version {adapter.version}, {human_bytes(adapter.total_bytes)}"
 
 
 @adapters.command()
@@ -142,20 +202,53 @@ def save(
     with_optimizer: Annotated[
         bool, typer.Option("--with-optimizer", help="Also write the AdamW moments, to go on training from there.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    overwrite: Overwrite = False,
+    merged: Annotated[
+        bool,
+        typer.Option(
+            "--merged",
+            help="Write the base with the adapter merged into it, as a transformers model with its tokenizer. A value "
+            "head is not part of it.",
+        ),
+    ] = False,
     server: OwnServer = None,
 ) -> None:
-    """Save an adapter in PEFT's format.
+    """Save an adapter on the server, in PEFT's format or merged into the base.
+
+    [bold]Examples[/bold]
+
+      onebase adapters save policy_1 policies/policy_1 --overwrite
+      onebase adapters save policy_1 models/policy_1 --merged
+    """
+    with open_client(server or ctx.obj) as client:
+        saved = client.save_adapter(name, path, with_optimizer=with_optimizer, overwrite=overwrite, merged=merged)
+    typer.echo(_written("saved", saved))
+
+
+@adapters.command()
+def download(
+    ctx: typer.Context,
+    name: Name,
+    path: LocalDirectory,
+    with_optimizer: Annotated[
+        bool, typer.Option("--with-optimizer", help="Also write the AdamW moments, to go on training from there.")
+    ] = False,
+    overwrite: Overwrite = False,
+    server: OwnServer = None,
+) -> None:
+    """Write an adapter to this machine, in PEFT's format.
 
     [bold]Example[/bold]
 
-      onebase adapters save policy_1 policies/policy_1 --overwrite
+      onebase adapters download policy_1 ./policy_1 --overwrite
     """
     with open_client(server or ctx.obj) as client:
-        saved = client.save_adapter(name, path, with_optimizer=with_optimizer, overwrite=overwrite)
-    typer.echo(
-        f"saved {saved.adapter.name} version {saved.adapter.version} to {saved.path}, {human_bytes(saved.bytes)}"
-    )
+        saved = client.download_adapter(name, path, with_optimizer=with_optimizer, overwrite=overwrite)
+    typer.echo(_written("downloaded", saved))
+
+
+def _written(done: str, saved: SavedAdapter) -> str:
+    return f"{done} {saved.adapter.name} version {saved.adapter.version} to {saved.path}, {human_bytes(saved.bytes)}"
 
 
 @adapters.command()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from pathlib import Path
 
 from onebase.server.catalog import LoadedAdapter, NewAdapter, SavedAdapter
 from onebase.server.codec.fields import integer, number, out_of_range, required
@@ -28,6 +30,8 @@ _POOLINGS = {
 _POOLING_MESSAGES = {rule: value for value, rule in _POOLINGS.items()}
 
 _KIND_NAMES = "policy, reward, reference or critic"
+
+_Load = adapters_pb2.LoadAdapterRequest | adapters_pb2.UploadAdapterHeader
 
 _MAX_MODULES = 4096
 _MODULE = re.compile(r"[A-Za-z0-9_.-]{1,256}", re.ASCII)
@@ -75,6 +79,15 @@ def read_load(request: adapters_pb2.LoadAdapterRequest, roots: Roots) -> LoadedA
         InvalidArgument: naming the field.
         FailedPrecondition, PermissionDenied: the path may not be read.
     """
+    return replace(read_loaded(request), path=roots.readable(request.path))
+
+
+def read_loaded(request: _Load, source: str = "") -> LoadedAdapter:
+    """Checks what these two have in common; the path is still open.
+
+    Raises:
+        InvalidArgument: naming the field.
+    """
     check_new_name(request.name, "name")
     kind = read_kind(request.kind)
     if kind is None:
@@ -86,24 +99,25 @@ def read_load(request: adapters_pb2.LoadAdapterRequest, roots: Roots) -> LoadedA
     return LoadedAdapter(
         name=request.name,
         kind=kind,
-        path=roots.readable(request.path),
+        path=Path(),
         value_head=request.value_head,
         replace=request.replace,
         with_optimizer=request.with_optimizer,
         seed=request.seed,
+        source=source,
         append_eos=_read_append_eos(request, kind),
         pooling=_read_declared_pooling(request, kind),
     )
 
 
-def _read_append_eos(request: adapters_pb2.LoadAdapterRequest, kind: AdapterKind) -> bool | None:
+def _read_append_eos(request: _Load, kind: AdapterKind) -> bool | None:
     if not request.HasField("append_eos"):
         return None
     _check_reward(kind, "append_eos")
     return request.append_eos
 
 
-def _read_declared_pooling(request: adapters_pb2.LoadAdapterRequest, kind: AdapterKind) -> Pooling | None:
+def _read_declared_pooling(request: _Load, kind: AdapterKind) -> Pooling | None:
     pooling = read_pooling(request.pooling)
     if pooling is not None:
         _check_reward(kind, "pooling")
@@ -125,8 +139,14 @@ def read_save(request: adapters_pb2.SaveAdapterRequest, roots: Roots) -> SavedAd
         FailedPrecondition, PermissionDenied: the path may not be written.
     """
     check_name(request.name, "name")
+    if request.merged and request.with_optimizer:
+        raise InvalidArgument(
+            "UNUSED_FIELD",
+            "with_optimizer is set, and a merged model has no place for the moments: leave it out",
+            field="with_optimizer",
+        )
     path = roots.writable(request.path)
-    return SavedAdapter(request.name, path, request.with_optimizer, request.overwrite)
+    return SavedAdapter(request.name, path, request.with_optimizer, request.overwrite, request.merged)
 
 
 def read_kind(kind: int) -> AdapterKind | None:

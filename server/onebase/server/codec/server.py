@@ -99,6 +99,7 @@ def limits_message(limits: Limits) -> server_pb2.ServerLimits:
         max_queued_requests_per_session=limits.max_queued_requests_per_session,
         max_rank=limits.max_rank,
         max_message_bytes=limits.max_message_bytes,
+        max_upload_bytes=limits.max_upload_bytes,
     )
 
 

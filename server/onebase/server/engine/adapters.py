@@ -92,6 +92,14 @@ class Moments:
             {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()},
         )
 
+    def copy(self) -> Moments:
+        """The same numbers in tensors of their own."""
+        return Moments(
+            self.step,
+            {name: tensor.clone() for name, tensor in self.exp_avg.items()},
+            {name: tensor.clone() for name, tensor in self.exp_avg_sq.items()},
+        )
+
 
 @dataclass(eq=False)
 class Adapter:

@@ -8,6 +8,7 @@ Nothing here knows of requests, sessions or queues; and only one thread may call
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +18,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from onebase.server.engine.adapters import Adapter, Weights
+from onebase.server.engine.adapters import Adapter, Moments, Weights
 from onebase.server.engine.batch import Batch, Route, Row, flatten, row_multiple
 from onebase.server.engine.formats import Formats
 from onebase.server.engine.heads import LmHead, all_logits, linear_head, token_logprobs
 from onebase.server.engine.kv import KVCache
+from onebase.server.engine.merging import Merger
 from onebase.server.engine.sampling import draw
 from onebase.server.engine.segmented import SegmentedLora
 from onebase.server.engine.stacks import Stacks
@@ -87,6 +89,7 @@ class Engine:
         route: what those layers share.
         head: its output embedding.
         formats: reads and writes adapters for this base.
+        merger: writes the base with an adapter merged into it.
         text: its tokenizer.
         facts: what it is.
         kv: a place per running completion.
@@ -100,6 +103,7 @@ class Engine:
         route: Route,
         head: LmHead,
         formats: Formats,
+        merger: Merger,
         text: Text,
         facts: BaseFacts,
         kv: KVCache,
@@ -116,6 +120,7 @@ class Engine:
         self._model = model
         self._route = route
         self._formats = formats
+        self._merger = merger
         self._device = torch.device(facts.device)
         self._multiple = row_multiple(widths)
         self._stacks = Stacks()
@@ -143,8 +148,25 @@ class Engine:
 
     @property
     def formats(self) -> Formats:
-        """Reads and writes adapters."""
+        """Reads and writes adapters. Any thread may use it."""
         return self._formats
+
+    @property
+    def merger(self) -> Merger:
+        """Writes merged models. Any thread may use it."""
+        return self._merger
+
+    def snapshot(self, uid: int, *, with_optimizer: bool) -> Adapter:
+        """An adapter as it is now, for another thread to read: steps do not change it, and it takes no copy but of
+        the moments, if they are wanted. Give its weights back with `release`.
+
+        Raises:
+            NotFound: it is gone.
+        """
+        adapter = self.adapter(uid)
+        adapter.weights.readers += 1
+        moments = adapter.moments or Moments.zeros(adapter.weights.parameters()) if with_optimizer else None
+        return dataclasses.replace(adapter, moments=moments and moments.copy(), gradients={}, old=[])
 
     def bind(self, uid: int, version: int | None = None) -> Weights | None:
         """Begins to read an adapter: a version of it, the newest if none is named, which now cannot change.

@@ -1,4 +1,4 @@
-"""An adapter's files: read with every check before a tensor is made, written whole or not at all."""
+"""An adapter's files: read with every check before a tensor is made; and directories written whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,21 +6,24 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from onebase.server.errors import AlreadyExists, DataLoss, InvalidArgument, NotFound
 
 ADAPTER = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 MANIFEST = "onebase.json"
+
+_MANIFEST_TYPES = {"version": (int, "an integer"), "base": (dict, "an object"), "sha256": (dict, "an object")}
+_MAX_VERSION = 2**53  # leaves a version room to grow in 64 bits
 
 
 class SavedFiles:
@@ -39,8 +42,24 @@ class SavedFiles:
         self._hashes: dict[str, str] = self.manifest().get("sha256", {})
 
     def manifest(self) -> dict[str, Any]:
-        """onebase.json; empty where PEFT wrote the directory."""
-        return self._json(MANIFEST) if (self.path / MANIFEST).exists() else {}
+        """onebase.json; empty where PEFT wrote the directory.
+
+        Raises:
+            InvalidArgument: an entry that is read here is not of its type.
+        """
+        found = self._json(MANIFEST) if (self.path / MANIFEST).exists() else {}
+        for key, (kind, wanted) in _MANIFEST_TYPES.items():
+            if key in found and not isinstance(found[key], kind):
+                raise InvalidArgument("BAD_MANIFEST", f"{self.path / MANIFEST}: {key} is not {wanted}", field="path")
+        if not all(isinstance(value, str) for value in found.get("base", {}).values()):
+            raise InvalidArgument("BAD_MANIFEST", f"{self.path / MANIFEST}: base holds more than texts", field="path")
+        if not 0 <= found.get("version", 0) <= _MAX_VERSION:
+            raise InvalidArgument(
+                "BAD_MANIFEST",
+                f"{self.path / MANIFEST}: version is {found['version']}: use 0 to {_MAX_VERSION}",
+                field="path",
+            )
+        return found
 
     def config(self) -> dict[str, Any]:
         """adapter_config.json."""
@@ -101,46 +120,42 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_directory(
-    path: Path,
-    config: LoraConfig,
-    files: Mapping[str, Mapping[str, torch.Tensor]],
-    manifest: Mapping[str, Any],
-    *,
-    overwrite: bool,
-) -> int:
-    """Writes an adapter's directory beside its place, makes it durable, and puts it there in one rename.
+_SWAP = threading.Lock()
+"""Held while a directory takes its place: several are written at once, perhaps to one path."""
+
+
+def write_directory(path: Path, fill: Callable[[Path], object], manifest: Mapping[str, Any], *, overwrite: bool) -> int:
+    """Writes a directory beside its place, makes it durable, and puts it there in one rename.
+
+    Args:
+        path: where it shall be.
+        fill: writes the files into an empty directory; not the manifest, which also gets their hashes.
+        manifest: what onebase.json shall say.
+        overwrite: replace what this server, or PEFT, has written there.
 
     Returns:
         Bytes written.
 
     Raises:
-        AlreadyExists: the path is taken and `overwrite` is not set.
+        AlreadyExists: the path is taken, and `overwrite` is not set or something else is there.
     """
-    if path.exists() and not overwrite:
-        raise AlreadyExists("PATH_TAKEN", f"{path} is taken: choose another, or set overwrite", field="path")
-    if path.exists() and not (path / CONFIG).exists():
-        raise AlreadyExists(
-            "PATH_TAKEN", f"{path} is not an adapter, and is left alone: choose another path", field="path"
-        )
+    _check_free(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     token = uuid.uuid4().hex
     fresh, old = path.with_name(f".{path.name}.{token}.new"), path.with_name(f".{path.name}.{token}.old")
     try:
         fresh.mkdir()
-        config.save_pretrained(str(fresh))
-        for name, tensors in files.items():
-            save_file(
-                {key: t.detach().cpu().contiguous() for key, t in tensors.items()}, fresh / name, {"format": "pt"}
-            )
-        hashes = {file.name: sha256(file) for file in sorted(fresh.iterdir())}
+        fill(fresh)
+        hashes = {file.relative_to(fresh).as_posix(): sha256(file) for file in _files_below(fresh)}
         (fresh / MANIFEST).write_text(json.dumps({**manifest, "sha256": hashes}, indent=2) + "\n", encoding="utf-8")
-        for file in fresh.iterdir():
-            _sync(file)
-        _sync(fresh)
-        if path.exists():
-            path.rename(old)
-        fresh.rename(path)
+        size = sum(file.stat().st_size for file in _files_below(fresh))
+        for one in (*fresh.rglob("*"), fresh):
+            _sync(one)
+        with _SWAP:
+            _check_free(path, overwrite=overwrite)
+            if path.exists():
+                path.rename(old)
+            fresh.rename(path)
         _sync(path.parent)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -148,7 +163,20 @@ def write_directory(
             old.rename(path)
         raise
     shutil.rmtree(old, ignore_errors=True)
-    return sum(file.stat().st_size for file in path.iterdir())
+    return size
+
+
+def _check_free(path: Path, *, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise AlreadyExists("PATH_TAKEN", f"{path} is taken: choose another, or set overwrite", field="path")
+    if path.exists() and not any((path / name).exists() for name in (CONFIG, MANIFEST)):
+        raise AlreadyExists(
+            "PATH_TAKEN", f"{path} is not an adapter, and is left alone: choose another path", field="path"
+        )
+
+
+def _files_below(path: Path) -> list[Path]:
+    return sorted(one for one in path.rglob("*") if one.is_file())
 
 
 def _sync(path: Path) -> None:

@@ -16,6 +16,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import re
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -47,6 +50,9 @@ log = logging.getLogger(__name__)
 
 PREFIX = "base_model.model."
 
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
+"""What tensors may be saved in; int64 is the number of an optimizer's steps."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -59,7 +65,7 @@ class Target:
 
 
 class Formats:
-    """Makes, reads and writes adapters of one base.
+    """Makes, reads and writes adapters of one base; several threads may do so at once.
 
     Args:
         skeleton: the base's architecture on the meta device, without weights.
@@ -77,6 +83,7 @@ class Formats:
         self._facts = facts
         self._tokenizer = tokenizer
         self._conv1d = conv1d
+        self._placing = threading.Lock()  # meanwhile PEFT changes how torch makes parameters, for all threads
         self._device = torch.device(facts.device)
         dtype: torch.dtype = getattr(torch, facts.dtype)
         self._dtype = torch.float32 if widens(dtype, torch.device(facts.device)) else dtype  # of products
@@ -146,8 +153,9 @@ class Formats:
         plain.modules_to_save = None
         plain.inference_mode = False
         try:
-            model = inject_adapter_in_model(plain, copy.deepcopy(self._skeleton), low_cpu_mem_usage=True)
-        except (ValueError, TypeError, AttributeError) as error:
+            with self._placing:
+                model = inject_adapter_in_model(plain, copy.deepcopy(self._skeleton), low_cpu_mem_usage=True)
+        except (ValueError, TypeError, AttributeError, re.error) as error:
             raise FailedPrecondition(
                 "TARGET_MODULES_NOT_FOUND",
                 f"PEFT cannot place this adapter on {self._facts.architecture}: {error}",
@@ -334,7 +342,6 @@ class Formats:
 
         Raises:
             AlreadyExists: the path is taken and `overwrite` is not set.
-            FailedPrecondition: an optimizer state was asked for, and there is none.
         """
         weights = adapter.weights
         state = {}
@@ -361,18 +368,30 @@ class Formats:
             "format": 1,
             "kind": adapter.kind.value,
             "version": weights.version,
-            "base": {
-                "model": self._facts.model,
-                "fingerprint": self._facts.fingerprint,
-                "dtype": self._facts.dtype,
-                "quantization": self._facts.quantization,
-            },
+            "base": base_entry(self._facts),
             "tokenizer": self._tokenizer.manifest,
         }
         if adapter.kind is AdapterKind.REWARD:
             manifest |= {"append_eos": adapter.append_eos, "pooling": adapter.pooling.value}
-        size = write_directory(path, config, files, manifest, overwrite=overwrite)
+
+        def fill(folder: Path) -> None:
+            config.save_pretrained(str(folder))
+            for name, tensors in files.items():
+                own = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+                save_file(own, folder / name, {"format": "pt"})
+
+        size = write_directory(path, fill, manifest, overwrite=overwrite)
         return SaveResult(path, weights.version, size)
+
+
+def base_entry(facts: BaseFacts) -> dict[str, str]:
+    """What a manifest says of the base."""
+    return {
+        "model": facts.model,
+        "fingerprint": facts.fingerprint,
+        "dtype": facts.dtype,
+        "quantization": facts.quantization,
+    }
 
 
 def _moments_state(moments: Moments) -> dict[str, torch.Tensor]:
@@ -415,6 +434,13 @@ def _take(tensors: dict[str, torch.Tensor], key: str, shape: tuple[int, ...]) ->
             "WRONG_BASE",
             f"tensor {key!r} has shape {tuple(tensor.shape)}, and this base needs {shape}: the adapter belongs to "
             "another base model",
+            field="path",
+        )
+    if tensor.dtype not in _DTYPES:
+        raise InvalidArgument(
+            "BAD_DTYPE",
+            f"tensor {key!r} is of dtype {str(tensor.dtype).removeprefix('torch.')}: save it as float32, bfloat16 or "
+            "float16",
             field="path",
         )
     if not bool(torch.isfinite(tensor).all()):

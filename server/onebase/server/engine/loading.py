@@ -31,6 +31,7 @@ from onebase.server.engine.formats import Formats
 from onebase.server.engine.heads import LmHead, logits_finish
 from onebase.server.engine.kernels import KernelFailure, available, try_out
 from onebase.server.engine.kv import KVCache
+from onebase.server.engine.merging import Merger
 from onebase.server.engine.precision import widens
 from onebase.server.engine.proof import Proof, prove
 from onebase.server.engine.segmented import SegmentedLora
@@ -79,6 +80,7 @@ def open_engine(config: EngineConfig) -> Engine:
         route,
         LmHead(model.get_output_embeddings(), logits_finish(model.config), wide),
         Formats(skeleton, set(wrapped), facts, TokenizerCheck(text.decoder), conv1d=conv1d),
+        Merger(model, skeleton, wrapped, tokenizer, facts),
         text,
         facts,
         KVCache(config.kv_slots, facts.max_context),

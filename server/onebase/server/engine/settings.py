@@ -80,9 +80,34 @@ def read_config(files: SavedFiles) -> LoraConfig:
         )
     known.pop("peft_type", None)
     try:
-        return LoraConfig(**known)
+        config = LoraConfig(**known)
     except (TypeError, ValueError) as error:
         raise InvalidArgument("BAD_CONFIG", f"adapter_config.json of {files.path}: {error}", field="path") from error
+    _check_form(config)
+    return config
+
+
+def _check_form(config: LoraConfig) -> None:
+    """Refuses settings of a type that PEFT only trips over later.
+
+    Raises:
+        InvalidArgument: naming the first.
+    """
+    ranks, alphas, saved = config.rank_pattern or {}, config.alpha_pattern or {}, config.modules_to_save or []
+    fine = {
+        "r": type(config.r) is int,
+        "lora_alpha": type(config.lora_alpha) in (int, float),
+        "rank_pattern": isinstance(ranks, dict) and all(type(rank) is int for rank in ranks.values()),
+        "alpha_pattern": isinstance(alphas, dict) and all(type(alpha) in (int, float) for alpha in alphas.values()),
+        "modules_to_save": isinstance(saved, list | tuple | set) and all(isinstance(name, str) for name in saved),
+    }
+    for name, as_it_should in fine.items():
+        if not as_it_should:
+            raise InvalidArgument(
+                "BAD_CONFIG",
+                f"adapter_config.json has {name}={getattr(config, name)!r}, which PEFT's LoraConfig does not take",
+                field="path",
+            )
 
 
 def check_config(config: LoraConfig, kind: AdapterKind) -> None:
@@ -98,7 +123,12 @@ def check_config(config: LoraConfig, kind: AdapterKind) -> None:
         )
 
     if config.use_dora:
-        raise refuse("use_dora", True, "train a plain LoRA (use_dora=False)")
+        raise refuse(
+            "use_dora",
+            True,
+            "DoRA divides by norms of the base's weights with the update merged in, so it has no product with the base "
+            "that rows of other adapters could share; train a plain LoRA (use_dora=False)",
+        )
     if config.bias != "none":
         raise refuse("bias", config.bias, "train with bias='none': biases belong to the shared base")
     if config.init_lora_weights not in _PLAIN_INITS:

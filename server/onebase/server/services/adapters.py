@@ -1,18 +1,27 @@
-"""AdapterService: making, loading, saving and deleting adapters."""
+"""AdapterService: making, loading, saving and deleting adapters, on the server's disk and on the client's."""
 
 # Names, arguments and descriptions of the methods are the contract's.
 # ruff: noqa: ARG002, D102, N802
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import grpc
 
+from onebase.server.calls import deadline_of
+from onebase.server.catalog import SavedAdapter
 from onebase.server.codec import adapters as codec
+from onebase.server.codec import files
 from onebase.server.edge import Edge
+from onebase.server.errors import OnebaseError
 from onebase.server.leases import Session
 from onebase.server.registry import Entry
+from onebase.server.spool import Spool, described, pieces, receive
 from onebase.v1 import adapters_pb2, adapters_pb2_grpc, types_pb2
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -74,5 +83,49 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
         return await edge.once("SaveAdapter", request, context, work)
 
+    async def UploadAdapter(
+        self, request_iterator: AsyncIterator[adapters_pb2.UploadAdapterRequest], context: Context
+    ) -> types_pb2.Adapter:
+        edge, spool = self._edge, Spool()
+        header = await files.read_header(request_iterator)
+        with edge.sessions.use(header.session_id):
+            upload = files.read_upload(header, edge.config.limits)
+            with spool.used() as folder:
+                await receive(files.read_data(request_iterator), upload.files, folder)
+
+                async def work(session: Session | None, deadline: float | None) -> types_pb2.Adapter:
+                    # A use of its own: a call of the same request_id may wait for this work when its own call is gone.
+                    with spool.used(), _of_upload(folder):
+                        loaded = replace(upload.loaded, path=folder)
+                        return self._message(await edge.catalog.load(loaded, session, deadline))
+
+                return await edge.once("UploadAdapter", header, context, work)
+
+    async def DownloadAdapter(
+        self, request: adapters_pb2.DownloadAdapterRequest, context: Context
+    ) -> AsyncIterator[adapters_pb2.DownloadAdapterResponse]:
+        edge = self._edge
+        with edge.sessions.use(request.session_id) as session, Spool().used() as folder:
+            entry = edge.registry.get(request.name, "name")
+            saved = SavedAdapter(entry.name, folder / "adapter", request.with_optimizer)
+            result = await edge.catalog.save(saved, entry, session, deadline_of(context))
+            there = await described(result.path)
+            yield files.download_header(entry.name, result.version, there)
+            data = pieces(there, result.path)
+            async with contextlib.aclosing(data):
+                async for piece in data:
+                    yield files.download_data(piece)
+
     def _message(self, entry: Entry) -> types_pb2.Adapter:
         return codec.adapter_message(entry, leased=self._edge.sessions.holder(entry.name) is not None)
+
+
+@contextlib.contextmanager
+def _of_upload(folder: Path) -> Iterator[None]:
+    """Errors of reading a directory in the words of who sent its files."""
+    try:
+        yield
+    except OnebaseError as error:
+        field = "files" if error.field == "path" else error.field
+        message = error.message.replace(f"{folder}/", "").replace(str(folder), "the upload")
+        raise type(error)(error.reason, message, field=field, retry_after=error.retry_after) from error
