@@ -21,10 +21,10 @@ demo: .venv/.installed  ## all three stages: a base, a reward model, and two pol
 	$(BIN)/python examples/sentiment/demo.py
 
 .PHONY: test
-test: check  ## everything: formatting, lint, types, import contracts, proto drift, and all tests
+test: check  ## everything: formatting, lint, types, import contracts, drift of what is generated, and all tests
 
 .PHONY: check
-check: format-check lint types imports proto-check pytest  ## the same, for people who are used to this name
+check: format-check lint types imports proto-check aio-check pytest  ## the same, for people who are used to this name
 
 .PHONY: install
 install: .venv/.installed  ## make the environment in .venv
@@ -79,6 +79,18 @@ proto-check: .venv-proto/.installed  ## fail if the stubs are not what the .prot
 	@for file in .cache/proto/onebase/v1/*; do cmp $$file proto/onebase/v1/$$(basename $$file) \
 		|| { echo "the stubs are stale: run 'make proto' and commit them"; exit 1; }; done
 
+.PHONY: aio
+aio: .venv/.installed  ## make the asyncio client from the sync one
+	$(BIN)/python tools/make_aio.py
+
+.PHONY: aio-check
+aio-check: .venv/.installed  ## fail if the asyncio client is not what the sync one says
+	$(BIN)/python tools/make_aio.py --check
+
+.PHONY: api
+api: .venv/.installed  ## list the public API anew, after a change that is meant
+	$(BIN)/python tools/public_api.py
+
 .venv-oracle/.installed: tests/oracle/requirements.txt
 	test -x $(ORACLE_BIN)/python || $(PYTHON) -m venv .venv-oracle
 	$(ORACLE_BIN)/python -m pip install --quiet -r tests/oracle/requirements.txt
@@ -87,6 +99,10 @@ proto-check: .venv-proto/.installed  ## fail if the stubs are not what the .prot
 .PHONY: oracle
 oracle: .venv-oracle/.installed  ## remake the fixtures with TRL 0.11.4 and PEFT, in an environment of their own
 	$(ORACLE_BIN)/python tests/oracle/generate.py
+
+.PHONY: matrix
+matrix: .venv/.installed  ## every architecture against transformers and PEFT, into docs/architectures.md
+	PYTHONPATH=tests $(BIN)/python -m matrix.run
 
 .PHONY: bench
 bench: .venv/.installed  ## ratios against transformers and PEFT, into benchmarks/results/; alone on the machine, please

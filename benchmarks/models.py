@@ -48,9 +48,12 @@ class Shape:
 
 
 SHAPES = {
+    "tiny": Shape(32, 2, 4, 2, 48),
     "39m": Shape(512, 8, 8, 8, 1792),
     "39.9m": Shape(512, 8, 8, 4, 2048),
     "171m": Shape(1024, 12, 16, 16, 2816),
+    "1.1b": Shape(2048, 22, 32, 4, 5632),
+    "7b": Shape(4096, 32, 32, 8, 14336),
 }
 
 
@@ -114,7 +117,7 @@ def add_policy(engine: Engine, uid: int, rank: int = RANK) -> Weights:
     spec = LoraSpec(rank=rank, alpha=2.0 * rank, target_modules=LINEARS)
     engine.add(engine.formats.create(CreateAdapterJob(uid=uid, name=f"a{uid}", lora=spec, value_head=True, seed=uid)))
     weights = engine.adapter(uid).weights
-    random = torch.Generator().manual_seed(uid)
+    random = torch.Generator(engine.facts.device).manual_seed(uid)
     with torch.no_grad():
         for key, parameter in weights.parameters().items():
             if "lora_B" in key:

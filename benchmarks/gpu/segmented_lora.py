@@ -98,8 +98,8 @@ def import_kernels() -> Any:
     from onebase.server.engine.kernels import reference, segmented_lora
 
     return types.SimpleNamespace(
-        LoraTables=kernels.LoraTables, Tiles=kernels.Tiles, available=kernels.available, torch=reference,
-        triton=segmented_lora,
+        AdapterEntries=kernels.AdapterEntries, LoraTables=kernels.LoraTables, Tiles=kernels.Tiles,
+        available=kernels.available, torch=reference, triton=segmented_lora,
     )  # fmt: skip
 
 
@@ -126,7 +126,9 @@ class Case:
         self.x = normal(shape.adapters * shape.rows, shape.in_features)
         self.y = normal(shape.adapters * shape.rows, shape.out_features)
         self.weight = normal(shape.out_features, shape.in_features)
-        self.table = kernels.LoraTables([{"layer": pair} for pair in self.pairs], device).layer("layer")
+        shapes = {"layer": (shape.in_features, shape.out_features)}
+        entries = [kernels.AdapterEntries({"layer": pair}, shapes, device) for pair in self.pairs]
+        self.table = kernels.LoraTables(entries).layer("layer")
         self.tiles = kernels.Tiles.of(self.bounds, device)
         self.exact = kernels.Tiles.of(self.bounds, device, exact=True)
 

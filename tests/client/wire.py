@@ -51,6 +51,8 @@ def ids(*numbers):
 
 
 def length(content):
+    if content.HasField("chat"):
+        return sum(len(message.content) for message in content.chat.messages)
     return len(content.text) if content.HasField("text") else content.tokens.shape[0]
 
 

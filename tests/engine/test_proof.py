@@ -1,9 +1,10 @@
-"""Architectures are shown to be right when they are loaded, or refused by name."""
+"""Architectures are shown to be right when they are loaded, or refused by name; tests/matrix has them all."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,14 +12,10 @@ from engine.conftest import BASE
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
-    GPT2Config,
-    GPTJConfig,
-    LlamaConfig,
-    MambaConfig,
     MistralConfig,
+    PhimoeConfig,
     PreTrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
+    Qwen2MoeConfig,
     T5Config,
 )
 
@@ -35,7 +32,7 @@ SMALL = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
-OLD = {"vocab_size": 100, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4}
+FAR = {"sliding_window": 50, "layer_types": ["sliding_attention", "full_attention"]}
 
 
 def saved(config: PreTrainedConfig, path: Path) -> EngineConfig:
@@ -46,34 +43,21 @@ def saved(config: PreTrainedConfig, path: Path) -> EngineConfig:
     return EngineConfig(model=str(path), threads=1, kv_slots=4, max_context=64)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        LlamaConfig(**SMALL),
-        LlamaConfig(**SMALL, tie_word_embeddings=True),
-        Qwen2Config(**SMALL),
-        Qwen3Config(**SMALL, head_dim=16),
-        MistralConfig(**SMALL, sliding_window=8),
-        GPT2Config(**OLD),
-    ],
-    ids=["llama", "llama-tied", "qwen2", "qwen3", "mistral-window", "gpt2"],
-)
-def test_proven(config: PreTrainedConfig, tmp_path: Path) -> None:
-    assert isinstance(open_engine(saved(config, tmp_path)), Engine)
-
-
-@pytest.mark.parametrize(
-    ("config", "why"),
-    [
-        (Gemma2Config(**SMALL, head_dim=8), "softcap"),
-        (GPTJConfig(**OLD), "attention"),
-        (MambaConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2), ""),
-    ],
-    ids=["gemma2", "gptj", "mamba"],
-)
-def test_refused_by_name(config: PreTrainedConfig, why: str, tmp_path: Path) -> None:
-    with pytest.raises(FailedPrecondition, match=f"(?s){config.architectures or ''}.*{why}"):
+@pytest.mark.parametrize("architecture", [Qwen2MoeConfig, PhimoeConfig], ids=["qwen2-moe", "phimoe"])
+def test_a_mask_that_differs_only_beyond_the_proofs_sequences_is_refused(architecture: Any, tmp_path: Path) -> None:
+    # Neither tells its attention of the window that it masks.
+    config = architecture(**SMALL, **FAR, use_sliding_window=True, num_experts_per_tok=2)
+    with pytest.raises(FailedPrecondition, match=r"[Mm]oeForCausalLM is refused, .*token 63 sees token"):
         open_engine(saved(config, tmp_path))
+
+
+def test_a_window_beyond_the_proofs_sequences_is_served(tmp_path: Path) -> None:
+    assert isinstance(open_engine(saved(MistralConfig(**SMALL, sliding_window=50), tmp_path)), Engine)
+
+
+def test_capped_scores_round_alike_with_and_without_a_cache(tmp_path: Path) -> None:
+    config = Gemma2Config(**SMALL, head_dim=8, sliding_window=8, attn_logit_softcapping=0.5)
+    assert open_engine(saved(config, tmp_path)).facts.exact
 
 
 def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:

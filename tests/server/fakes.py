@@ -34,6 +34,7 @@ FACTS = jobs.BaseFacts(
     eos_token_ids=(2, 3),
     pad_token_id=None,
     bos_token_id=1,
+    chat_template=True,
 )
 
 
@@ -48,6 +49,21 @@ class FakeText:
 
     def encode_joined(self, prompt, completion):
         return self.encode_prompt(f"{prompt} {completion}")
+
+    def encode_chat(self, messages, *, generation_prompt):
+        """Role, words and 14 of each message; what says "tool" is rendered in another way from its beginning on."""
+        roles = {"system": 11, "user": 12, "assistant": 13, "tool": 15}
+        if strange := [message["role"] for message in messages if message["role"] not in roles]:
+            raise ValueError(f"no role {strange[0]!r}")
+        begin = 5 if messages[-1]["role"] == "tool" else 1
+        said = [m for m in messages if m["content"] != "nothing"]
+        ids = [i for m in said for i in (roles[m["role"]], *self._words(m["content"]), 14)]
+        return np.array([begin, *ids, *([13] if generation_prompt else [])], dtype=np.int64)
+
+    def encode_reply(self, prompt, completion):
+        before = self.encode_chat(prompt, generation_prompt=True)
+        whole = self.encode_chat([*prompt, *completion], generation_prompt=False)
+        return whole[before.size :] if np.array_equal(whole[: before.size], before) else None
 
     def _words(self, text):
         return [int(word[1:]) if word.startswith("#") else 100 + len(word) for word in text.split()]
@@ -65,8 +81,12 @@ def entropy(uid, tokens, start):
     return (tokens[start:] * 0 + uid / 10).astype(np.float32)
 
 
-def token_scores(uid, tokens):
-    return (np.cumsum(tokens) / 1000 + uid * 10).astype(np.float32)
+def token_scores(uid, tokens, label=0):
+    return (np.cumsum(tokens) / 1000 + uid * 10 + label * 0.5).astype(np.float32)
+
+
+def logits(uid, tokens, start, vocabulary):
+    return (tokens[start:, None] / 10 + np.arange(vocabulary) + uid).astype(np.float32)
 
 
 class FakeWorker:
@@ -197,9 +217,13 @@ class FakeWorker:
             logprobs=logprobs(uid, tokens, start) if row.logprobs else None,
             entropy=entropy(uid, tokens, start) if row.entropy else None,
             values=values(uid, tokens, start) if row.values else None,
-            score=float(token_scores(uid, tokens)[-1]) if row.score else None,
-            token_scores=token_scores(uid, tokens) if row.token_scores else None,
+            scores=self._labels(uid, tokens)[row.score_at] if row.score else None,
+            token_scores=self._labels(uid, tokens) if row.token_scores else None,
+            logits=logits(uid, tokens, start, self.facts.vocab_size) if row.logits else None,
         )
+
+    def _labels(self, uid, tokens):
+        return np.stack([token_scores(uid, tokens, label) for label in range(self.adapters[uid].num_labels)], axis=1)
 
     def _GenerateJob(self, job):
         version = self._adapter(job.adapter, job.version)
@@ -234,6 +258,7 @@ class FakeWorker:
             version=version,
             metrics={"loss/total": 0.5},
             logprobs=tuple(logprobs(job.adapter, row.tokens, row.start) for row in job.rows),
+            entropy=tuple(-logprobs(job.adapter, row.tokens, row.start) for row in job.rows),
             values=tuple(values(job.adapter, row.tokens, row.start) for row in job.rows),
             ratio_threshold_exceeded=False,
             facts=facts,
@@ -255,11 +280,13 @@ class FakeWorker:
         return self._change(job.adapter, pending_gradients=0)
 
     def _CreateAdapterJob(self, job):
-        return self._make(job.uid, jobs.AdapterKind.POLICY, 0, job.value_head, job.lora)
+        lora = job.lora if job.init_from is None else self.adapters[job.init_from].lora
+        return self._make(job.uid, job.kind, 0, job.value_head, lora)
 
     def _LoadAdapterJob(self, job):
-        head = job.kind is jobs.AdapterKind.POLICY and (job.value_head or self.value_heads)
-        return self._make(job.uid, job.kind, job.least_version, head, jobs.LoraSpec())
+        head = job.kind.trained and (job.value_head or self.value_heads)
+        self._make(job.uid, job.kind, job.least_version, head, jobs.LoraSpec())
+        return self._change(job.uid, append_eos=job.append_eos, pooling=job.pooling or jobs.Pooling.LAST_TOKEN)
 
     def _SaveAdapterJob(self, job):
         return jobs.SaveResult(job.path, self._adapter(job.adapter), 77)

@@ -46,6 +46,7 @@ def test_a_setting_that_cannot_work_is_named(key, settings):
         ("quantization", "int4"),
         ("threads", -1),
         ("max_context", -1),
+        ("chat_template", HERE / "nowhere.jinja"),
     ],
 )
 def test_so_is_one_of_the_engine(key, value):

@@ -143,3 +143,28 @@ def test_passes_and_seeds_differ_in_order():
     order = PromptOrder(rows, 0)
     assert order.take(0, 20) != order.take(20, 20)
     assert order.take(0, 20) != PromptOrder(rows, 1).take(0, 20)
+
+
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi 😀"}]
+
+
+def test_conversations_are_prompts_too(tmp_path):
+    rows = [{"prompt": CHAT, "label": 1}, {"prompt": CHAT[1:], "label": 0}]
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "p.parquet"))
+    filled = [{"prompt": [{**CHAT[1], "tool_calls": None}]}]
+
+    for path in (write_jsonl(tmp_path / "p.jsonl", rows), str(tmp_path / "p.parquet")):
+        assert load_prompts(PromptsConfig(path)) == (PromptRow(CHAT, {"label": 1}), PromptRow(CHAT[1:], {"label": 0}))
+    assert load_prompts(PromptsConfig(write_jsonl(tmp_path / "f.jsonl", filled)))[0].prompt == CHAT[1:]
+
+
+@pytest.mark.parametrize("message", [{"role": "user"}, {"role": "user", "content": 3}, {**CHAT[0], "name": "x"}])
+def test_a_message_has_a_role_and_a_content(tmp_path, message):
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": CHAT}, {"prompt": [CHAT[0], message]}])
+    with pytest.raises(ConfigError, match=r"prompts\.path: message 1 of row 1 is .* both texts"):
+        load_prompts(PromptsConfig(path))
+
+
+def test_conversations_are_not_cut(tmp_path):
+    with pytest.raises(ConfigError, match=r"prompts\.max_tokens: .* conversations"):
+        load_prompts(PromptsConfig(write_jsonl(tmp_path / "p.jsonl", [{"prompt": CHAT}]), max_tokens=2))

@@ -10,9 +10,29 @@
             completions = session.generate("The film was", sampling=onebase.SamplingParams(max_new_tokens=20))
             scores = session.score([onebase.Sequence("The film was", c.tokens) for c in completions])
 
-Whatever a server refuses is raised as an `OnebaseError`; `onebase.client.errors` draws the tree.
+A `Client` asks what anybody may ask. A `Session` holds the lease of its policies: it trains them and makes one of them
+the active adapter, which is meant where a call names none. A `Policy` is a session's handle on one of them.
+
+Training is three calls: what the policy wrote is scored, gradients are added, and a step is made with them:
+
+    trained = [onebase.TrainingSequence("The film was", c.tokens, old_logprobs, old_values, advantages, returns)]
+    session.forward_backward(trained, onebase.PpoLoss())
+    session.optim_step(onebase.AdamW(learning_rate=1e-4), max_grad_norm=1.0)
+
+With asyncio the same methods are awaited (`onebase.client.aio` says more):
+
+    async with onebase.connect_async("127.0.0.1:7070") as client, client.open_session("policy_1") as session:
+        completions = await session.generate("The film was")
+        async for chunk in session.stream("The film was"):
+            print(chunk.text)
+
+Sequences are `Sequence(prompt, completion)`, each part a text or token ids; per-token arrays are float32 of shape [t],
+one number per token of the completion. Whatever a server refuses is raised as an `OnebaseError`, which names the field
+that is to blame; `onebase.client.errors` draws the tree. What may be repeated safely is repeated by the client.
 """
 
+from onebase.client.aio import AsyncClient, AsyncPolicy, AsyncSession, AsyncStream
+from onebase.client.aio import connect as connect_async
 from onebase.client.client import Client, connect
 from onebase.client.errors import (
     AbortedError,
@@ -41,17 +61,26 @@ from onebase.client.types import (
     AdapterKind,
     AdapterVersion,
     BaseModel,
+    Chat,
+    ChatMessage,
     Completion,
     CompletionChunk,
     Content,
+    CrossEntropyLoss,
+    CustomLoss,
+    DpoLoss,
     FinishReason,
     ForwardBackward,
+    ImportanceSamplingLoss,
     Logprobs,
     LoraSpec,
+    Loss,
     OptimStep,
+    Pooling,
     PpoLoss,
     QueueStatus,
     Reward,
+    RewardTerm,
     SamplingParams,
     SavedAdapter,
     Score,
@@ -64,6 +93,7 @@ from onebase.client.types import (
     SessionStatus,
     Tokens,
     TrainingSequence,
+    ValueLoss,
 )
 
 __all__ = [
@@ -74,30 +104,43 @@ __all__ = [
     "AdapterKind",
     "AdapterVersion",
     "AlreadyExistsError",
+    "AsyncClient",
+    "AsyncPolicy",
+    "AsyncSession",
+    "AsyncStream",
     "BaseModel",
     "CancelledError",
+    "Chat",
+    "ChatMessage",
     "Client",
     "Completion",
     "CompletionChunk",
     "Content",
+    "CrossEntropyLoss",
+    "CustomLoss",
     "DataLossError",
     "DeadlineExceededError",
+    "DpoLoss",
     "FailedPreconditionError",
     "FinishReason",
     "ForwardBackward",
+    "ImportanceSamplingLoss",
     "InternalError",
     "InvalidArgumentError",
     "Logprobs",
     "LoraSpec",
+    "Loss",
     "NotFoundError",
     "OnebaseError",
     "OptimStep",
     "PermissionDeniedError",
     "Policy",
+    "Pooling",
     "PpoLoss",
     "QueueStatus",
     "ResourceExhaustedError",
     "Reward",
+    "RewardTerm",
     "SamplingParams",
     "SavedAdapter",
     "Score",
@@ -115,5 +158,7 @@ __all__ = [
     "UnauthenticatedError",
     "UnavailableError",
     "UnimplementedError",
+    "ValueLoss",
     "connect",
+    "connect_async",
 ]

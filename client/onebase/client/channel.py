@@ -34,6 +34,15 @@ def open_channel(target: str) -> grpc.Channel:
     Raises:
         ValueError: there is no port in it.
     """
+    return grpc.insecure_channel(_checked(target), options=OPTIONS)
+
+
+def open_async_channel(target: str) -> grpc.aio.Channel:
+    """The same for asyncio; belongs to the event loop that runs now."""
+    return grpc.aio.insecure_channel(_checked(target), options=OPTIONS)
+
+
+def _checked(target: str) -> str:
     if ":" not in target:
         raise ValueError(f"target {target!r} has no port; give host and port, such as 127.0.0.1:7070")
-    return grpc.insecure_channel(target, options=OPTIONS)
+    return target

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import random
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -12,9 +10,10 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
 
+from onebase.client.attempts import Attempts
 from onebase.client.channel import open_channel
 from onebase.client.codec.rpc import Call
-from onebase.client.errors import CancelledError, DeadlineExceededError, OnebaseError, translate
+from onebase.client.errors import CancelledError, OnebaseError, translate
 from onebase.client.retry import Backoff
 
 Result = TypeVar("Result")
@@ -53,7 +52,7 @@ class Transport:
                 answer = self.invoke(lambda remaining: send(call.request, timeout=remaining), attempts.remaining())
                 return call.read(answer)
             except grpc.RpcError as error:
-                attempts.wait_after(translate(error, call.rpc.method))
+                self.sleep(attempts.delay_after(translate(error, call.rpc.method)))
 
     def stream(self, call: Call[Result], timeout: float | None = None) -> Stream[Result]:
         """Sends a call whose answer is a stream, and gives it to be read."""
@@ -69,7 +68,7 @@ class Transport:
     def attempts(self, call: Call[Any], timeout: float | None) -> Attempts:
         """The attempts of one call, of which the clock starts now."""
         seconds = self._timeout if timeout is None else timeout
-        return Attempts(self, self._backoff, repeatable=call.rpc.repeatable, seconds=seconds)
+        return Attempts(self._backoff, repeatable=call.rpc.repeatable, seconds=seconds)
 
     def invoke(self, send: Callable[[float], Answer], remaining: float) -> Answer:
         """Sends once, unless the transport was closed."""
@@ -89,35 +88,6 @@ class Transport:
         """Cancels what is under way and closes the channel; may be called twice."""
         self._closed.set()
         self._channel.close()
-
-
-class Attempts:
-    """One call's attempts up to its deadline."""
-
-    def __init__(self, transport: Transport, backoff: Backoff, *, repeatable: bool, seconds: float) -> None:
-        self._transport = transport
-        self._backoff = backoff
-        self._repeatable = repeatable
-        self._deadline = time.monotonic() + seconds
-        self._failed = 0
-        self._last: OnebaseError | None = None
-
-    def remaining(self) -> float:
-        """Seconds until the deadline; at least 0."""
-        return max(0.0, self._deadline - time.monotonic())
-
-    def wait_after(self, failure: OnebaseError) -> None:
-        """Returns when it is time for the next attempt; raises the failure if there is to be none."""
-        delay = None
-        if self._repeatable:
-            delay = self._backoff.delay(failure, self._failed, self.remaining(), random.random())
-        if delay is None:
-            # An attempt that the deadline cut short hides why it was not the first one.
-            hidden = self._last if isinstance(failure, DeadlineExceededError) else None
-            raise (hidden or failure) from None
-        self._last = failure
-        self._failed += 1
-        self._transport.sleep(delay)
 
 
 class ServerStream(Protocol[Item]):
@@ -162,7 +132,7 @@ class Stream(Generic[Result]):
     def _begin_again(self, failure: OnebaseError) -> None:
         if self._received:
             raise failure from None
-        self._attempts.wait_after(failure)
+        self._transport.sleep(self._attempts.delay_after(failure))
         self._stream = self._transport.begin(self._call, self._attempts.remaining())
         if self._closed:
             self._stream.cancel()

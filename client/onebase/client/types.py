@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 Tokens: TypeAlias = "NDArray[np.integer[Any]] | SequenceABC[int]"
-Content: TypeAlias = "str | NDArray[np.integer[Any]] | SequenceABC[int]"
-"""A text, or token ids of the base model."""
-
 Floats: TypeAlias = "NDArray[np.float32]"
 
-AdapterKind: TypeAlias = Literal["policy", "reward", "reference"]
+AdapterKind: TypeAlias = Literal["policy", "reward", "reference", "critic"]
+Pooling: TypeAlias = Literal["last_token", "last_not_pad"]
+"""Where a score is read: at the last token, or at the last one that is not the padding token, as transformers' sequence
+classifiers do."""
 FinishReason: TypeAlias = Literal["eos", "stop_string", "stop_token", "length"]
 ScoreOutput: TypeAlias = Literal["logprobs", "reference_logprobs", "values", "rewards", "entropy"]
 
@@ -29,8 +29,29 @@ BASE = "base"
 
 
 @dataclass(frozen=True)
+class ChatMessage:
+    """One message of a conversation."""
+
+    role: str
+    """Who says it, as the base's chat template knows it: "system", "user", "assistant", …"""
+    content: str
+    """What is said."""
+
+
+Chat: TypeAlias = "SequenceABC[ChatMessage | Mapping[str, Any]]"
+"""A conversation, at least one message; {"role": …, "content": …} is one too, as transformers and TRL write it."""
+
+Content: TypeAlias = "str | NDArray[np.integer[Any]] | SequenceABC[int] | Chat"
+"""A text, token ids of the base model, or a conversation that the base's chat template turns into tokens."""
+
+
+@dataclass(frozen=True)
 class Sequence:
-    """A prompt and what followed it, as text or token ids."""
+    """A prompt and what followed it, each as text, token ids or a conversation.
+
+    A completion may be a conversation where the prompt is one, and means what the chat template adds for it. For
+    rewards both are rendered as one, and the prompt may be empty ([]).
+    """
 
     prompt: Content
     completion: Content
@@ -103,6 +124,10 @@ class Adapter:
     pending_gradients: int
     create_time: float
     source: str
+    append_eos: bool | None = None
+    """Whether a reward adapter declares that it reads an end-of-sequence token behind a text; None says nothing."""
+    pooling: Pooling | None = None
+    """Where a reward adapter's score is read; None for other kinds."""
 
     @property
     def total_bytes(self) -> int:
@@ -149,27 +174,50 @@ class Logprobs:
     logprobs: Floats  # [t]
     entropy: Floats | None  # [t], nats
     values: Floats | None  # [t]
-    completion_tokens: NDArray[np.int32] | None  # [t], where the completion was given as text
+    completion_tokens: NDArray[np.int32] | None  # [t], where the completion was not given as ids
     adapter: AdapterVersion
+    logits: Floats | None = None  # [t, vocabulary]
+
+
+@dataclass(frozen=True)
+class RewardTerm:
+    """A reward adapter, or a label of one, and its share of the reward."""
+
+    adapter: str
+    """Its name on the server."""
+    weight: float = 1.0
+    """Its weight in the sum; a negative one turns the reward around."""
+    label: int | None = None
+    """Which of its labels; needed where it has several."""
+
+    @property
+    def key(self) -> str:
+        """What results call it: "adapter", or "adapter[label]" where a label is named."""
+        return self.adapter if self.label is None else f"{self.adapter}[{self.label}]"
 
 
 @dataclass(frozen=True)
 class Reward:
-    """Scores of one sequence."""
+    """Scores of one sequence. A term is called "adapter", or "adapter[label]" where a label was named."""
 
     scores: Mapping[str, float]
-    """Score at the last real token, by reward adapter."""
+    """Raw score by term, read where the pooling rule says."""
     token_scores: Mapping[str, Floats] | None
-    """Score at every token of prompt and completion, by reward adapter, if asked for."""
-    tokens: int
-    eos_appended: bool
+    """Score at every token of prompt and completion, [tokens], by term, if asked for."""
+    reward: float
+    """The weighted sum of the scores."""
+    tokens: Mapping[str, int]
+    """Number of tokens that were read, an appended end-of-sequence token included, by term."""
+    eos_appended: Mapping[str, bool]
+    """Whether an end-of-sequence token was appended, by term."""
     versions: Mapping[str, int]
+    """Version of the adapter, by term."""
 
     @property
     def score(self) -> float:
-        """The only score; ValueError if several reward adapters answered."""
+        """The only score; ValueError if there are several terms."""
         if len(self.scores) != 1:
-            raise ValueError(f"{len(self.scores)} reward adapters answered ({', '.join(self.scores)}); use .scores")
+            raise ValueError(f"{len(self.scores)} reward terms answered ({', '.join(self.scores)}); use .scores")
         return next(iter(self.scores.values()))
 
 
@@ -181,35 +229,102 @@ class Score:
     reference_logprobs: Floats | None  # [t]
     values: Floats | None  # [t]
     entropy: Floats | None  # [t], nats
-    scores: Mapping[str, float]  # raw, by reward adapter
+    scores: Mapping[str, float]  # raw, by reward term: "adapter", or "adapter[label]" where a label was named
     reward: float  # weighted sum of the scores
     completion_tokens: NDArray[np.int32] | None
-    eos_appended: bool
+    eos_appended: Mapping[str, bool]  # by reward term
     policy: AdapterVersion
     reference: AdapterVersion
+    critic: AdapterVersion | None = None  # the critic that gave the values, if one was named
 
 
 @dataclass(frozen=True)
 class TrainingSequence:
-    """A sequence to train on; arrays have one number per completion token."""
+    """A sequence to train on; arrays have one number per completion token.
+
+    Each loss says which arrays it needs. What it needs and is not given, or is given and does not use, is refused.
+    """
 
     prompt: Content
     completion: Content
-    old_logprobs: Floats
-    old_values: Floats
-    advantages: Floats
-    returns: Floats
+    old_logprobs: Floats | None = None
+    """Logprobs under the policy that sampled."""
+    old_values: Floats | None = None
+    """Values at that time."""
+    advantages: Floats | None = None
+    returns: Floats | None = None
     mask: NDArray[np.bool_] | None = None
+    """Which tokens count; None counts all."""
+    reference_logprobs: Floats | None = None
+    """Logprobs under the reference."""
+    weights: Floats | None = None
+    """What each token's term weighs in the loss's sum; None is 1. They do not change the denominator."""
+    logprob_gradients: Floats | None = None
+    """d loss / d logprob of each token."""
+    value_gradients: Floats | None = None
+    """d loss / d value before each token."""
+    entropy_gradients: Floats | None = None
+    """d loss / d entropy before each token."""
 
 
 @dataclass(frozen=True)
 class PpoLoss:
-    """Settings of the clipped PPO loss, with TRL 0.11.4's defaults."""
+    """The clipped PPO loss, with TRL 0.11.4's defaults: old_logprobs, advantages, old_values, returns.
+
+    Without a vf_coef no value head is needed, and old_values and returns only give statistics.
+    """
 
     cliprange: float = 0.2
     cliprange_value: float = 0.2
     vf_coef: float = 0.1
+    """Weight of the value loss."""
     ratio_threshold: float = 10.0
+    """A batch whose mean ratio exceeds this adds zero gradients."""
+    cliprange_high: float | None = None
+    """The upper clip range of the ratio; None is cliprange."""
+    kl_coef: float = 0.0
+    """Weight of exp(d) - d - 1 with d = reference_logprobs - logprobs, which are then needed."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy, which is subtracted."""
+
+
+@dataclass(frozen=True)
+class ImportanceSamplingLoss:
+    """The policy gradient with importance sampling, -A·ratio, not clipped: old_logprobs and advantages."""
+
+
+@dataclass(frozen=True)
+class CrossEntropyLoss:
+    """The negative logprob of every token that counts: supervised fine-tuning. It needs no array."""
+
+
+@dataclass(frozen=True)
+class DpoLoss:
+    """Direct preference optimization: reference_logprobs, of sequences in pairs, chosen then rejected."""
+
+    beta: float = 0.1
+    """How strongly to hold to the reference."""
+    label_smoothing: float = 0.0
+    """Share of the pairs that may be labelled the wrong way round, in [0, 0.5)."""
+
+
+@dataclass(frozen=True)
+class CustomLoss:
+    """The client's own loss, by its derivatives: one or several of logprob_, value_ and entropy_gradients.
+
+    They are derivatives of a sum: unless a denominator is given, nothing divides them.
+    """
+
+
+@dataclass(frozen=True)
+class ValueLoss:
+    """The clipped value loss alone, for a critic: old_values and returns. Its pass gives no logprobs."""
+
+    cliprange_value: float = 0.2
+
+
+Loss: TypeAlias = PpoLoss | ImportanceSamplingLoss | CrossEntropyLoss | DpoLoss | CustomLoss | ValueLoss
+"""What a forward and backward pass can compute."""
 
 
 @dataclass(frozen=True)
@@ -229,11 +344,15 @@ class ForwardBackward:
 
     adapter: AdapterVersion
     metrics: Mapping[str, float]
-    """TRL's names without "ppo/": loss/policy, loss/value, loss/total, policy/entropy, policy/approxkl, …"""
+    """loss/total and the loss's other numbers, for PPO under TRL's names without "ppo/": policy/approxkl, …"""
     logprobs: tuple[Floats, ...]
+    """[t] per sequence; none from a ValueLoss."""
     values: tuple[Floats, ...]
+    """[t] per sequence; none without a value head."""
     ratio_threshold_exceeded: bool
     pending_gradients: int
+    entropy: tuple[Floats, ...] = ()
+    """[t] per sequence, nats; none from a ValueLoss."""
 
 
 @dataclass(frozen=True)
@@ -287,6 +406,8 @@ class BaseModel:
     """How the weights of its linear layers are kept: none (in its dtype), int8 or nf4."""
     exact: bool
     """Whether Generate's logprobs and values are Logprob's bit for bit: then PPO takes its old ones from there."""
+    chat_template: bool
+    """Whether its tokenizer can render conversations."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from onebase.server.jobs import Pooling
 from onebase.server.names import BASE_NAME, problem
 
 
@@ -59,12 +60,18 @@ class EngineConfig:
     """Most tokens of the micro-batches in one training step; their activations are held until the backward pass."""
     exact: str = "auto"
     """on, off or auto: whether Generate's numbers are Logprob's bit for bit; auto is on a CPU where it can be shown."""
+    kernels: str = "auto"
+    """on, off or auto: Triton kernels make the adapters' products except in training; auto: on CUDA, if they can."""
     gradient_checkpointing: bool = False
     """Keep no activations inside layers while training: a third more time, far less memory."""
     version_window: int = 0
     """How many old versions of each policy can still be asked for by number; each costs its weights."""
     trust_remote_code: bool = False
     """Run Python that comes with the model."""
+    tokenizer: str = ""
+    """A hub id or a directory with another tokenizer than the model's own; empty is the model's."""
+    chat_template: Path | None = None
+    """A file with the Jinja template of conversations; None is the tokenizer's own, if it has one."""
 
     def __post_init__(self) -> None:
         _require(bool(self.model), "model", self.model, "give a hub id or a directory")
@@ -85,7 +92,12 @@ class EngineConfig:
         _require(self.version_window >= 0, "version_window", self.version_window, "use 0 or more")
         for key, value in (("step_tokens", self.step_tokens), ("train_tokens", self.train_tokens)):
             _require(value == 0 or value >= 16, key, value, "use 16 or more, or 0 for what suits the device")
-        _require(self.exact in ("auto", "on", "off"), "exact", self.exact, "use auto, on or off")
+        for key, choice in (("exact", self.exact), ("kernels", self.kernels)):
+            _require(choice in ("auto", "on", "off"), key, choice, "use auto, on or off")
+        both = self.exact == "on" and self.kernels == "on"
+        _require(not both, "kernels", self.kernels, "an exact engine's products are torch's: use auto or off")
+        template = self.chat_template
+        _require(template is None or template.is_file(), "chat_template", str(template), "there is no such file")
 
     def budget(self, device: str) -> Budget:
         """The budget on a device, such as cpu or cuda:0."""
@@ -115,6 +127,10 @@ class AdapterSource:
 
     name: str
     path: Path | None
+    append_eos: bool | None = None
+    """Whether an end-of-sequence token belongs behind what this reward reads; None is what its manifest says."""
+    pooling: Pooling | None = None
+    """Where this reward's score is read; None is what its manifest says."""
 
 
 @dataclass(frozen=True)
@@ -129,13 +145,14 @@ class ServerConfig:
     rewards: tuple[AdapterSource, ...] = ()
     policies: tuple[AdapterSource, ...] = ()
     references: tuple[AdapterSource, ...] = ()
+    critics: tuple[AdapterSource, ...] = ()
     roots: tuple[Path, ...] = ()
     """Directories under which adapters may be loaded and saved; relative paths mean the first."""
     limits: Limits = Limits()
     drain_seconds: float = 30.0
     """How long work in flight may go on after SIGTERM."""
     policy_rank: int = 16
-    """LoRA rank of the policies made here from the start."""
+    """LoRA rank of the policies and critics made here from the start."""
     policy_alpha: float = 32.0
     """LoRA alpha of the same."""
 
@@ -152,7 +169,7 @@ class ServerConfig:
         self._check_adapters()
 
     def _check_adapters(self) -> None:
-        names = [source.name for source in (*self.rewards, *self.policies, *self.references)]
+        names = [source.name for source in (*self.rewards, *self.policies, *self.references, *self.critics)]
         for name in names:
             wrong = problem(name)
             _require(wrong is None, "adapter", name, f"this name {wrong}")

@@ -27,6 +27,9 @@ BASE = 0
 Tokens = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
+Message = Mapping[str, str]
+"""One message of a conversation, in transformers' words: its "role" and its "content"."""
+
 
 class AdapterKind(enum.Enum):
     """What an adapter is for."""
@@ -34,6 +37,21 @@ class AdapterKind(enum.Enum):
     POLICY = "policy"
     REWARD = "reward"
     REFERENCE = "reference"
+    CRITIC = "critic"
+
+    @property
+    def trained(self) -> bool:
+        """Whether its adapters are trained, and so leased; the others are frozen and shared by everybody."""
+        return self in (AdapterKind.POLICY, AdapterKind.CRITIC)
+
+
+class Pooling(enum.Enum):
+    """Where a reward adapter's score is read."""
+
+    LAST_TOKEN = "last_token"
+    """The last token, whatever it is."""
+    LAST_NOT_PAD = "last_not_pad"
+    """The last token that is not the padding token, as transformers' sequence classifiers do."""
 
 
 class Work(enum.Enum):
@@ -90,6 +108,10 @@ class AdapterFacts:
     parameter_count: int
     memory: AdapterMemory
     pending_gradients: int
+    append_eos: bool | None = (
+        None  # whether a reward declares that it reads an end-of-sequence token; None says nothing
+    )
+    pooling: Pooling = Pooling.LAST_TOKEN  # of a reward
 
 
 # ---------------------------------------------------------------------------------------------------- results
@@ -97,13 +119,14 @@ class AdapterFacts:
 
 @dataclass(frozen=True)
 class RowResult:
-    """Numbers of one scored row; what was not asked for is None. t completion tokens, T tokens in all."""
+    """Numbers of one scored row; what was not asked for is None. t completion tokens, T tokens in all, L labels."""
 
     logprobs: Floats | None = None  # [t]
     entropy: Floats | None = None  # [t], nats
     values: Floats | None = None  # [t]
-    score: float | None = None  # at the last token
-    token_scores: Floats | None = None  # [T]
+    scores: Floats | None = None  # [L], at the token `score_at`
+    token_scores: Floats | None = None  # [T, L]
+    logits: Floats | None = None  # [t, vocabulary]
 
 
 @dataclass(frozen=True)
@@ -130,12 +153,13 @@ class CompletionChunk:
 
 @dataclass(frozen=True)
 class ForwardBackwardResult:
-    """Metrics of the pass, and the numbers under the current weights, one array per row."""
+    """Metrics of the pass, and the numbers under the current weights, one array per row, or none."""
 
     version: int
     metrics: Mapping[str, float]
-    logprobs: tuple[Floats, ...]
-    values: tuple[Floats, ...]
+    logprobs: tuple[Floats, ...]  # [t]; none where the loss needs no logits
+    entropy: tuple[Floats, ...]  # [t], nats; none where the loss needs no logits
+    values: tuple[Floats, ...]  # [t]; none without a value head
     ratio_threshold_exceeded: bool
     facts: AdapterFacts
 
@@ -174,6 +198,8 @@ class ScoreRow:
     values: bool = False
     score: bool = False
     token_scores: bool = False
+    logits: bool = False
+    score_at: int = -1  # index of the token at which the score is read; it depends on none behind that
 
 
 @dataclass(frozen=True)
@@ -194,15 +220,23 @@ class Sampling:
 
 @dataclass(frozen=True)
 class TrainRow:
-    """A sequence to train on. All arrays have t entries; `mask` is True where a token counts."""
+    """A sequence to train on. All arrays have t entries; what its loss does not use is None.
+
+    `mask` is True where a token counts; `weights` is what its term weighs in the loss's sum, None is 1.
+    """
 
     tokens: Tokens
     start: int
-    old_logprobs: Floats
-    old_values: Floats
-    advantages: Floats
-    returns: Floats
+    old_logprobs: Floats | None
+    old_values: Floats | None
+    advantages: Floats | None
+    returns: Floats | None
     mask: NDArray[np.bool_]
+    reference_logprobs: Floats | None = None
+    weights: Floats | None = None
+    logprob_gradients: Floats | None = None
+    value_gradients: Floats | None = None
+    entropy_gradients: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -213,6 +247,42 @@ class PpoLoss:
     cliprange_value: float = 0.2
     vf_coef: float = 0.1
     ratio_threshold: float = 10.0
+    cliprange_high: float | None = None  # None is cliprange
+    kl_coef: float = 0.0
+    entropy_coef: float = 0.0
+
+
+@dataclass(frozen=True)
+class ImportanceSamplingLoss:
+    """The policy gradient with importance sampling."""
+
+
+@dataclass(frozen=True)
+class CrossEntropyLoss:
+    """Supervised fine-tuning."""
+
+
+@dataclass(frozen=True)
+class DpoLoss:
+    """Settings of direct preference optimization; rows come in pairs, chosen then rejected."""
+
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class CustomLoss:
+    """A loss that the client gives by its derivatives."""
+
+
+@dataclass(frozen=True)
+class ValueLoss:
+    """Settings of the clipped value loss alone."""
+
+    cliprange_value: float = 0.2
+
+
+Loss = PpoLoss | ImportanceSamplingLoss | CrossEntropyLoss | DpoLoss | CustomLoss | ValueLoss
 
 
 @dataclass(frozen=True)
@@ -285,15 +355,58 @@ class GenerateJob(Job[None]):
 
 @dataclass(eq=False, kw_only=True)
 class ForwardBackwardJob(Job[ForwardBackwardResult]):
-    """Rows to train one adapter on. `denominator` None is the number of tokens that count."""
+    """Rows to train one adapter on. `denominator` None is `count`."""
 
     adapter: int
     rows: Sequence[TrainRow]
-    loss: PpoLoss
+    loss: Loss
     denominator: float | None = None
     expected_version: int | None = None
 
     work = Work.TRAIN
+
+    @property
+    def rows_per_term(self) -> int:
+        """How many rows, one after the other, one term of the loss needs: they must share a micro-batch."""
+        return 2 if isinstance(self.loss, DpoLoss) else 1
+
+    @property
+    def count(self) -> float:
+        """How many terms there are: tokens that count, or pairs. Of a custom loss, whose derivatives say all, 1."""
+        match self.loss:
+            case DpoLoss():
+                return len(self.rows) / self.rows_per_term
+            case CustomLoss():
+                return 1.0
+            case _:
+                return float(sum(int(row.mask.sum()) for row in self.rows))
+
+    @property
+    def needs_logprobs(self) -> bool:
+        """Whether logits are needed at all."""
+        return not isinstance(self.loss, ValueLoss)
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether the loss depends on a value head."""
+        match self.loss:
+            case PpoLoss(vf_coef=vf_coef):
+                return vf_coef > 0
+            case CustomLoss():
+                return any(row.value_gradients is not None for row in self.rows)
+            case loss:
+                return isinstance(loss, ValueLoss)
+
+    @property
+    def needs_entropy_gradient(self) -> bool:
+        """Whether the loss depends on the entropy, whose derivative costs another product with the embedding."""
+        match self.loss:
+            case PpoLoss(entropy_coef=entropy_coef):
+                return entropy_coef > 0
+            case CustomLoss():
+                return any(row.entropy_gradients is not None for row in self.rows)
+            case _:
+                return False
 
 
 @dataclass(eq=False, kw_only=True)
@@ -317,13 +430,15 @@ class DropGradientsJob(Job[AdapterFacts]):
 
 @dataclass(eq=False, kw_only=True)
 class CreateAdapterJob(Job[AdapterFacts]):
-    """Makes a fresh policy under a new uid."""
+    """Makes a policy or critic under a new uid: fresh, or a copy of the adapter `init_from`, which ignores `lora`."""
 
     uid: int
     name: str  # for messages only
     lora: LoraSpec
     value_head: bool
     seed: int = 0
+    kind: AdapterKind = AdapterKind.POLICY
+    init_from: int | None = None
 
 
 @dataclass(eq=False, kw_only=True)
@@ -338,6 +453,8 @@ class LoadAdapterJob(Job[AdapterFacts]):
     with_optimizer: bool = False
     seed: int = 0
     least_version: int = 0
+    append_eos: bool | None = None  # of a reward; None is what its manifest says
+    pooling: Pooling | None = None  # of a reward; None is what its manifest says
 
 
 @dataclass(eq=False, kw_only=True)
@@ -385,6 +502,7 @@ class BaseFacts:
     bos_token_id: int | None
     quantization: str = "none"  # none, int8 or nf4: how the linear layers' weights are kept
     exact: bool = False  # whether Generate's logprobs and values equal Logprob's bit for bit
+    chat_template: bool = False  # whether its tokenizer can render conversations
 
     @property
     def precision(self) -> str:

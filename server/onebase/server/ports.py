@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
-from onebase.server.jobs import BaseFacts, Job, Tokens, WorkerStatus
+from onebase.server.jobs import BaseFacts, Job, Message, Tokens, WorkerStatus
 
 
 class WorkerLike(Protocol):
@@ -50,4 +51,27 @@ class TextLike(Protocol):
 
     def encode_joined(self, prompt: str, completion: str) -> Tokens:
         """Token ids of the two texts as one string, with special tokens: what reward models read."""
+        ...
+
+    def encode_chat(self, messages: Sequence[Message], *, generation_prompt: bool) -> Tokens:
+        """Token ids of a conversation as the chat template renders it.
+
+        Args:
+            messages: at least one.
+            generation_prompt: whether what begins the next answer stands behind them.
+
+        Raises:
+            ValueError: the template refuses these messages; the message says why.
+        """
+        ...
+
+    def encode_reply(self, prompt: Sequence[Message], completion: Sequence[Message]) -> Tokens | None:
+        """Token ids of what the chat template adds to a prompt, as `encode_chat` renders it, for a completion.
+
+        Returns:
+            None if the template renders the prompt in another way once the completion stands behind it.
+
+        Raises:
+            ValueError: the template refuses these messages; the message says why.
+        """
         ...

@@ -131,12 +131,13 @@ class Completion:
     task: GenerateTask
     prompt_index: int
     completion_index: int
-    detokenizer: Detokenizer | None
     slot: int = -1
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
     text: str = ""
+    detokenizer: Detokenizer | None = None  # from when its text is wanted
+    read_tokens: int = 0  # by the detokenizer
     sent_tokens: int = 0
     sent_text: int = 0
 
@@ -184,13 +185,15 @@ class Completion:
             reason = FinishReason.EOS
         elif len(self.tokens) >= sampling.max_new_tokens:
             reason = FinishReason.LENGTH
+        if self.detokenizer is None and (reason is not None or sampling.stop or self.task.job.stream_tokens):
+            self.detokenizer = engine.detokenizer(self.task.job.prompts[self.prompt_index])
         if self.detokenizer is not None:
-            self.text += self.detokenizer.add(drawn.token, last=reason is not None)
-            stops = [at for stop in sampling.stop if (at := self.text.find(stop, max(0, self.sent_text))) >= 0]
-            if stops:
+            fresh, searched = self.tokens[self.read_tokens :], len(self.text)
+            self.read_tokens = len(self.tokens)
+            self.text += self.detokenizer.add(fresh, last=reason is not None)
+            found = (self.text.find(stop, max(0, self.sent_text, searched - len(stop) + 1)) for stop in sampling.stop)
+            if stops := [at for at in found if at >= 0]:
                 self.text, reason = self.text[: min(stops)], FinishReason.STOP_STRING
-        elif reason is not None:
-            self.text = engine.text.decode(self.tokens)
         return reason
 
     def chunk(self, reason: FinishReason | None) -> CompletionChunk:
@@ -250,7 +253,7 @@ class GenerateTask(Task[GenerateJob]):
         self.filling: list[Prefill] = []  # several short prompts, or one long one
         self._step_tokens = step_tokens
         self._together = step_tokens // SHARE
-        self._waiting = [Completion(self, p, c, None) for p in range(len(job.prompts)) for c in range(job.n)]
+        self._waiting = [Completion(self, p, c) for p in range(len(job.prompts)) for c in range(job.n)]
         self._waiting.reverse()
 
     def begin(self, engine: Engine) -> None:
@@ -269,9 +272,6 @@ class GenerateTask(Task[GenerateJob]):
                 field="sampling.max_new_tokens",
             )
         self.weights = engine.bind(self.job.adapter, self.job.version)
-        if self.job.stream_tokens or self.job.sampling.stop:
-            for completion in self._waiting:
-                completion.detokenizer = engine.detokenizer()
 
     def release(self, engine: Engine) -> None:
         """Gives the version and the slots back."""
@@ -400,7 +400,7 @@ class PassTask(Task[ForwardBackwardJob]):
         super().__init__(job)
         self.adapter = job.adapter
         self.state: Pass | None = None
-        self._batches = micro_batches([len(row.tokens) for row in job.rows], train_tokens)
+        self._batches = micro_batches([len(row.tokens) for row in job.rows], train_tokens, job.rows_per_term)
         self._batches.reverse()
 
     def begin(self, engine: Engine) -> None:
@@ -433,12 +433,17 @@ class StepTask(Task[OptimStepJob | DropGradientsJob]):
         return 0
 
 
-def micro_batches(costs: Sequence[int], most: int) -> list[tuple[int, int]]:
-    """Cuts rows, in their order, into (rows, tokens) of at most so many tokens; a longer row stands alone."""
+def micro_batches(costs: Sequence[int], most: int, together: int = 1) -> list[tuple[int, int]]:
+    """Cuts rows, in their order, into (rows, tokens) of at most so many tokens; a longer row stands alone.
+
+    Only between groups of `together` rows is there a cut, so a longer group stands alone too.
+    """
     found: list[tuple[int, int]] = []
-    for cost in costs:
+    for first in range(0, len(costs), together):
+        group = costs[first : first + together]
+        cost = sum(group)
         if found and found[-1][1] + cost <= most:
-            found[-1] = (found[-1][0] + 1, found[-1][1] + cost)
+            found[-1] = (found[-1][0] + len(group), found[-1][1] + cost)
         else:
-            found.append((1, cost))
+            found.append((len(group), cost))
     return found

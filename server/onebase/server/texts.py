@@ -6,11 +6,14 @@ One text is one turn on that thread: a request with thousands of texts and one w
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
-from onebase.server.jobs import Tokens
+from onebase.server.jobs import Message, Tokens
 from onebase.server.ports import TextLike
+
+T = TypeVar("T")
 
 
 class Texts:
@@ -32,9 +35,17 @@ class Texts:
         """Token ids of prompt and completion as one string, with special tokens."""
         return await self._turn(lambda: self._text.encode_joined(prompt, completion))
 
+    async def chat(self, messages: Sequence[Message], *, generation_prompt: bool) -> Tokens:
+        """Token ids of a conversation, as `TextLike.encode_chat`; ValueError if the template refuses it."""
+        return await self._turn(lambda: self._text.encode_chat(messages, generation_prompt=generation_prompt))
+
+    async def reply(self, prompt: Sequence[Message], completion: Sequence[Message]) -> Tokens | None:
+        """Token ids of what the chat template adds for a completion, as `TextLike.encode_reply`."""
+        return await self._turn(lambda: self._text.encode_reply(prompt, completion))
+
     def close(self) -> None:
         """Ends the thread; texts that still wait are dropped."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    async def _turn(self, encode: Callable[[], Tokens]) -> Tokens:
+    async def _turn(self, encode: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, encode)

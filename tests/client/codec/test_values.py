@@ -6,7 +6,7 @@ from hypothesis.extra import numpy as hnp
 
 from onebase.client.codec import values
 from onebase.client.errors import InternalError
-from onebase.client.types import LoraSpec, Sequence
+from onebase.client.types import ChatMessage, LoraSpec, Sequence
 from onebase.v1 import types_pb2 as pb
 
 INT32 = st.integers(-(2**31), 2**31 - 1)
@@ -139,10 +139,55 @@ def test_half_a_character_is_refused_by_name():
         values.encode_sequences(Sequence("p", "\ud800"))
 
 
-@pytest.mark.parametrize("content", [b"bytes", 3, None, {1: 2}, iter([1])])
+@pytest.mark.parametrize("content", [b"bytes", 3, None, iter([1])])
 def test_other_contents_are_refused_by_name(content):
-    with pytest.raises(TypeError, match=r"sequences\[1\]\.prompt must be text or token ids, not "):
+    with pytest.raises(TypeError, match=r"sequences\[1\]\.prompt must be text, token ids or a list of messages, not "):
         values.encode_sequences([Sequence("p", "c"), Sequence(content, "c")])
+
+
+USER, ASSISTANT = {"role": "user", "content": "Hi"}, ChatMessage("assistant", "Hello! 😀")
+
+
+def test_a_conversation_is_sent_as_its_messages():
+    encoded = values.encode_sequence(Sequence([USER], [ASSISTANT]), "sequences[0]")
+
+    assert [(m.role, m.content) for m in encoded.prompt.chat.messages] == [("user", "Hi")]
+    assert [(m.role, m.content) for m in encoded.completion.chat.messages] == [("assistant", "Hello! 😀")]
+
+
+def test_what_datasets_fills_up_with_is_left_out():
+    encoded = values.encode_content([{**USER, "tool_calls": None}], "prompt")
+
+    assert [(m.role, m.content) for m in encoded.chat.messages] == [("user", "Hi")]
+
+
+@pytest.mark.parametrize(
+    ("chat", "error", "complaint"),
+    [
+        (USER, TypeError, r"prompt is one message; give a list"),
+        (ASSISTANT, TypeError, r"prompt is one message; give a list"),
+        ([USER, "Hi"], TypeError, r"prompt\[1\] must be a message .* not str"),
+        ([USER, {"role": "user"}], ValueError, r"prompt\[1\] must have \"role\" and \"content\", and has 'role'"),
+        ([{}], ValueError, r"prompt\[0\] must have .* and has nothing"),
+        ([{**USER, "name": "x"}], ValueError, r"prompt\[0\] must have .* 'name'"),
+        ([{"role": "user", "content": [{"type": "text"}]}], TypeError, r"prompt\[0\]\.content="),
+        ([{"role": "user", "content": "\ud800"}], ValueError, r"prompt\[0\]\.content="),
+    ],
+)
+def test_what_is_no_conversation_is_refused_by_name(chat, error, complaint):
+    with pytest.raises(error, match=complaint):
+        values.encode_content(chat, "prompt")
+
+
+def test_one_conversation_or_several():
+    roles = [
+        [[m.role for m in p.chat.messages] for p in values.encode_prompts(prompts)]
+        for prompts in ([USER, ASSISTANT], (USER,), [[USER], (USER, ASSISTANT)])
+    ]
+
+    assert roles == [[["user", "assistant"]], [["user"]], [["user"], ["user", "assistant"]]]
+    mixed = values.encode_prompts([[USER], "text", [1, 2]])
+    assert [p.WhichOneof("value") for p in mixed] == ["chat", "text", "tokens"]
 
 
 @pytest.mark.parametrize(
@@ -202,8 +247,8 @@ def test_a_setting_that_cannot_be_encoded_is_refused_by_name(lora, error):
 
 
 def test_a_name_is_one_of_those_there_are():
-    with pytest.raises(ValueError, match="kind must be one of policy, reward, reference, not 'critic'"):
-        values.encode_name(values.KINDS, "critic", "kind")
+    with pytest.raises(ValueError, match="kind must be one of policy, reward, reference, critic, not 'judge'"):
+        values.encode_name(values.KINDS, "judge", "kind")
     with pytest.raises(InternalError, match="99"):
         values.decode_name(values.KINDS, 99)
     for name, number in values.KINDS.items():
@@ -213,5 +258,5 @@ def test_a_name_is_one_of_those_there_are():
 
 def test_numbers_and_names_come_in_pairs():
     assert values.pair(["a", "b"], [1.0, 2.0]) == {"a": 1.0, "b": 2.0}
-    with pytest.raises(InternalError, match="3 numbers for 2 adapters"):
+    with pytest.raises(InternalError, match="3 numbers for 2 reward terms"):
         values.pair(["a", "b"], [1.0, 2.0, 3.0])

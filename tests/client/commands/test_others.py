@@ -29,6 +29,14 @@ def test_every_flag_reaches_the_server(run, server):
     assert (sampling.min_new_tokens, sampling.ignore_eos) == (1, True)
 
 
+def test_a_prompt_can_be_put_in_a_conversation(run, server):
+    assert run("generate", "Hi?", "--system", "Be brief.").code == 0
+    assert run("generate", "Hi?", "--chat").code == 0
+
+    said = [[(m.role, m.content) for m in r.prompts[0].chat.messages] for r in server.requests["Generate"]]
+    assert said == [[("system", "Be brief."), ("user", "Hi?")], [("user", "Hi?")]]
+
+
 def test_the_bare_base_writes_where_no_policy_is_named_with_a_seed_of_the_servers(run, server):
     run("generate", "ab")
 
@@ -90,15 +98,37 @@ def test_adapters_are_loaded_and_listed(run, server):
 
     shown = run("adapters")
     rows = [[cell.strip() for cell in line.split("│")] for line in shown.out.splitlines() if line.startswith("│")]
-    assert [row[1:4] + row[5:7] for row in rows] == [
-        ["helpful", "reward", "7", "375.0k", "1.4 MiB"],
-        ["policy_1", "policy", "7", "375.0k", "1.4 MiB"],
+    assert [row[1:5] + row[6:8] for row in rows] == [
+        ["helpful", "reward", "score", "7", "375.0k", "1.4 MiB"],
+        ["policy_1", "policy", "value", "7", "375.0k", "1.4 MiB"],
     ]
     listed = [json.loads(line) for line in run("adapters", "--json").out.splitlines()]
     assert [(adapter["name"], adapter["kind"], adapter["total_bytes"]) for adapter in listed] == [
         ("helpful", "reward", 1_501_000),
         ("policy_1", "policy", 1_501_000),
     ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "declared", "listed"),
+    [
+        ((), (None, 0), "score"),
+        (("--append-eos",), (True, 0), "score, eos"),
+        (("--no-append-eos", "--pooling", "last_not_pad"), (False, 2), "score, no eos, not pad"),
+        (("--pooling", "last_token"), (None, 1), "score"),
+    ],
+)
+def test_how_a_reward_reads_is_declared_and_listed(run, server, flags, declared, listed):
+    assert run("adapters", "load", "r", "there", "--kind", "reward", *flags).code == 0
+
+    (request,) = server.requests["LoadAdapter"]
+    assert (request.append_eos if request.HasField("append_eos") else None, request.pooling) == declared
+    assert f"│ {listed} │" in " ".join(run("adapters").out.split())
+
+
+def test_a_pooling_rule_that_is_none_is_wrong_usage(run, server):
+    assert run("adapters", "load", "a", "b", "--kind", "reward", "--pooling", "mean").code == 2
+    assert not server.requests["LoadAdapter"]
 
 
 @pytest.mark.usefixtures("two")
@@ -128,7 +158,7 @@ def test_an_adapter_that_is_not_there_is_told(run):
 
 
 def test_a_kind_that_is_none_is_wrong_usage(run, server):
-    assert run("adapters", "load", "a", "b", "--kind", "critic").code == 2
+    assert run("adapters", "load", "a", "b", "--kind", "judge").code == 2
     assert not server.requests["LoadAdapter"]
 
 

@@ -71,10 +71,49 @@ def test_json_lines_are_answered_in_kind_and_keep_what_else_they_hold(run):
     assert "ä" in shown.out
 
 
+def test_json_lines_may_hold_conversations(run, server):
+    user, assistant = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello 😀"}
+    lines = [
+        {"prompt": [user], "completion": [assistant]},
+        {"prompt": [user], "response": "text"},
+        {"messages": [user, assistant], "id": 1},
+    ]
+
+    shown = run("reward", stdin="".join(json.dumps(line) + "\n" for line in lines))
+
+    scores = ({"score": size, "scores": {"helpful": size}} for size in (7.0, 4.0, 9.0))
+    assert objects(shown.out) == [{**line, **more} for line, more in zip(lines, scores, strict=True)]
+    (request,) = server.requests["Reward"]
+    roles = [
+        [[m.role for m in content.chat.messages] for content in (s.prompt, s.completion)] for s in request.sequences
+    ]
+    assert roles == [[["user"], ["assistant"]], [["user"], []], [[], ["user", "assistant"]]]
+    assert request.sequences[1].completion.text == "text"
+    assert request.sequences[2].prompt.tokens.shape == [0]
+
+
+def test_texts_can_be_put_in_a_conversation(run, server):
+    assert run("reward", "Hi?", "Hello", "--system", "Be brief.").code == 0
+    assert run("reward", "--chat", stdin="Hi?\tHello\n").out == "5\tHi?\tHello\n"
+
+    with_system, without = (request.sequences[0] for request in server.requests["Reward"])
+    assert [(m.role, m.content) for m in with_system.prompt.chat.messages] == [("system", "Be brief."), ("user", "Hi?")]
+    assert [(m.role, m.content) for m in without.prompt.chat.messages] == [("user", "Hi?")]
+    assert [(m.role, m.content) for m in without.completion.chat.messages] == [("assistant", "Hello")]
+
+
 def test_lines_can_be_answered_with_json_always(run):
     assert objects(run("reward", "--json", stdin="p\tab").out) == [
         {"prompt": "p", "response": "ab", "score": 2.0, "scores": {"helpful": 2.0}}
     ]
+
+
+def test_a_label_of_an_adapter_is_asked_for_by_its_number(run, server):
+    shown = run("reward", "-a", "x[2]", "-a", "x[0]", "--json", stdin="p\tab\n")
+
+    assert objects(shown.out)[0]["scores"] == {"x[2]": 2.0, "x[0]": 102.0}
+    (request,) = server.requests["Reward"]
+    assert [(term.adapter, term.label) for term in request.rewards] == [("x", 2), ("x", 0)]
 
 
 def test_several_adapters_each_have_their_column(run):
@@ -100,6 +139,8 @@ def test_no_lines_are_no_error(run, server):
         (b"{not json\tat all", "line 2 is not JSON"),
         (b'{"prompt": "p"}', 'line 2 has no text "response"'),
         (b'{"prompt": 3, "response": "r"}', 'line 2 has no text "prompt"'),
+        (b'{"messages": "p"}', 'line 2 has no list of messages "messages"'),
+        (b'{"prompt": [{"role": "user"}], "response": "r"}', "line 2: sequences[0].prompt[0] must have"),
         (b"\xff\tr", "line 2 is not UTF-8"),
     ],
 )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from onebase.server.engine.kernels import LoraTable, LoraTables, Tiles, add_lora
+from onebase.server.engine.kernels import AdapterEntries, LoraTable, LoraTables, Tiles, add_lora
 from onebase.server.engine.lora import LoraPair
 
 GUARD = 64
@@ -26,8 +26,9 @@ class Layer:
     bounds: list[tuple[int, int]]
 
     def table(self, *, kernel: bool | None = None, capacity: int | None = None) -> LoraTable:
-        adapters = [{} if pair is None else {"layer": pair} for pair in self.pairs]
-        table = LoraTables(adapters, CPU, kernel=kernel, capacity=capacity).layer("layer")
+        shapes = {"layer": (self.x.shape[1], self.y.shape[1])}
+        adapters = [AdapterEntries({} if pair is None else {"layer": pair}, shapes, CPU) for pair in self.pairs]
+        table = LoraTables(adapters, kernel=kernel, capacity=capacity).layer("layer")
         if table is None:
             raise ValueError("no adapter has a pair")
         return table

@@ -15,7 +15,7 @@ import torch
 from engine.kernels.layers import CPU
 from support import environment
 
-from onebase.server.engine.kernels import LoraTables, Tiles
+from onebase.server.engine.kernels import AdapterEntries, LoraTables, Tiles
 from onebase.server.engine.kernels.table import FIELDS, LARGE_TILE, SMALL_TILE, Launch, LoraTable
 from onebase.server.engine.lora import LoraPair
 
@@ -27,10 +27,10 @@ SHARED_BYTES = 99 * 1024
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32", int: "i32"}
 
 
-def test_interpreted() -> None:
+@pytest.mark.parametrize("file", ["interpreted.py", "wired.py"])
+def test_interpreted(file: str) -> None:
     """Triton decides when it is imported whether it interprets, so these tests have a process of their own."""
-    tests = Path(__file__).with_name("interpreted.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name(file))]
     ran = subprocess.run(
         command, env=environment() | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=240
     )
@@ -38,12 +38,22 @@ def test_interpreted() -> None:
     assert re.search(r"^\d\d passed", ran.stdout, re.MULTILINE), ran.stdout
 
 
-def test_the_benchmark_runs_dry(tmp_path: Path) -> None:
-    script, out = Path(__file__).parents[3] / "benchmarks" / "gpu" / "segmented_lora.py", tmp_path / "out.json"
-    command = [sys.executable, str(script), "--dry-run", "--out", str(out)]
-    subprocess.run(command, env=environment(), stdout=subprocess.DEVNULL, check=True, timeout=240)
-    shapes = json.loads(out.read_text())["shapes"]
+def dry(script: str, out: Path) -> Any:
+    """What a benchmark of GPUs writes without one."""
+    command = [sys.executable, str(Path(__file__).parents[3] / "benchmarks" / "gpu" / script), "--dry-run", "--out"]
+    subprocess.run([*command, str(out)], env=environment(), stdout=subprocess.DEVNULL, check=True, timeout=240)
+    return json.loads(out.read_text())
+
+
+def test_the_benchmark_of_layers_runs_dry(tmp_path: Path) -> None:
+    shapes = dry("segmented_lora.py", tmp_path / "out.json")["shapes"]
     assert [sorted(shape["error"]) for shape in shapes] == [["exact", "kernel", "torch"]] * 2
+
+
+def test_the_benchmark_of_engine_steps_runs_dry(tmp_path: Path) -> None:
+    steps = dry("engine.py", tmp_path / "out.json")["steps"]
+    assert [step["past"] > 0 for step in steps] == [True, False]
+    assert all(0 < step["difference"] < 1e-4 for step in steps)
 
 
 def table(dtype: torch.dtype, rank_block: int, in_features: int, out_features: int) -> LoraTable:
@@ -96,7 +106,8 @@ def test_compiled_kernels_fit_and_move_16_bytes_at_a_time(
     monkeypatch.setattr(segmented_lora, "expand", expand)
     for rank in (16, 256):
         a, b = torch.zeros(rank, 4096, dtype=dtype), torch.zeros(2048, rank, dtype=dtype)
-        table = LoraTables([{"layer": LoraPair(a, b, 1.0, a, b)}], CPU).layer("layer")
+        entries = AdapterEntries({"layer": LoraPair(a, b, 1.0, a, b)}, {"layer": (4096, 2048)}, CPU)
+        table = LoraTables([entries]).layer("layer")
         x, y = torch.zeros(rows, 4096, dtype=dtype), torch.zeros(rows, 2048, dtype=dtype)
         segmented_lora.add_lora_(x, y, table, Tiles.of([(0, rows)], CPU))
         shrunk, expanded = shrink.compiled(arch), expand.compiled(arch)

@@ -4,15 +4,20 @@ import pytest
 import torch
 from engine.kernels.layers import CPU, make_layer
 
-from onebase.server.engine.kernels import LoraTables, Tiles
+from onebase.server.engine.kernels import AdapterEntries, LoraTables, Tiles
 from onebase.server.engine.kernels.table import FIELDS, LARGE_TILE, SMALL_TILE
 from onebase.server.engine.lora import LoraPair
 
+SHAPES = {"down": (8, 8), "gate": (8, 8), "layer": (8, 8), "up": (8, 8)}
 TRANSPOSED = torch.ones(8, 2)
 
 
 def pair(rank: int, in_features: int = 8, out_features: int = 8, dtype: torch.dtype = torch.float32) -> LoraPair:
     return LoraPair.of(torch.ones(rank, in_features), torch.ones(out_features, rank), 2.0, dtype)
+
+
+def entries(pairs: dict[str, LoraPair], shapes: dict[str, tuple[int, int]] = SHAPES) -> AdapterEntries:
+    return AdapterEntries(pairs, shapes, CPU)
 
 
 def covered(tiles: Tiles) -> list[tuple[int, int]]:
@@ -58,24 +63,25 @@ def test_capacity_pads_and_limits() -> None:
     with pytest.raises(ValueError, match="capacity of 2"):
         Tiles.of([(0, 40)], CPU, capacity=2)
     with pytest.raises(ValueError, match="capacity of 1"):
-        LoraTables([{"layer": pair(2)}, {"layer": pair(2)}], CPU, capacity=1)
+        LoraTables([entries({"layer": pair(2)}), entries({"layer": pair(2)})], capacity=1)
 
 
 def test_a_table_holds_addresses_and_copies_nothing() -> None:
     adapters = [{"up": pair(2), "down": pair(3)}, {"up": pair(5)}]
-    tables = LoraTables(adapters, CPU, capacity=3)
+    tables = LoraTables([entries(pairs) for pairs in adapters], capacity=3)
     down = tables.layer("down")
     assert down is not None
     assert down.pairs == (adapters[0]["down"], None)
     assert down.entries[1:].eq(0).all()
     assert down.entries[0, :3].tolist() == [down.pairs[0].compute_a.data_ptr(), down.pairs[0].compute_b.data_ptr(), 3]
     assert down.entries[0, 3].int().view(torch.float32).item() == 2.0
-    assert tables.entries.shape == (2, 3, FIELDS)
+    assert tables.entries.shape == (len(SHAPES), 3, FIELDS)
     assert tables.layer("gate") is None
+    assert tables.layer("down") is down
 
 
 def test_adapters_without_any_pair_make_no_table() -> None:
-    tables = LoraTables([{}, {}], CPU)
+    tables = LoraTables([entries({}), entries({})])
     assert tables.layer("layer") is None
     assert tables.launch is None
 
@@ -92,7 +98,7 @@ def test_adapters_without_any_pair_make_no_table() -> None:
     ],
 )
 def test_launch(dtype: torch.dtype, ranks: list[int], rank_block: int, width: int, multiple: int) -> None:
-    tables = LoraTables([{"layer": pair(rank, dtype=dtype)} for rank in ranks], CPU)
+    tables = LoraTables([entries({"layer": pair(rank, dtype=dtype)}) for rank in ranks])
     assert tables.launch is not None
     assert (tables.launch.rank_block, tables.width, tables.launch.rank_multiple) == (rank_block, width, multiple)
     assert tables.launch.dtype == dtype
@@ -103,14 +109,26 @@ def test_launch(dtype: torch.dtype, ranks: list[int], rank_block: int, width: in
     [
         (pair(2, in_features=9), r"'layer'.*\(2, 9\)"),
         (pair(2, out_features=9), r"'layer'.*\(9, 2\)"),
-        (pair(2, dtype=torch.bfloat16), "'layer'.*bfloat16"),
+        (LoraPair(torch.ones(2, 8), torch.ones(8, 2), 1.0, torch.ones(2, 8), torch.ones(8, 2).half()), "float16"),
         (LoraPair(TRANSPOSED.t(), TRANSPOSED, 1.0, TRANSPOSED.t(), TRANSPOSED), "contiguous"),
     ],
     ids=["in", "out", "dtype", "layout"],
 )
 def test_pairs_that_do_not_fit_are_refused_by_layer(other: LoraPair, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        LoraTables([{"layer": pair(2)}, {"layer": other}], CPU)
+        entries({"up": pair(2), "layer": other})
+
+
+def test_a_pair_for_no_layer_is_refused() -> None:
+    with pytest.raises(ValueError, match="'head' is none of the base's"):
+        entries({"head": pair(2)})
+
+
+def test_adapters_that_do_not_go_together_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"bfloat16, .*float32"):
+        LoraTables([entries({"layer": pair(2)}), entries({"layer": pair(2, dtype=torch.bfloat16)})])
+    with pytest.raises(ValueError, match="several bases"):
+        LoraTables([entries({}), entries({}, dict(SHAPES))])
 
 
 def test_a_table_keeps_its_tensors_alive() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onebase.trainer.config import TrainConfig
-from onebase.trainer.prompts import PromptRow
+from onebase.trainer.prompts import Prompt, PromptRow
 from onebase.trainer.rewards import Judge
 from onebase.trainer.rollout import roll_out
 from onebase.trainer.stats import standard_deviation
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Evaluation:
     """Completions of the evaluation's prompts, and what they are worth."""
 
-    prompts: tuple[str | list[int], ...]
+    prompts: tuple[Prompt, ...]
     completions: tuple[str, ...]
     rewards: tuple[float, ...]
     """The weighted sum that PPO maximizes."""

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -17,11 +17,15 @@ from onebase.trainer.parsing import ConfigError
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
+Prompt: TypeAlias = str | list[int] | list[dict[str, str]]
+"""A text, token ids, or a conversation: a list of messages with "role" and "content", as TRL has them."""
+
+
 @dataclass(frozen=True)
 class PromptRow:
-    """A prompt, as text or token ids, and its row's other columns, which a reward function may want."""
+    """A prompt, and its row's other columns, which a reward function may want."""
 
-    prompt: str | list[int]
+    prompt: Prompt
     columns: Mapping[str, Any]
 
 
@@ -50,13 +54,27 @@ def _prompt_row(row: Mapping[str, Any], index: int, config: PromptsConfig, key: 
             raise ConfigError(
                 f"{key}.max_tokens", "cuts prompts given as token ids only; these are texts, so leave it 0"
             )
+    elif isinstance(prompt, list) and prompt and all(isinstance(message, Mapping) for message in prompt):
+        if config.max_tokens:
+            raise ConfigError(
+                f"{key}.max_tokens", "cuts prompts given as token ids only; these are conversations, so leave it 0"
+            )
+        prompt = [_message(message, f"message {at} of row {index}", key) for at, message in enumerate(prompt)]
     elif isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
         prompt = prompt[: config.max_tokens or None]
     else:
         raise ConfigError(
-            f"{key}.path", f"row {index} holds {prompt!r}, which is neither a text nor a list of token ids"
+            f"{key}.path",
+            f"row {index} holds {prompt!r}, which is neither a text nor a list of token ids or of messages",
         )
     return PromptRow(prompt, {name: value for name, value in row.items() if name != config.column})
+
+
+def _message(message: Mapping[str, Any], where: str, key: str) -> dict[str, str]:
+    said = {name: value for name, value in message.items() if value is not None}  # `datasets` fills up with None
+    if set(said) != {"role", "content"} or not all(isinstance(value, str) for value in said.values()):
+        raise ConfigError(f"{key}.path", f'{where} is {said!r}: a message has a "role" and a "content", both texts')
+    return said
 
 
 def _read(config: PromptsConfig, key: str) -> list[Mapping[str, Any]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from onebase.client import types as t
 from onebase.trainer.config import GenerationConfig
-from onebase.trainer.prompts import PromptRow
+from onebase.trainer.prompts import Prompt, PromptRow
 
 if TYPE_CHECKING:
     from onebase.client import Session
@@ -22,8 +22,8 @@ class Rollout:
     completions: tuple[t.Completion, ...]
 
     @property
-    def prompts(self) -> list[str | list[int]]:
-        """The prompts, texts or token ids."""
+    def prompts(self) -> list[Prompt]:
+        """The prompts: texts, token ids or conversations."""
         return [row.prompt for row in self.rows]
 
     @property

@@ -56,6 +56,7 @@ def _read_base(base: pb.BaseModel) -> t.BaseModel:
         bos_token_id=None if base.bos_token_id < 0 else base.bos_token_id,
         quantization=base.quantization or "none",  # servers before it did not say
         exact=base.exact,
+        chat_template=base.chat_template,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as SequenceABC
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar, cast
 
 import numpy as np
 from google.protobuf.message import Message
@@ -34,8 +34,14 @@ KINDS: Mapping[t.AdapterKind, pb.AdapterKind.ValueType] = {
     "policy": pb.ADAPTER_KIND_POLICY,
     "reward": pb.ADAPTER_KIND_REWARD,
     "reference": pb.ADAPTER_KIND_REFERENCE,
+    "critic": pb.ADAPTER_KIND_CRITIC,
 }
 """The kinds of adapters."""
+POOLINGS: Mapping[t.Pooling, pb.Pooling.ValueType] = {
+    "last_token": pb.POOLING_LAST_TOKEN,
+    "last_not_pad": pb.POOLING_LAST_NOT_PAD,
+}
+"""Where scores are read."""
 
 # ---------------------------------------------------------------------------------------------------- requests
 
@@ -59,6 +65,11 @@ def encode_name(names: Mapping[Name, int], name: Name, where: str) -> int:
     if name not in names:
         raise ValueError(f"{where} must be one of {', '.join(names)}, not {name!r}")
     return names[name]
+
+
+def encode_pooling(pooling: t.Pooling | None) -> int | None:
+    """The number of a pooling rule; None leaves it to each adapter."""
+    return None if pooling is None else encode_name(POOLINGS, pooling, "pooling")
 
 
 def decode_name(names: Mapping[Name, int], number: int) -> Name:
@@ -111,19 +122,48 @@ def _array(values: object, where: str) -> NDArray[Any]:
 
 
 def encode_content(content: t.Content, where: str) -> pb.Content:
-    """A text as it is, or token ids."""
+    """A text as it is, token ids, or a conversation."""
     if isinstance(content, str):
         return build(pb.Content, f"{where}.", text=content)
-    if isinstance(content, bytes | bytearray | Mapping) or not hasattr(content, "__len__"):
-        raise TypeError(f"{where} must be text or token ids, not {type(content).__name__}")
-    return pb.Content(tokens=encode_tokens(content, where))
+    if isinstance(content, t.ChatMessage | Mapping):
+        raise TypeError(f"{where} is one message; give a list of messages")
+    if isinstance(content, bytes | bytearray) or not hasattr(content, "__len__"):
+        raise TypeError(f"{where} must be text, token ids or a list of messages, not {type(content).__name__}")
+    if _is_chat(content):
+        return pb.Content(chat=encode_chat(content, where))
+    return pb.Content(tokens=encode_tokens(cast("t.Tokens", content), where))
+
+
+def encode_chat(chat: t.Chat, where: str) -> pb.Chat:
+    """A conversation. TypeError or ValueError names the message that is none.
+
+    Keys whose value is None are left out, as transformers does: `datasets` fills up with them.
+    """
+    return pb.Chat(messages=[_encode_message(message, f"{where}[{i}]") for i, message in enumerate(chat)])
+
+
+def _encode_message(message: object, where: str) -> pb.ChatMessage:
+    if isinstance(message, t.ChatMessage):
+        message = vars(message)
+    if not isinstance(message, Mapping):
+        raise TypeError(f'{where} must be a message {{"role": …, "content": …}}, not {type(message).__name__}')
+    fields = {key: value for key, value in message.items() if value is not None}
+    if set(fields) != {"role", "content"}:
+        raise ValueError(f'{where} must have "role" and "content", and has {", ".join(map(repr, fields)) or "nothing"}')
+    return build(pb.ChatMessage, f"{where}.", **fields)
 
 
 def encode_prompts(prompts: t.Content | SequenceABC[t.Content]) -> list[pb.Content]:
-    """One prompt, or several."""
-    if isinstance(prompts, str) or _is_token_ids(prompts):
+    """One prompt, or several. A list of messages is one, a list of lists of messages several."""
+    if isinstance(prompts, str) or _is_token_ids(prompts) or _is_chat(prompts):
         return [encode_content(prompts, "prompts[0]")]
-    return [encode_content(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
+    several = cast("SequenceABC[t.Content]", prompts)
+    return [encode_content(prompt, f"prompts[{i}]") for i, prompt in enumerate(several)]
+
+
+def _is_chat(content: object) -> TypeGuard[t.Chat]:
+    """Whether this is one conversation: its first element is a message."""
+    return isinstance(content, SequenceABC) and len(content) > 0 and isinstance(content[0], t.ChatMessage | Mapping)
 
 
 def _is_token_ids(prompts: object) -> TypeGuard[t.Tokens]:
@@ -223,11 +263,13 @@ def decode_adapter(adapter: pb.Adapter) -> t.Adapter:
         pending_gradients=adapter.pending_gradients,
         create_time=adapter.create_time,
         source=adapter.source,
+        append_eos=adapter.append_eos if adapter.HasField("append_eos") else None,
+        pooling=decode_name(POOLINGS, adapter.pooling) if adapter.pooling else None,
     )
 
 
 def pair(names: SequenceABC[str], numbers: SequenceABC[Item]) -> dict[str, Item]:
-    """One number per name; InternalError if the server sent more of one than of the other."""
+    """One value per name; InternalError if the server sent more of one than of the other."""
     if len(names) != len(numbers):
-        raise InternalError(f"the server answered with {len(numbers)} numbers for {len(names)} adapters")
+        raise InternalError(f"the server answered with {len(numbers)} numbers for {len(names)} reward terms")
     return dict(zip(names, numbers, strict=True))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from onebase.client.codec.inference import join_chunks
-from onebase.client.commands.options import DEFAULT_SERVER, Json, Server, open_client
+from onebase.client.commands.options import DEFAULT_SERVER, Chat, Chatting, Json, Server, System, open_client
 from onebase.client.terminal import print_json, print_note
 from onebase.client.types import BASE, Completion, CompletionChunk, SamplingParams
 
@@ -31,6 +31,8 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="The same seed writes the same; none draws one.")] = None,
     min_new_tokens: Annotated[int, typer.Option(min=0, help="Do not end before so many tokens.")] = 0,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")] = False,
+    chat: Chat = False,
+    system: System = None,
     server: Server = DEFAULT_SERVER,
     as_json: Json = False,
 ) -> None:
@@ -44,6 +46,7 @@ def generate(
       onebase generate "The film was" --adapter policy_1 --n 4 --max-new-tokens 20
       onebase generate "The film was" --adapter policy_1 --temperature 0
       onebase generate "The film was" --adapter policy_1 --seed 7 --stop "." --json
+      onebase generate "What is the capital of France?" --system "Be brief."
     """
     sampling = SamplingParams(
         max_new_tokens=max_new_tokens,
@@ -57,7 +60,8 @@ def generate(
         ignore_eos=ignore_eos,
         min_new_tokens=min_new_tokens,
     )
-    with open_client(server) as client, client.stream(prompt, adapter=adapter, sampling=sampling) as chunks:
+    said = Chatting.of(chat, system).prompt(prompt)
+    with open_client(server) as client, client.stream(said, adapter=adapter, sampling=sampling) as chunks:
         if as_json:
             for completion in join_chunks(chunks):
                 print_json(_record(prompt, completion))

@@ -8,15 +8,16 @@ from statistics import fmean
 from typing import Any
 
 from onebase.client.client import Client
-from onebase.client.types import Reward, Sequence
+from onebase.client.commands.options import Chatting
+from onebase.client.types import Content, Reward, Sequence
 
 
 @dataclass(frozen=True)
 class Verdict:
     """A response and its scores."""
 
-    prompt: str
-    response: str
+    prompt: Content
+    response: Content
     reward: Reward
 
     @property
@@ -26,12 +27,15 @@ class Verdict:
 
     def record(self) -> dict[str, Any]:
         """As an object for JSON."""
-        return {
-            "prompt": self.prompt,
-            "response": self.response,
-            "score": self.score,
-            "scores": dict(self.reward.scores),
-        }
+        return {**self.said(), **self.scores()}
+
+    def said(self) -> dict[str, Any]:
+        """What was judged."""
+        return {"prompt": self.prompt, "response": self.response}
+
+    def scores(self) -> dict[str, Any]:
+        """What came of it."""
+        return {"score": self.score, "scores": dict(self.reward.scores)}
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,12 @@ class Judge:
 
     client: Client
     adapters: tuple[str, ...]
+    chatting: Chatting
 
-    def __call__(self, pairs: SequenceABC[tuple[str, str]]) -> list[Verdict]:
+    def __call__(self, pairs: SequenceABC[tuple[Content, Content]]) -> list[Verdict]:
         """A verdict for each pair of prompt and response, in their order."""
-        rewards = self.client.reward([Sequence(*pair) for pair in pairs], self.adapters or None)
+        sequences = [Sequence(self.chatting.prompt(one), self.chatting.response(other)) for one, other in pairs]
+        rewards = self.client.reward(sequences, self.adapters or None)
         return [Verdict(*pair, reward) for pair, reward in zip(pairs, rewards, strict=True)]
 
 

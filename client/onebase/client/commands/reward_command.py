@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from onebase.client.commands.judging import Judge, Verdict, number, ranked
-from onebase.client.commands.options import DEFAULT_SERVER, Json, Server, open_client
+from onebase.client.commands.options import DEFAULT_SERVER, Chat, Chatting, Json, Server, System, open_client
 from onebase.client.commands.reward_pipe import judge_lines
 from onebase.client.commands.reward_repl import converse
 from onebase.client.terminal import console, print_json
@@ -23,10 +23,17 @@ def reward(
     ] = None,
     adapter: Annotated[
         list[str] | None,
-        typer.Option("--adapter", "-a", metavar="NAME", help="Reward adapter to ask; give several to ask several."),
+        typer.Option(
+            "--adapter",
+            "-a",
+            metavar="NAME",
+            help="Reward adapter to ask, NAME[2] for its label 2; give several to ask several.",
+        ),
     ] = None,
     server: Server = DEFAULT_SERVER,
     as_json: Json = False,
+    chat: Chat = False,
+    system: System = None,
     repl: Annotated[bool, typer.Option("--repl", help="Ask for prompts and responses one after the other.")] = False,
 ) -> None:
     r"""Ask the reward model: score one response, or rank several.
@@ -39,6 +46,7 @@ def reward(
       onebase reward "The film was" " wonderful." " awful." " a film."
       onebase reward "The film was" " wonderful." -a helpful -a polite
       onebase reward --repl
+      onebase reward --chat "What is the capital of France?" "Paris." "I do not know."
 
     [bold]Pipes[/bold]: without arguments, each line of the input is judged as it comes.
 
@@ -47,8 +55,10 @@ def reward(
 
     A line "prompt TAB response" is answered by "score TAB prompt TAB response",
     with a score for each adapter. A JSON object with "prompt" and "response"
-    is answered by the same object with "score" and "scores" in it. Where several
-    adapters are asked, "score" is their mean.
+    is answered by the same object with "score" and "scores" in it; both may be lists
+    of messages as TRL has them, "completion" is "response" by another name, and
+    "messages" alone is a whole conversation. Where several adapters are asked,
+    "score" is their mean.
     """
     if repl and responses:
         raise typer.BadParameter("--repl asks for the responses; give at most a prompt", param_hint="RESPONSES")
@@ -58,7 +68,7 @@ def reward(
     if prompt is not None and not responses and not repl:
         raise typer.BadParameter("give at least one response to the prompt", param_hint="RESPONSES")
     with open_client(server) as client:
-        judge = Judge(client, tuple(adapter or ()))
+        judge = Judge(client, tuple(adapter or ()), Chatting.of(chat, system))
         if repl:
             converse(judge, prompt, as_json=as_json)
         elif piped:
@@ -78,7 +88,7 @@ def _rank(verdicts: list[Verdict], *, as_json: bool) -> None:
 
 def _table(best_first: list[Verdict]) -> Table:
     names = list(best_first[0].reward.scores)
-    table = Table(title=Text(best_first[0].prompt), title_justify="left")
+    table = Table(title=Text(str(best_first[0].prompt)), title_justify="left")
     table.add_column("#", justify="right")
     for name in names:
         table.add_column(Text(name), justify="right")
@@ -88,5 +98,5 @@ def _table(best_first: list[Verdict]) -> Table:
     for rank, verdict in enumerate(best_first, start=1):
         scores = [number(verdict.reward.scores[name]) for name in names]
         mean = [number(verdict.score)] if len(names) > 1 else []
-        table.add_row(str(rank), *scores, *mean, Text(verdict.response), style="bold" if rank == 1 else "")
+        table.add_row(str(rank), *scores, *mean, Text(str(verdict.response)), style="bold" if rank == 1 else "")
     return table

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BufferedIOBase
+from types import UnionType
 from typing import Any, BinaryIO, cast
 
 import typer
@@ -13,6 +14,7 @@ import typer
 from onebase.client.commands.judging import Judge, Verdict
 from onebase.client.errors import InvalidArgumentError
 from onebase.client.terminal import print_error, print_json
+from onebase.client.types import Content
 
 BATCH = 32
 """Most lines to judge in one call."""
@@ -24,8 +26,8 @@ class Line:
     """A line of the input: its number from 1, its pair, and its JSON object if it is one."""
 
     number: int
-    prompt: str
-    response: str
+    prompt: Content
+    response: Content
     record: dict[str, Any] | None
 
 
@@ -93,10 +95,18 @@ def _parse_json(text: str, number: int) -> Line:
         record = json.loads(text)
     except json.JSONDecodeError as error:
         raise LineError(f"line {number} is not JSON: {error}") from None
-    for key in ("prompt", "response"):
-        if not isinstance(record.get(key), str):
-            raise LineError(f'line {number} has no text "{key}"')
-    return Line(number, record["prompt"], record["response"], record)
+    if "messages" in record:
+        return Line(number, [], _content(record, "messages", number, kinds=list), record)
+    response = "completion" if "completion" in record and "response" not in record else "response"
+    return Line(number, _content(record, "prompt", number), _content(record, response, number), record)
+
+
+def _content(record: dict[str, Any], key: str, number: int, kinds: type | UnionType = str | list) -> Content:
+    """A text, or a list of messages (what is in it, the codec checks)."""
+    content = record.get(key)
+    if not isinstance(content, kinds):
+        raise LineError(f'line {number} has no {"list of messages" if kinds is list else "text"} "{key}"')
+    return cast("Content", content)
 
 
 def _judge(judge: Judge, lines: list[Line], *, as_json: bool) -> None:
@@ -104,7 +114,7 @@ def _judge(judge: Judge, lines: list[Line], *, as_json: bool) -> None:
         return
     try:
         verdicts = judge([(line.prompt, line.response) for line in lines])
-    except InvalidArgumentError as error:
+    except (InvalidArgumentError, TypeError, ValueError) as error:
         if len(lines) == 1:
             raise LineError(f"line {lines[0].number}: {error}") from None
         for line in lines:  # one of them is refused: answer those before it, and name it
@@ -116,7 +126,7 @@ def _judge(judge: Judge, lines: list[Line], *, as_json: bool) -> None:
 
 def _write(line: Line, verdict: Verdict, *, as_json: bool) -> None:
     if as_json or line.record is not None:
-        print_json({**(line.record or {}), **verdict.record()})
+        print_json({**(line.record or verdict.said()), **verdict.scores()})
     else:
         scores = [f"{score:.6g}" for score in verdict.reward.scores.values()]
-        typer.echo("\t".join([*scores, line.prompt, line.response]))
+        typer.echo("\t".join([*scores, str(line.prompt), str(line.response)]))

@@ -79,7 +79,8 @@ def _server_table(info: ServerInfo, now: ServerStatus) -> Table:
     base = info.base
     kept = base.dtype if base.quantization == "none" else f"{base.quantization} with {base.dtype} products"
     exact = ", exact" if base.exact else ""
-    table.add_row("base", Text(f"{base.model} ({base.architecture}, {kept} on {base.device}{exact})"))
+    chat = ", chat template" if base.chat_template else ""
+    table.add_row("base", Text(f"{base.model} ({base.architecture}, {kept} on {base.device}{exact}{chat})"))
     table.add_row("up for", f"{human_seconds(now.uptime_seconds)}, {now.engine_steps:,} engine steps")
     table.add_row(
         "memory",

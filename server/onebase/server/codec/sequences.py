@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from onebase.server.codec.chats import characters, read_chat, said_before
 from onebase.server.codec.fields import required
 from onebase.server.codec.tensors import check_tokens, read_tokens
 from onebase.server.config import Limits
 from onebase.server.errors import FailedPrecondition, InvalidArgument
-from onebase.server.jobs import BaseFacts, Tokens
+from onebase.server.jobs import BaseFacts, Message, Pooling, Tokens
 from onebase.server.texts import Texts
 from onebase.v1 import types_pb2
 
 _CHARACTERS_PER_TOKEN = 100
 """A text with more characters than this for every token of the context is not even tokenized."""
+
+_BYTES_PER_TOKEN, _BYTES_PER_SEQUENCE = 16, 256
+"""What a message holds beside logits, at most."""
 
 _NO_TOKENS: Tokens = np.zeros(0, dtype=np.int64)
 
@@ -28,7 +32,7 @@ class Pair:
     prompt: Tokens
     completion: Tokens
     from_text: bool
-    """Whether the completion was given as text."""
+    """Whether the completion was given as text or messages."""
 
     @property
     def tokens(self) -> Tokens:
@@ -39,6 +43,15 @@ class Pair:
     def start(self) -> int:
         """Number of prompt tokens."""
         return int(self.prompt.size)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Prompt and completion as a reward adapter reads them, before it is known whether it wants an end of sequence."""
+
+    tokens: Tokens
+    from_text: bool
+    """Whether the completion was given as text."""
 
 
 @dataclass(frozen=True)
@@ -99,36 +112,81 @@ class SequenceReader:
         self._check_total((tokens.size for tokens in prompts), "prompts")
         return prompts
 
-    async def reward_tokens(
-        self, sequences: Sequence[types_pb2.Sequence], append_eos: bool | None, pairs: Sequence[Pair] | None = None
-    ) -> list[RewardTokens]:
-        """What reward adapters read: two texts are tokenized as one, everything else is joined as token ids.
+    async def joined(
+        self, sequences: Sequence[types_pb2.Sequence], pairs: Sequence[Pair] | None = None
+    ) -> list[Joined]:
+        """Sequences to score.
+
+        Two texts are tokenized as one, and a conversation is rendered as one; everything else is joined as token ids.
+        TRL's RewardTrainer does the same, and leaves the end of a conversation to its template.
 
         Args:
             sequences: as they came.
-            append_eos: append an end-of-sequence id where it is missing; None does so for texts.
             pairs: the same sequences as `pairs()` gave them, if it was called before.
+
+        Raises:
+            InvalidArgument: naming the field.
+        """
+        self.check_count(len(sequences), "sequences")
+        rows = []
+        for index, sequence in enumerate(sequences):
+            field = f"sequences[{index}]"
+            tokens = await self._joined(sequence, field, pairs[index] if pairs else None)
+            if not tokens.size:
+                raise self._empty_completion(f"{field}.completion")
+            rows.append(Joined(tokens, sequence.completion.WhichOneof("value") == "text"))
+        return rows
+
+    def reward_tokens(self, joined: Sequence[Joined], append_eos: bool | None) -> list[RewardTokens]:
+        """What a reward adapter reads.
+
+        Args:
+            joined: the sequences.
+            append_eos: append an end-of-sequence id where it is missing; None does so for texts.
 
         Raises:
             InvalidArgument: naming the field.
             FailedPrecondition: NO_EOS_TOKEN.
         """
-        self.check_count(len(sequences), "sequences")
         if append_eos and not self._facts.eos_token_ids:
             raise FailedPrecondition(
                 "NO_EOS_TOKEN",
                 "append_eos is set, and this base has no end-of-sequence token: leave it out",
                 field="append_eos",
             )
-        rows = []
-        for index, sequence in enumerate(sequences):
-            field = f"sequences[{index}]"
-            tokens = await self._joined(sequence, field, pairs[index] if pairs else None)
-            row = self._with_eos(tokens, sequence.completion.WhichOneof("value") == "text", append_eos)
-            self._check_context(row.tokens.size, field)
-            rows.append(row)
+        rows = [self._with_eos(one, append_eos) for one in joined]
+        for index, row in enumerate(rows):
+            self._check_context(row.tokens.size, f"sequences[{index}]")
         self._check_total((row.tokens.size for row in rows), "sequences")
         return rows
+
+    def score_at(self, tokens: Tokens, pooling: Pooling) -> int:
+        """The index of the token at which a score is read.
+
+        Where every token is the padding one, it is the first, as transformers' `GenericForSequenceClassification` does.
+        """
+        last = int(tokens.size) - 1
+        if pooling is Pooling.LAST_TOKEN or self._facts.pad_token_id is None:
+            return last
+        real = np.flatnonzero(tokens != self._facts.pad_token_id)
+        return int(real[-1]) if real.size else 0
+
+    def check_logits(self, pairs: Sequence[Pair], field: str) -> None:
+        """Refuses logits before every completion token that would not fit in one message.
+
+        Raises:
+            InvalidArgument: LIMIT_EXCEEDED.
+        """
+        tokens = sum(pair.completion.size for pair in pairs)
+        size = tokens * (_BYTES_PER_TOKEN + 4 * self._facts.vocab_size) + len(pairs) * _BYTES_PER_SEQUENCE
+        most = self._limits.max_message_bytes
+        if size > most:
+            raise InvalidArgument(
+                "LIMIT_EXCEEDED",
+                f"{field} is set, and the logits of {tokens} completion tokens over {self._facts.vocab_size} ids take "
+                f"{size} bytes, and a message may have {most}: ask for fewer or shorter completions at once",
+                field=field,
+            )
 
     def check_count(self, count: int, field: str, *, times: int = 1) -> None:
         """Refuses no sequence at all, and more than the limit.
@@ -152,9 +210,9 @@ class SequenceReader:
     async def _pair(self, sequence: types_pb2.Sequence, field: str) -> Pair:
         prompt = await self._prompt(sequence.prompt, f"{field}.prompt")
         self._check_prompt(prompt, f"{field}.prompt")
-        completion = await self._completion(sequence.completion, f"{field}.completion")
+        completion = await self._completion(sequence, field)
         self._check_context(prompt.size + completion.size, field)
-        return Pair(prompt, completion, from_text=sequence.completion.WhichOneof("value") == "text")
+        return Pair(prompt, completion, from_text=sequence.completion.WhichOneof("value") != "tokens")
 
     async def _joined(self, sequence: types_pb2.Sequence, field: str, pair: Pair | None) -> Tokens:
         kinds = (sequence.prompt.WhichOneof("value"), sequence.completion.WhichOneof("value"))
@@ -165,15 +223,37 @@ class SequenceReader:
             self._check_text(sequence.completion.text, f"{field}.completion.text")
             tokens = await self._texts.joined(sequence.prompt.text, sequence.completion.text)
             return self._checked(tokens, f"{field}.completion.text")
+        if kinds[1] == "chat":
+            return await self._conversation(sequence, field)
         if pair is not None:
             return pair.tokens
-        completion = await self._completion(sequence.completion, f"{field}.completion")
         prompt = await self._prompt(sequence.prompt, f"{field}.prompt") if kinds[0] else _NO_TOKENS
-        return np.concatenate((prompt, completion))
+        return np.concatenate((prompt, await self._completion(sequence, field)))
 
-    def _with_eos(self, tokens: Tokens, is_text: bool, append_eos: bool | None) -> RewardTokens:
-        eos = self._facts.eos_token_ids
-        wanted = is_text if append_eos is None else append_eos
+    async def _conversation(self, sequence: types_pb2.Sequence, field: str) -> Tokens:
+        """Prompt and completion, both chats, rendered as one."""
+        before, messages = self._messages(sequence, field, may_be_empty=True)
+        whole, field = [*before, *messages], f"{field}.completion.chat"
+        return await self._rendered(self._texts.chat(whole, generation_prompt=False), field)
+
+    async def _reply(self, sequence: types_pb2.Sequence, field: str) -> Tokens:
+        """What the template adds to the prompt for the completion's messages."""
+        before, messages = self._messages(sequence, field, may_be_empty=False)
+        field = f"{field}.completion.chat"
+        return await self._rendered(self._texts.reply(before, messages), field)
+
+    def _messages(
+        self, sequence: types_pb2.Sequence, field: str, *, may_be_empty: bool
+    ) -> tuple[list[Message], list[Message]]:
+        before = said_before(sequence.prompt, f"{field}.prompt", self._facts, may_be_empty=may_be_empty)
+        field = f"{field}.completion.chat"
+        messages = read_chat(sequence.completion.chat, field, self._facts)
+        self._check_characters(characters([*before, *messages]), field)
+        return before, messages
+
+    def _with_eos(self, joined: Joined, append_eos: bool | None) -> RewardTokens:
+        tokens, eos = joined.tokens, self._facts.eos_token_ids
+        wanted = joined.from_text if append_eos is None else append_eos
         if not wanted or not eos or int(tokens[-1]) in eos:
             return RewardTokens(tokens, eos_appended=False)
         return RewardTokens(np.append(tokens, eos[0]), eos_appended=True)
@@ -187,10 +267,16 @@ class SequenceReader:
                 return self._checked(await self._texts.prompt(content.text), f"{field}.text")
             case "tokens":
                 return read_tokens(content.tokens, f"{field}.tokens", self._facts.vocab_size)
+            case "chat":
+                field = f"{field}.chat"
+                messages = read_chat(content.chat, field, self._facts)
+                self._check_characters(characters(messages), field)
+                return await self._rendered(self._texts.chat(messages, generation_prompt=True), field)
             case _:
-                raise required(field, "give text or tokens")
+                raise required(field, "give text, tokens or a chat")
 
-    async def _completion(self, content: types_pb2.Content, field: str) -> Tokens:
+    async def _completion(self, sequence: types_pb2.Sequence, field: str) -> Tokens:
+        content, whole, field = sequence.completion, field, f"{field}.completion"
         match content.WhichOneof("value"):
             case "text":
                 field = f"{field}.text"
@@ -199,11 +285,29 @@ class SequenceReader:
             case "tokens":
                 field = f"{field}.tokens"
                 tokens = read_tokens(content.tokens, field, self._facts.vocab_size)
+            case "chat":
+                tokens = await self._reply(sequence, whole)
+                field = f"{field}.chat"
             case _:
-                raise required(field, "give text or tokens")
+                raise required(field, "give text, tokens or a chat")
         if not tokens.size:
             raise self._empty_completion(field)
         return tokens
+
+    async def _rendered(self, rendering: Awaitable[Tokens | None], field: str) -> Tokens:
+        """What the chat template made of a conversation."""
+        try:
+            tokens = await rendering
+        except ValueError as error:
+            raise InvalidArgument("CHAT_REFUSED", f"{field}: {error}", field=field) from error
+        if tokens is None:
+            raise InvalidArgument(
+                "CHAT_NOT_CONTINUED",
+                f"{field}: this chat template renders the prompt in another way once the completion stands behind it, "
+                "so there is no telling which tokens are the completion's: give it as text or tokens",
+                field=field,
+            )
+        return self._checked(tokens, field)
 
     def _checked(self, tokens: Tokens, field: str) -> Tokens:
         """Token ids that the tokenizer made; it may know words that the base has no embedding for."""
@@ -222,8 +326,11 @@ class SequenceReader:
             )
 
     def _check_text(self, text: str, field: str) -> None:
-        if len(text) > _CHARACTERS_PER_TOKEN * self._facts.max_context:
-            raise self._too_long(field, f"{field} has {len(text)} characters")
+        self._check_characters(len(text), field)
+
+    def _check_characters(self, count: int, field: str) -> None:
+        if count > _CHARACTERS_PER_TOKEN * self._facts.max_context:
+            raise self._too_long(field, f"{field} has {count} characters")
 
     def _check_context(self, tokens: int, field: str) -> None:
         if tokens > self._facts.max_context:

@@ -86,6 +86,7 @@ def base_message(facts: BaseFacts) -> server_pb2.BaseModel:
         bos_token_id=-1 if facts.bos_token_id is None else facts.bos_token_id,
         quantization=facts.quantization,
         exact=facts.exact,
+        chat_template=facts.chat_template,
     )
 
 

@@ -44,6 +44,7 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **others: object,
 ) -> tuple[torch.Tensor, None]:
     """Attends each row of the current batch to itself and its past.
@@ -52,7 +53,7 @@ def attention(
         [1, N, heads, head_dim], as transformers wants it, and no weights.
 
     Raises:
-        UnsupportedAttention: for soft-capping, sinks and other things that would change the numbers.
+        UnsupportedAttention: for sinks, biases and other things that would change the numbers.
     """
     strange = sorted(name for name, given in others.items() if given is not None and name not in _HARMLESS)
     if strange or dropout or attention_mask is not None:
@@ -67,7 +68,7 @@ def attention(
     for row in batch.rows:
         if row.past == 0 and row.slot is not None:
             _cache(route).write(layer, row.slot, 0, k[:, row.start : row.stop], v[:, row.start : row.stop])
-    biases = Biases(route, sliding_window, q)
+    biases = Biases(route, sliding_window, softcap, q)
     parts = [(group.flat, _fresh(group, q, k, v, scale, biases)) for group in batch.fresh]
     for row in batch.chunks:
         part = _chunk(_cache(route), layer, row, q, k, v, scale, biases)
@@ -89,12 +90,16 @@ def _cache(route: Route) -> KVCache:
 
 
 class Biases:
-    """What is added to scores: 0 where a query may look, -inf where not. Made once a step for all layers alike."""
+    """What is added to scores: 0 where a query may look, -inf where not. Made once a step for all layers alike.
 
-    def __init__(self, route: Route, window: int | None, like: torch.Tensor) -> None:
+    Before that, scores are capped where the model says so (`softcap`).
+    """
+
+    def __init__(self, route: Route, window: int | None, softcap: float | None, like: torch.Tensor) -> None:
         self._route = route
         self._window = window
         self._like = like
+        self.softcap = softcap
         self.exact = route.exact
         self.dtype = torch.float32 if route.wide else like.dtype
 
@@ -127,7 +132,14 @@ class Biases:
 
 
 def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, bias: torch.Tensor, *, exact: bool
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    bias: torch.Tensor,
+    *,
+    softcap: float | None,
+    exact: bool,
 ) -> torch.Tensor:
     """Attention of G independent problems.
 
@@ -137,6 +149,7 @@ def _attend(
         v: [G, S, head_dim].
         scale: of the scores.
         bias: [G or 1, M, S], added to the scores; its dtype is the products'.
+        softcap: scores become softcap * tanh(scores / softcap) before the bias is added; None leaves them.
         exact: whether a query's numbers must not depend on M, S and G.
 
     Returns:
@@ -145,11 +158,14 @@ def _attend(
     narrow = q.dtype
     if narrow != bias.dtype:
         q, k, v = (t.to(bias.dtype) for t in (q, k, v))
-    if not exact:
+    if not exact and softcap is None:  # the fused kernels know no cap
         return nn.functional.scaled_dot_product_attention(
             q[:, None], k[:, None], v[:, None], attn_mask=bias[:, None], scale=scale
         )[:, 0].to(narrow)
-    scores = torch.baddbmm(bias.expand(q.shape[0], -1, -1), q, k.transpose(1, 2), alpha=scale)
+    if softcap is None:
+        scores = torch.baddbmm(bias.expand(q.shape[0], -1, -1), q, k.transpose(1, 2), alpha=scale)
+    else:
+        scores = torch.tanh(torch.bmm(q, k.transpose(1, 2)) * scale / softcap) * softcap + bias
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
     out = torch.bmm(weights[:, :, :SUM_BLOCK], v[:, :SUM_BLOCK])
     for start in range(SUM_BLOCK, k.shape[1], SUM_BLOCK):
@@ -173,7 +189,7 @@ def _fresh(
         stop = min(start + QUERY_BLOCK, length)
         block = queries[:, :, :, start:stop].reshape(kv_heads * count, shared * (stop - start), dim)
         bias = biases.causal((start, stop), stop, shared)
-        out = _attend(block, keys[:, :stop], values[:, :stop], scale, bias, exact=biases.exact)
+        out = _attend(block, keys[:, :stop], values[:, :stop], scale, bias, softcap=biases.softcap, exact=biases.exact)
         blocks.append(out.view(kv_heads, count, shared, stop - start, dim))
     out = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=3)
     return out.transpose(1, 2).reshape(heads, count * length, dim)[:, group.real]
@@ -202,7 +218,7 @@ def _chunk(
     fill = rows - count
     bias = biases.causal((row.past, row.past + rows), span, shared)
     queries = nn.functional.pad(q[:, part], (0, 0, 0, fill)).reshape(kv_heads, shared * (count + fill), dim)
-    out = _attend(queries, keys[:, :span], values[:, :span], scale, bias, exact=biases.exact)
+    out = _attend(queries, keys[:, :span], values[:, :span], scale, bias, softcap=biases.softcap, exact=biases.exact)
     return out.view(heads, count + fill, dim)[:, :count]
 
 
@@ -228,7 +244,7 @@ def _decode(
     copies = -(-MIN_ROWS // shared)
     queries = q[:, decode.index].transpose(0, 1).reshape(count * kv_heads, shared, dim).repeat(1, copies, 1)
     bias = biases.lengths(decode, kv_heads, shared * copies)
-    out = _attend(queries, keys, values, scale, bias, exact=biases.exact)
+    out = _attend(queries, keys, values, scale, bias, softcap=biases.softcap, exact=biases.exact)
     return out[:, :shared].reshape(count, heads, dim).transpose(0, 1)
 
 

@@ -20,6 +20,7 @@ import torch
 if TYPE_CHECKING:
     from onebase.server.engine.adapters import Weights
     from onebase.server.engine.kv import KVCache
+    from onebase.server.engine.segmented import SegmentedStep
     from onebase.server.engine.stacks import SegmentGroup
 
 MIN_ROWS = 4
@@ -116,16 +117,23 @@ class Route:
         self.wide = wide  # products in float32 whatever the base's dtype (see `precision`)
         self.batch: Batch | None = None
         self.kv: KVCache | None = None
-        self.groups: tuple[SegmentGroup, ...] = ()  # the adapters' slices of the current batch
+        self.groups: tuple[SegmentGroup, ...] = ()  # the adapters' slices of the current batch, for torch
+        self.segmented: SegmentedStep | None = None  # the same for the kernels, instead
         self._memo: dict[Hashable, torch.Tensor] = {}
 
-    def begin(self, batch: Batch, kv: KVCache, groups: tuple[SegmentGroup, ...]) -> None:
-        """Shows the modules a batch."""
-        self.batch, self.kv, self.groups = batch, kv, groups
+    def begin(
+        self,
+        batch: Batch,
+        kv: KVCache,
+        groups: tuple[SegmentGroup, ...] = (),
+        segmented: SegmentedStep | None = None,
+    ) -> None:
+        """Shows the modules a batch; its adapters' slices either as torch wants them or as the kernels do."""
+        self.batch, self.kv, self.groups, self.segmented = batch, kv, groups, segmented
 
     def end(self) -> None:
         """Shows them nothing any more."""
-        self.batch, self.kv, self.groups = None, None, ()
+        self.batch, self.kv, self.groups, self.segmented = None, None, (), None
         self._memo.clear()
 
     def remember(self, key: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:

@@ -6,8 +6,10 @@ import copy
 import dataclasses
 import logging
 import os
+from pathlib import Path
 
 import torch
+from jinja2 import TemplateSyntaxError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -27,10 +29,13 @@ from onebase.server.engine.engine import Engine
 from onebase.server.engine.fingerprint import fingerprint
 from onebase.server.engine.formats import Formats
 from onebase.server.engine.heads import LmHead, logits_finish
+from onebase.server.engine.kernels import KernelFailure, available, try_out
 from onebase.server.engine.kv import KVCache
 from onebase.server.engine.precision import widens
 from onebase.server.engine.proof import Proof, prove
-from onebase.server.engine.text import Text
+from onebase.server.engine.segmented import SegmentedLora
+from onebase.server.engine.text import Text, has_chat_template
+from onebase.server.engine.tokenizer_check import TokenizerCheck
 from onebase.server.errors import FailedPrecondition, InvalidArgument, NotFound
 from onebase.server.jobs import BaseFacts
 
@@ -64,16 +69,21 @@ def open_engine(config: EngineConfig) -> Engine:
         )
     wrapped = lora.install(model, blocks, route)
     attention.install(model, route)
+    dtype = torch.float32 if wide else model.dtype  # of products
+    kernels = _uses_kernels(config, dtype, device, exact=route.exact)
+    shapes = {name: (layer.in_features, layer.out_features) for name, layer in wrapped.items()}
     conv1d = any(not isinstance(skeleton.get_submodule(name), nn.Linear) for name in wrapped)
+    text = Text(tokenizer)
     engine = Engine(
         model,
         route,
         LmHead(model.get_output_embeddings(), logits_finish(model.config), wide),
-        Formats(skeleton, set(wrapped), facts, conv1d=conv1d),
-        Text(tokenizer),
+        Formats(skeleton, set(wrapped), facts, TokenizerCheck(text.decoder), conv1d=conv1d),
+        text,
         facts,
         KVCache(config.kv_slots, facts.max_context),
         [layer.out_features for layer in wrapped.values()],
+        SegmentedLora(shapes, device) if kernels else None,
     )
     engine.version_window = config.version_window
     if config.gradient_checkpointing:
@@ -95,7 +105,7 @@ def _device(name: str) -> torch.device:
 
 
 def _wants_exact(config: EngineConfig, device: torch.device) -> bool:
-    return config.exact == "on" or (config.exact == "auto" and device.type == "cpu")
+    return config.exact == "on" or (config.exact == "auto" and device.type == "cpu" and config.kernels != "on")
 
 
 def _is_exact(config: EngineConfig, route: Route, proof: Proof) -> bool:
@@ -117,21 +127,64 @@ def _is_exact(config: EngineConfig, route: Route, proof: Proof) -> bool:
     return route.exact and proof.exact
 
 
+def _uses_kernels(config: EngineConfig, dtype: torch.dtype, device: torch.device, *, exact: bool) -> bool:
+    """Whether the kernels make the adapters' products; a trial shows that they can.
+
+    Not where the engine is exact: training goes through torch, and an exact engine's training gives inference's
+    numbers. And of its own accord on CUDA only: Triton's interpreter is for tests.
+
+    Raises:
+        FailedPrecondition: they must, and cannot.
+    """
+    if exact or config.kernels == "off" or (config.kernels == "auto" and device.type != "cuda"):
+        return False
+    why = f"Triton has no kernels for {device} here"
+    if available(device):
+        try:
+            try_out(device, dtype)
+        except KernelFailure as error:
+            why = str(error)
+        else:
+            log.info("the adapters' products are made by Triton kernels, except in training")
+            return True
+    if config.kernels == "on":
+        raise FailedPrecondition("NO_KERNELS", f"kernels is on, and {why}: serve with --kernels auto", field="kernels")
+    log.warning("the adapters' products are torch's: %s", why)
+    return False
+
+
 def _describe(config: EngineConfig) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
     """The model's configuration and tokenizer."""
     try:
+        source = config.model
         settings = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+        source = config.tokenizer or config.model
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise NotFound(
-            "MODEL_NOT_FOUND", f"cannot load {config.model!r} as a hub id or a directory: {first}", field="model"
+            "MODEL_NOT_FOUND", f"cannot load {source!r} as a hub id or a directory: {first}", field="model"
         ) from error
+    if config.chat_template is not None:
+        _set_template(tokenizer, config.chat_template)
     if getattr(settings, "is_encoder_decoder", False):
         raise FailedPrecondition(
             "ARCHITECTURE_NOT_SUPPORTED", f"{config.model!r} ({settings.model_type}) is not decoder-only", field="model"
         )
     return settings, tokenizer
+
+
+def _set_template(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Gives the tokenizer another chat template."""
+    try:
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+    except (TemplateSyntaxError, OSError, UnicodeDecodeError) as error:
+        raise InvalidArgument(
+            "BAD_CHAT_TEMPLATE", f"chat_template {str(path)!r} is no Jinja template: {error}", field="chat_template"
+        ) from error
+    except Exception as error:  # it may refuse just this conversation
+        log.debug("the chat template refuses a lone user: %s", error)
 
 
 def _load(config: EngineConfig, settings: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
@@ -194,7 +247,7 @@ def _facts(
         architecture=type(model).__name__,
         fingerprint=fingerprint(model, skeleton, config.model),
         vocab_size=int(model.get_input_embeddings().weight.shape[0]),
-        hidden_size=int(settings.hidden_size),
+        hidden_size=_width(skeleton),
         num_layers=int(settings.num_hidden_layers),
         max_context=config.max_context or longest,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -205,7 +258,16 @@ def _facts(
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         quantization=config.quantization,
+        chat_template=has_chat_template(tokenizer),
     )
+
+
+def _width(skeleton: PreTrainedModel) -> int:
+    """Of the last hidden states; an OPT may narrow them after its layers."""
+    embedding = skeleton.get_output_embeddings()
+    if embedding is None:
+        return int(skeleton.config.get_text_config().hidden_size)
+    return int(embedding.weight.shape[1])
 
 
 def recomputed_layers(model: PreTrainedModel) -> list[nn.Module]:

@@ -3,7 +3,8 @@
     y = base(x);   y[a:b] += scaling · (x[a:b] · Aᵀ) · Bᵀ      for each segment [a, b) of the batch
 
 No adapter is ever "set": a layer reads the batch's segments from the Route it holds. Parameters are the adapter's
-own tensors of its own rank, so an adapter costs its own bytes and none of another's gradients can reach it.
+own tensors of its own rank, so an adapter costs its own bytes and none of another's gradients can reach it. Where the
+Route brings a `SegmentedStep`, the kernels make all adapters' products at once; torch's are what they must equal.
 
 Source: LoRA, Hu et al. 2021 (arXiv:2106.09685), section 4.1; scaling as in PEFT.
 """
@@ -82,10 +83,12 @@ class MultiLoraLinear(nn.Module):
         if self.route.wide:
             x = x.float()
         y = self._base(x)
-        groups = self.route.groups
-        if groups:
+        groups, segmented = self.route.groups, self.route.segmented
+        if groups or segmented is not None:
             flat_x, flat_y = x.reshape(-1, self.in_features), y.view(-1, self.out_features)
-            if torch.is_grad_enabled():
+            if segmented is not None:
+                segmented.add(self.name, flat_x, flat_y)
+            elif torch.is_grad_enabled():
                 y = self._train(flat_x, flat_y, groups).view(y.shape)
             else:
                 self._add_all(flat_x, flat_y, groups)

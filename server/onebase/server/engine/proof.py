@@ -2,7 +2,8 @@
 
 Before a server serves, the same random sequences go through the untouched model (eager attention, one sequence at a
 time, no cache) and through the engine: packed side by side, prefilled and decoded token by token, and continued in
-chunks. Where the numbers differ the model is refused by name; being refused is better than being wrong.
+chunks. Where the numbers differ the model is refused by name; being refused is better than being wrong. What such short
+sequences cannot show, masks that differ only far away, `masks` shows.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from onebase.server.engine import attention
+from onebase.server.engine import attention, masks
 from onebase.server.engine.batch import Row
 from onebase.server.engine.engine import Engine
 from onebase.server.errors import FailedPrecondition
@@ -57,6 +58,7 @@ def prove(engine: Engine, model: PreTrainedModel) -> Proof:
         model.set_attn_implementation("eager")
         device = engine.facts.device
         truth = [model(input_ids=torch.tensor([t], device=device), use_cache=False).logits[0].float() for t in texts]
+        masks.check(model, engine.facts.max_context, device)
         model.set_attn_implementation(attention.NAME)
         if model.config._attn_implementation != attention.NAME:
             raise attention.UnsupportedAttention("it does not let its attention be replaced")

@@ -69,8 +69,9 @@ def add_lora_(x: torch.Tensor, y: torch.Tensor, table: LoraTable, tiles: Tiles, 
         tiles: the batch's rows.
         blocks: how the work is cut; by default `blocks_for`.
     """
-    for part in tiles.lists:
-        _launch(x, y, table, part, blocks or blocks_for(part.block, table))
+    with torch.cuda.device(x.device if x.is_cuda else -1):  # Triton launches on the current device; -1 leaves it alone
+        for part in tiles.lists:
+            _launch(x, y, table, part, blocks or blocks_for(part.block, table))
 
 
 def _launch(x: torch.Tensor, y: torch.Tensor, table: LoraTable, part: TileList, cut: Blocks) -> None:

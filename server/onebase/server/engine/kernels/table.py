@@ -1,8 +1,9 @@
 """What the segmented kernel reads beside the activations: where the adapters' tensors lie, and whose the rows are.
 
-Both are small index tensors, made on the host. `LoraTables` depends on which adapters are in a step, `Tiles` on how
-many rows each has; every layer shares the latter. Nothing of an adapter is copied: its own A and B are read where they
-are, at their own rank, so a table stays right while their numbers change in place.
+All are small index tensors. `AdapterEntries` depends on one adapter and lasts as long as it does;
+`LoraTables` stacks those of the adapters in a step; `Tiles` depends on how many rows each has, and every layer shares
+it. Nothing of an adapter is copied: its own A and B are read where they are, at their own rank, so entries stay right
+while their numbers change in place.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from math import gcd
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from onebase.server.engine.kernels.availability import available
 
@@ -88,60 +90,82 @@ class LoraTable:
     kernel: bool
 
 
+class AdapterEntries:
+    """Where one adapter's tensors lie, for every layer of a base. Made once, and right for as long as the pairs live.
+
+    Args:
+        pairs: the adapter's, by layer.
+        shapes: (in, out) of every layer of the base, by name; one mapping for all adapters.
+        device: where the entries go; the pairs must be there already.
+
+    Raises:
+        ValueError: if a pair does not fit its layer, differs from the first in dtype, lies on another device or is not
+            contiguous; it names the layer.
+    """
+
+    def __init__(self, pairs: Mapping[str, Pair], shapes: Mapping[str, tuple[int, int]], device: torch.device) -> None:
+        self.pairs = pairs
+        self.shapes = shapes
+        there = list(pairs.values())
+        tensors = [tensor for pair in there for tensor in (pair.compute_a, pair.compute_b)]
+        self.dtype = tensors[0].dtype if tensors else None
+        self.ranks = frozenset(pair.a.shape[0] for pair in there)
+        self.aligned = all(tensor.data_ptr() % _VECTOR_BYTES == 0 for tensor in tensors)
+        rows = [_entry(pairs.get(name)) for name in shapes]
+        self.rows = torch.tensor(rows, dtype=torch.int64).view(len(shapes), FIELDS).to(device)  # in the layers' order
+        for name, pair in pairs.items():
+            if name not in shapes:
+                raise ValueError(f"layer {name!r} is none of the base's")
+            _check(name, pair, shapes[name], self.dtype, self.rows.device)
+
+
 class LoraTables:
-    """The tables of all layers for one set of adapters, moved to the device in one transfer.
+    """The tables of all layers for one set of adapters, stacked on the device.
 
     A CUDA graph captured with `capacity` may be replayed for other adapters: where `launch` and `width` are equal,
     copy the `entries` of the new tables into the captured ones, and keep the new ones for as long.
 
     Args:
-        adapters: each adapter's pairs by layer, in the order of the segments (and of `Tiles.bounds`).
-        device: where the entries go; the pairs must be there already.
+        adapters: one or more, in the order of the segments (and of `Tiles.bounds`).
         capacity: adapters that the entries have room for; by default as many as there are.
         kernel: whether the kernel is to be used; by default, where it is `available`.
 
     Raises:
-        ValueError: if pairs of one layer differ in shape, or pairs in dtype or device, or one is not contiguous; it
-            names the layer.
+        ValueError: if the adapters are of several bases or dtypes, or exceed the capacity.
     """
 
     def __init__(
-        self,
-        adapters: Sequence[Mapping[str, Pair]],
-        device: torch.device,
-        *,
-        capacity: int | None = None,
-        kernel: bool | None = None,
+        self, adapters: Sequence[AdapterEntries], *, capacity: int | None = None, kernel: bool | None = None
     ) -> None:
-        self._kernel = available(device) if kernel is None else kernel
+        self.adapters = tuple(adapters)
+        self._shapes = adapters[0].shapes
+        if any(one.shapes is not self._shapes for one in adapters):
+            raise ValueError("adapters of several bases: make the entries of all with one mapping of shapes")
         room = len(adapters) if capacity is None else capacity
         if room < len(adapters):
             raise ValueError(f"{len(adapters)} adapters do not fit a capacity of {room}")
-        layers = {name: [pairs.get(name) for pairs in adapters] for name in sorted({n for ps in adapters for n in ps})}
-        there = [pair for pairs in layers.values() for pair in pairs if pair is not None]
-        self.launch = _launch(there) if there else None
-        ranks = max((pair.a.shape[0] for pair in there), default=0)
+        entries = torch.stack([one.rows for one in adapters], dim=1)
+        self.entries = nn.functional.pad(entries, (0, 0, 0, room - len(adapters)))  # [layers, room, FIELDS]
+        self.launch = _launch(adapters)
+        ranks = max((rank for one in adapters for rank in one.ranks), default=0)
         self.width = 0 if self.launch is None else _round_up(ranks, self.launch.rank_block)
-        rows = [[_entry(pair) for pair in pairs] + [[0] * FIELDS] * (room - len(pairs)) for pairs in layers.values()]
-        self.entries = torch.tensor(rows, dtype=torch.int64).view(len(layers), room, FIELDS).to(device)
-        self._layers = {
-            name: self._table(name, pairs, entries)
-            for (name, pairs), entries in zip(layers.items(), self.entries, strict=True)
-        }
+        self._kernel = available(entries.device) if kernel is None else kernel
+        self._places = {name: place for place, name in enumerate(self._shapes)}
+        self._layers: dict[str, LoraTable | None] = {}
 
     def layer(self, name: str) -> LoraTable | None:
         """The table of a layer; None if no adapter has a pair for it."""
-        return self._layers.get(name)
+        if name not in self._layers:
+            self._layers[name] = self._table(name)
+        return self._layers[name]
 
-    def _table(self, name: str, pairs: Sequence[Pair | None], entries: torch.Tensor) -> LoraTable:
-        if self.launch is None:
-            raise ValueError(f"layer {name!r} has no pair")
-        first = next(pair for pair in pairs if pair is not None)
-        in_features, out_features = first.compute_a.shape[1], first.compute_b.shape[0]
-        for pair in pairs:
-            if pair is not None:
-                _check(name, pair, in_features, out_features, self.launch.dtype, entries.device)
-        return LoraTable(tuple(pairs), entries, self.launch, in_features, out_features, self.width, self._kernel)
+    def _table(self, name: str) -> LoraTable | None:
+        pairs = tuple(one.pairs.get(name) for one in self.adapters)
+        if self.launch is None or all(pair is None for pair in pairs):
+            return None
+        in_features, out_features = self._shapes[name]
+        entries = self.entries[self._places[name]]
+        return LoraTable(pairs, entries, self.launch, in_features, out_features, self.width, self._kernel)
 
 
 @dataclass(frozen=True)
@@ -212,16 +236,21 @@ class Tiles:
         return self.bounds[-1][1] if self.bounds else 0
 
 
-def _launch(pairs: Sequence[Pair]) -> Launch:
-    size = pairs[0].compute_a.element_size()
-    addresses = [t.data_ptr() for pair in pairs for t in (pair.compute_a, pair.compute_b)]
-    ranks = [pair.a.shape[0] for pair in pairs]
+def _launch(adapters: Sequence[AdapterEntries]) -> Launch | None:
+    there = [one for one in adapters if one.dtype is not None]
+    dtypes = {one.dtype for one in there if one.dtype is not None}
+    if len(dtypes) > 1:
+        raise ValueError(f"adapters of several dtypes: {', '.join(sorted(map(str, dtypes)))}")
+    if not dtypes:
+        return None
+    (dtype,) = dtypes
+    ranks = {rank for one in there for rank in one.ranks}
     block = 1 << (max(ranks) - 1).bit_length()
     return Launch(
-        dtype=pairs[0].compute_a.dtype,
-        rank_block=min(max(block, _LEAST_RANK_BLOCK), _RANK_BLOCK_BYTES // size),
-        rank_multiple=gcd(_VECTOR_BYTES // size, *ranks),
-        aligned=all(address % _VECTOR_BYTES == 0 for address in addresses),
+        dtype=dtype,
+        rank_block=min(max(block, _LEAST_RANK_BLOCK), _RANK_BLOCK_BYTES // dtype.itemsize),
+        rank_multiple=gcd(_VECTOR_BYTES // dtype.itemsize, *ranks),
+        aligned=all(one.aligned for one in there),
     )
 
 
@@ -232,11 +261,9 @@ def _entry(pair: Pair | None) -> list[int]:
     return [pair.compute_a.data_ptr(), pair.compute_b.data_ptr(), pair.a.shape[0], scaling]
 
 
-def _check(
-    name: str, pair: Pair, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device
-) -> None:
+def _check(name: str, pair: Pair, shape: tuple[int, int], dtype: torch.dtype | None, device: torch.device) -> None:
     a, b = pair.compute_a, pair.compute_b
-    rank = pair.a.shape[0]
+    rank, (in_features, out_features) = pair.a.shape[0], shape
     if a.shape != (rank, in_features) or b.shape != (out_features, rank):
         raise ValueError(
             f"layer {name!r}: A is {tuple(a.shape)} and B {tuple(b.shape)}, not {(rank, in_features)} and "

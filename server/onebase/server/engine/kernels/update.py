@@ -27,10 +27,11 @@ def add_lora(x: torch.Tensor, y: torch.Tensor, table: LoraTable, tiles: Tiles) -
         ValueError: if shapes, dtypes or layouts do not fit the table or the tiles.
     """
     _check(x, y, table, tiles)
-    parameters = [tensor for pair in table.pairs if pair is not None for tensor in (pair.a, pair.b)]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, y, *parameters)):
-        updated: torch.Tensor = _Recorded.apply(x, y, table, tiles, *parameters)  # type: ignore[no-untyped-call]
-        return updated
+    if torch.is_grad_enabled():
+        parameters = [tensor for pair in table.pairs if pair is not None for tensor in (pair.a, pair.b)]
+        if any(tensor.requires_grad for tensor in (x, y, *parameters)):
+            updated: torch.Tensor = _Recorded.apply(x, y, table, tiles, *parameters)  # type: ignore[no-untyped-call]
+            return updated
     _add_(x, y, table, tiles)
     return y
 

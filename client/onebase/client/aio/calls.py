@@ -1,0 +1,161 @@
+# Made from calls.py by tools/make_aio.py: change that, then `make aio`.
+"""What a client and a session have in common: the calls that differ only in whether they name a session."""
+
+from __future__ import annotations
+
+import os
+
+from onebase.client import types as t
+from onebase.client.aio.transport import AsyncStream, Transport
+from onebase.client.codec import adapters, inference
+from onebase.client.codec.inference import Prompts, Sequences
+from onebase.client.transport import new_request_id
+
+
+class Calls:
+    """Calls over a transport, in the name of a session or, if its id is "", of nobody."""
+
+    def __init__(self, transport: Transport, session_id: str) -> None:
+        self._transport = transport
+        self._session_id = session_id
+
+    async def reference_logprob(
+        self, sequences: Sequences, *, reference: str = t.BASE, timeout: float | None = None
+    ) -> list[t.Logprobs]:
+        """Logprobs of each completion's tokens, [t] each, under the bare base or under a named frozen adapter."""
+        call = inference.reference_logprob(sequences, reference=reference, session_id=self._session_id)
+        return await self._transport.run(call, timeout)
+
+    async def adapters(self, kind: t.AdapterKind | None = None, *, timeout: float | None = None) -> list[t.Adapter]:
+        """All adapters by name, or those of a kind."""
+        return await self._transport.run(adapters.list_adapters(kind), timeout)
+
+    async def adapter(self, name: str, *, timeout: float | None = None) -> t.Adapter:
+        """An adapter's facts."""
+        return await self._transport.run(adapters.get(name), timeout)
+
+    async def create_adapter(
+        self,
+        name: str,
+        lora: t.LoraSpec | None = None,
+        *,
+        kind: t.AdapterKind = "policy",
+        value_head: bool = True,
+        init_from: str = "",
+        seed: int = 0,
+        timeout: float | None = None,
+    ) -> t.Adapter:
+        """Makes a policy or a critic. A session gets its lease; it does not become active.
+
+        Args:
+            name: its name on the server.
+            lora: its shape; None is `LoraSpec()`, or that of `init_from`.
+            kind: "policy" or "critic".
+            value_head: give it one: that of `init_from` if it has one, or a fresh one. A critic always has one.
+            init_from: an adapter that it begins as a copy of; without one it begins as the base. A critic takes over a
+                reward adapter's score head as its value head.
+            seed: of its random beginning.
+            timeout: seconds.
+        """
+        call = adapters.create(
+            name,
+            lora,
+            kind=kind,
+            value_head=value_head,
+            init_from=init_from,
+            seed=seed,
+            request_id=new_request_id(),
+            session_id=self._session_id,
+        )
+        return await self._transport.run(call, timeout)
+
+    async def load_adapter(
+        self,
+        name: str,
+        path: str | os.PathLike[str],
+        *,
+        kind: t.AdapterKind = "policy",
+        value_head: bool = False,
+        replace: bool = False,
+        with_optimizer: bool = False,
+        seed: int = 0,
+        append_eos: bool | None = None,
+        pooling: t.Pooling | None = None,
+        timeout: float | None = None,
+    ) -> t.Adapter:
+        """Reads an adapter from a PEFT directory. A session gets a policy's or critic's lease; it is not made active.
+
+        Args:
+            name: its name on the server.
+            path: a directory on the server, absolute or relative to the server's first root.
+            kind: what it is for.
+            value_head: give a policy or critic that has none a fresh value head.
+            replace: put it in the place of an adapter of that name, whose version goes on growing.
+            with_optimizer: also read the AdamW moments saved with it.
+            seed: of a fresh value head.
+            append_eos: whether an end-of-sequence token belongs behind what a reward reads; None is what its manifest
+                says.
+            pooling: where a reward's score is read; None is what its manifest says, or else the last token.
+            timeout: seconds.
+        """
+        call = adapters.load(
+            name,
+            os.fspath(path),
+            kind=kind,
+            value_head=value_head,
+            replace=replace,
+            with_optimizer=with_optimizer,
+            seed=seed,
+            append_eos=append_eos,
+            pooling=pooling,
+            request_id=new_request_id(),
+            session_id=self._session_id,
+        )
+        return await self._transport.run(call, timeout)
+
+    async def delete_adapter(self, name: str, *, timeout: float | None = None) -> None:
+        """Forgets an adapter and frees its memory. What is leased, only the session that holds the lease may delete."""
+        call = adapters.delete(name, request_id=new_request_id(), session_id=self._session_id)
+        await self._transport.run(call, timeout)
+
+    def _generate(
+        self,
+        prompts: Prompts,
+        adapter: str,
+        sampling: t.SamplingParams,
+        logprobs: bool,
+        values: bool,
+        adapter_version: int | None,
+        timeout: float | None,
+        *,
+        stream_tokens: bool,
+    ) -> AsyncStream[t.CompletionChunk]:
+        call = inference.generate(
+            prompts,
+            adapter=adapter,
+            sampling=sampling,
+            logprobs=logprobs,
+            values=values,
+            adapter_version=adapter_version,
+            stream_tokens=stream_tokens,
+            session_id=self._session_id,
+        )
+        return self._transport.stream(call, timeout)
+
+    async def _save(
+        self,
+        name: str,
+        path: str | os.PathLike[str],
+        with_optimizer: bool,
+        overwrite: bool,
+        timeout: float | None,
+    ) -> t.SavedAdapter:
+        call = adapters.save(
+            name,
+            os.fspath(path),
+            with_optimizer=with_optimizer,
+            overwrite=overwrite,
+            request_id=new_request_id(),
+            session_id=self._session_id,
+        )
+        return await self._transport.run(call, timeout)

@@ -1,0 +1,149 @@
+# Made from policy.py by tools/make_aio.py: change that, then `make aio`.
+"""A handle on one policy of a session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING
+
+from onebase.client import types as t
+from onebase.client.codec.inference import Prompts, Rewards, Sequences
+
+if TYPE_CHECKING:
+    from onebase.client.aio.session import AsyncSession
+
+_SAMPLING, _PPO = t.SamplingParams(), t.PpoLoss()
+
+
+class AsyncPolicy:
+    """A session's calls, bound to one policy's name. It goes on meaning that policy when another becomes active."""
+
+    def __init__(self, session: AsyncSession, name: str) -> None:
+        self._session = session
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"<AsyncPolicy {self.name!r} of {self._session!r}>"
+
+    async def facts(self, *, timeout: float | None = None) -> t.Adapter:
+        """The policy as it is now: version, LoRA shape, memory."""
+        return await self._session.adapter(self.name, timeout=timeout)
+
+    async def generate(
+        self,
+        prompts: Prompts,
+        *,
+        sampling: t.SamplingParams = _SAMPLING,
+        logprobs: bool = False,
+        values: bool = False,
+        adapter_version: int | None = None,
+        timeout: float | None = None,
+    ) -> list[t.Completion]:
+        """Samples completions, as `AsyncSession.generate` does."""
+        return await self._session.generate(
+            prompts,
+            adapter=self.name,
+            sampling=sampling,
+            logprobs=logprobs,
+            values=values,
+            adapter_version=adapter_version,
+            timeout=timeout,
+        )
+
+    async def logprob(
+        self,
+        sequences: Sequences,
+        *,
+        entropy: bool = False,
+        values: bool = False,
+        logits: bool = False,
+        adapter_version: int | None = None,
+        timeout: float | None = None,
+    ) -> list[t.Logprobs]:
+        """Logprobs of each completion's tokens, as `AsyncSession.logprob` gives them."""
+        return await self._session.logprob(
+            sequences,
+            adapter=self.name,
+            entropy=entropy,
+            values=values,
+            logits=logits,
+            adapter_version=adapter_version,
+            timeout=timeout,
+        )
+
+    async def score(
+        self,
+        sequences: Sequences,
+        *,
+        rewards: Rewards = None,
+        reference: str = t.BASE,
+        outputs: Collection[t.ScoreOutput] | None = None,
+        critic: str = "",
+        append_eos: bool | None = None,
+        pooling: t.Pooling | None = None,
+        adapter_version: int | None = None,
+        timeout: float | None = None,
+    ) -> list[t.Score]:
+        """All of PPO's numbers, as `AsyncSession.score` gives them; makes this policy the session's active one."""
+        return await self._session.score(
+            sequences,
+            rewards=rewards,
+            reference=reference,
+            outputs=outputs,
+            critic=critic,
+            append_eos=append_eos,
+            pooling=pooling,
+            ppo_adapter_name=self.name,
+            adapter_version=adapter_version,
+            timeout=timeout,
+        )
+
+    async def forward_backward(
+        self,
+        sequences: t.TrainingSequence | Iterable[t.TrainingSequence],
+        loss: t.Loss = _PPO,
+        *,
+        denominator: float | None = None,
+        expected_version: int | None = None,
+        timeout: float | None = None,
+    ) -> t.ForwardBackward:
+        """Adds to the policy's pending gradients, as `AsyncSession.forward_backward` does."""
+        return await self._session.forward_backward(
+            sequences,
+            loss,
+            adapter=self.name,
+            denominator=denominator,
+            expected_version=expected_version,
+            timeout=timeout,
+        )
+
+    async def optim_step(
+        self,
+        adamw: t.AdamW,
+        *,
+        max_grad_norm: float = 0.0,
+        expected_version: int | None = None,
+        timeout: float | None = None,
+    ) -> t.OptimStep:
+        """Makes the policy's next version, as `AsyncSession.optim_step` does."""
+        return await self._session.optim_step(
+            adamw,
+            max_grad_norm=max_grad_norm,
+            adapter=self.name,
+            expected_version=expected_version,
+            timeout=timeout,
+        )
+
+    async def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        with_optimizer: bool = False,
+        overwrite: bool = False,
+        timeout: float | None = None,
+    ) -> t.SavedAdapter:
+        """Writes the policy as a PEFT directory on the server, as `AsyncSession.save_adapter` does."""
+        return await self._session.save_adapter(
+            path, name=self.name, with_optimizer=with_optimizer, overwrite=overwrite, timeout=timeout
+        )

@@ -1,0 +1,1 @@
+"""How `make_aio` turns a sync module into its asyncio twin."""
