@@ -18,6 +18,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 warnings.filterwarnings("ignore")
 
 import torch  # noqa: E402
+from generate_from_trl import from_trl_oracle  # noqa: E402
 from generate_models import make_adapters, make_bases  # noqa: E402
 from generate_ppo import SCENARIOS, ppo_oracle  # noqa: E402
 from generate_scores import score_oracle  # noqa: E402
@@ -42,6 +43,7 @@ def main() -> None:
     Path("scores.json").write_text(json.dumps(scores) + "\n")
     for scenario in SCENARIOS:
         ppo_oracle("base", "policy", scenario)
+    from_trl_oracle("base", "policy", "reward")
 
 
 if __name__ == "__main__":

@@ -302,7 +302,9 @@ class LoraSpec(google.protobuf.message.Message):
     """Rank-stabilized scaling, alpha / sqrt(r)."""
     @property
     def target_modules(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Names of the linear layers to adapt, as PEFT takes them: suffixes ("q_proj"), full paths, or the one word "all-linear"."""
+        """Names of the linear layers to adapt, as PEFT takes them: suffixes ("q_proj"), full paths, or the one word
+        "all-linear"; or "peft-default" alone, which is what PEFT adapts of this architecture where nobody names any.
+        """
 
     @property
     def rank_pattern(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:

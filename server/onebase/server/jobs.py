@@ -24,6 +24,9 @@ from numpy.typing import NDArray
 BASE = 0
 """The uid of the base with no adapter."""
 
+PEFT_DEFAULT = "peft-default"
+"""As the only target module: the layers that PEFT adapts of this architecture where nobody names any."""
+
 Tokens = NDArray[np.int64]
 Floats = NDArray[np.float32]
 

@@ -17,7 +17,7 @@ from torch.optim.adamw import adamw
 
 from onebase.server.engine.lora import LoraPair
 from onebase.server.errors import Aborted, FailedPrecondition
-from onebase.server.jobs import AdamW, AdapterFacts, AdapterKind, AdapterMemory, LoraSpec, Pooling
+from onebase.server.jobs import PEFT_DEFAULT, AdamW, AdapterFacts, AdapterKind, AdapterMemory, LoraSpec, Pooling
 
 _serials = itertools.count(1)
 
@@ -254,7 +254,7 @@ def spec_of(config: LoraConfig) -> LoraSpec:
     return LoraSpec(
         rank=config.r,
         alpha=float(config.lora_alpha),
-        target_modules=(targets,) if isinstance(targets, str) else tuple(sorted(targets or ())),
+        target_modules=(targets,) if isinstance(targets, str) else tuple(sorted(targets or (PEFT_DEFAULT,))),
         use_rslora=bool(config.use_rslora),
         rank_pattern=dict(config.rank_pattern or {}),
         alpha_pattern={name: float(alpha) for name, alpha in (config.alpha_pattern or {}).items()},

@@ -11,7 +11,7 @@ from peft import LoraConfig
 
 from onebase.server.engine.files import SavedFiles
 from onebase.server.errors import FailedPrecondition, InvalidArgument, OnebaseError
-from onebase.server.jobs import AdapterKind, LoraSpec
+from onebase.server.jobs import PEFT_DEFAULT, AdapterKind, LoraSpec
 
 HEAD_NAMES = ("score", "classifier")
 
@@ -35,9 +35,11 @@ _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 def lora_config(spec: LoraSpec, *, conv1d: bool, base: str) -> LoraConfig:
     """Our words in PEFT's."""
-    targets: str | list[str] = list(spec.target_modules)
+    targets: str | list[str] | None = list(spec.target_modules)
     if spec.target_modules == ("all-linear",):
         targets = "all-linear"
+    elif spec.target_modules == (PEFT_DEFAULT,):
+        targets = None
     return LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
