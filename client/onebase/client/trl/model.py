@@ -40,7 +40,6 @@ class AutoModelForCausalLMWithValueHead:
     Attributes:
         client: the connection to the server.
         session: the lease on the policies.
-        policy_adapter_name: the policy that is sampled, scored and trained.
         rm_adapter_name: the reward adapter, or "" without one.
     """
 
@@ -49,7 +48,6 @@ class AutoModelForCausalLMWithValueHead:
     def __init__(
         self,
         client: Client,
-        policy: str,
         reward: str = "",
         server: LocalServer | None = None,
         *,
@@ -58,7 +56,6 @@ class AutoModelForCausalLMWithValueHead:
         """Begins a session on a server that is reached already; scripts use `from_pretrained`."""
         self.client = client
         self.session = client.open_session(label="trl")
-        self.policy_adapter_name = policy
         self.rm_adapter_name = reward
         self._server = server
         self._return_logits = return_logits
@@ -122,7 +119,7 @@ class AutoModelForCausalLMWithValueHead:
             client = connect(target)
         _check_quantization(client, quantization)
         reward = "" if reward_adapter is None else _reward(client, os.fspath(reward_adapter), reward_adapter_name)
-        model = cls(client, ppo_adapter_name, reward, server, return_logits=return_logits)
+        model = cls(client, reward, server, return_logits=return_logits)
         try:
             if peft_config is not None:
                 model.add_adapter(ppo_adapter_name, peft_config, seed=seed)
@@ -153,7 +150,6 @@ class AutoModelForCausalLMWithValueHead:
     def set_adapter(self, adapter_name: str) -> None:
         """Makes a policy the one that is sampled, scored and trained, and takes its lease."""
         self.session.set_active(adapter_name)
-        self.policy_adapter_name = adapter_name
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -163,6 +159,11 @@ class AutoModelForCausalLMWithValueHead:
             yield
         finally:
             self._disabled = before
+
+    @property
+    def policy_adapter_name(self) -> str:
+        """The policy that is sampled, scored and trained: the session's active adapter."""
+        return self.session.ppo_adapter_name
 
     @property
     def supports_rm_adapter(self) -> bool:
@@ -202,8 +203,6 @@ class AutoModelForCausalLMWithValueHead:
         rewards = self.session.reward(
             _whole(batch), terms, append_eos=False, per_token=True, ppo_adapter_name=ppo_adapter_name
         )
-        if ppo_adapter_name:
-            self.policy_adapter_name = ppo_adapter_name
         scores = [np.stack(list((reward.token_scores or {}).values()), axis=-1) for reward in rewards]
         return batch.padded(scores, hold_last=True)
 
