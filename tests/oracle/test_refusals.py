@@ -169,7 +169,7 @@ REFUSED: dict[str, Case] = {
         "policy",
         FailedPreconditionError,
         "SETTING_NOT_SUPPORTED",
-        ("use_dora=True", "use_dora=False"),
+        ("use_dora=True", "no product with the base that rows of other adapters could share", "use_dora=False"),
     ),
     "biases": (
         _policy(_lora(bias="lora_only")),
