@@ -32,7 +32,7 @@ class Text:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.decoder = copy.deepcopy(tokenizer)  # the device's thread has this one
-        self._silent = frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+        self._silent = {i: token.special for i, token in tokenizer.added_tokens_decoder.items()}
         self._going_on: Tokenizer | None = None  # for texts that go on, where others get a space in front
         self._bytes: dict[int, int] = {}  # tokens that stand for bytes
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -103,7 +103,10 @@ class Text:
 
     def silent(self, token: int) -> bool:
         """Whether a token has no text: a special one, or an id that only the base knows."""
-        return token in self._silent or self.decoder.convert_ids_to_tokens(token) is None
+        found = self._silent.get(token)
+        if found is None:
+            found = self._silent[token] = self.decoder.convert_ids_to_tokens(token) is None
+        return found
 
     def _render(self, messages: Sequence[Message], generation_prompt: bool, *, tokenize: bool) -> Any:
         try:
@@ -164,7 +167,7 @@ class Detokenizer:
         piece = now[self._given : certain]
         self._given = max(self._given, certain)
         self._unfinished = self._unfinished and not piece
-        if len(self._window) > 2 * _CONTEXT:
+        if len(self._window) > 2 * _CONTEXT and not last:
             self._shorten(len(now) - self._given)
         return piece
 
