@@ -23,7 +23,7 @@ WINDOW = 8
 IDS = {"vocab_size": 120, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SPREAD = {"initializer_range": 0.25}
 CALM = {"initializer_range": 0.1}
-"""For models that magnify rounding under a wider spread: transformers' own gradients are off by as much there."""
+"""For models that magnify float32's rounding under a wider spread, transformers' own included."""
 
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "max_position_embeddings": CONTEXT}
 MLP = {"intermediate_size": 48}
