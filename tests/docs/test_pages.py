@@ -1,7 +1,7 @@
 """Every code block of every page is run, in order, as a reader would run it.
 
-A page is read in a directory of its own that holds `base/` (a small Llama), `reward/`, `sft/` (adapters of it) and
-`prompts.jsonl`. Its blocks, by language:
+A page is read in a directory of its own that holds `base/` (a small Llama), `reward/`, `sft/` (adapters of it),
+`reward-of-another-base/` (whose tokenizer is another) and `prompts.jsonl`. Its blocks, by language:
 
     sh        is run; `onebase serve` runs in the background until the page ends, on a free port
     python    is run; blocks of a page share their names
@@ -102,6 +102,10 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reader]:
     for name, source in (("base", "base"), ("reward", "reward"), ("sft", "policy")):
         shutil.copytree(FIXTURES / source, tmp_path / name)
     (tmp_path / "sft" / "value_head.safetensors").unlink()
+    other = Path(shutil.copytree(FIXTURES / "reward", tmp_path / "reward-of-another-base"))
+    shutil.copy(FIXTURES / "base" / "tokenizer_config.json", other)
+    words = (FIXTURES / "base" / "tokenizer.json").read_text().replace('"w10"', '"w"').replace('"w11"', '"w10"')
+    (other / "tokenizer.json").write_text(words.replace('"w"', '"w11"'))
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "w5 w6 w7"}\n{"prompt": "w8 w9"}\n' * 8)
     monkeypatch.chdir(tmp_path)
     with ExitStack() as stack:

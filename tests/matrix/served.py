@@ -60,7 +60,7 @@ class Served:
     def rewards(self) -> list[float]:
         """Of TEXTS."""
         rows = [ScoreRow(REWARD, np.array(text.tokens), score=True) for text in TEXTS]
-        return [row.score for row in self._run(ScoreJob(rows=rows)).rows]
+        return [float(row.scores[0]) for row in self._run(ScoreJob(rows=rows)).rows if row.scores is not None]
 
     def greedy(self) -> dict[int, list[Greedy]]:
         """Completions of PROMPTS by base and policy, side by side in the cache."""

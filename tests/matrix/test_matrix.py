@@ -101,7 +101,7 @@ WRONG: dict[str, tuple[str, Patch, set[str]]] = {
     ),
     "scores of other states": (
         "Qwen3",
-        _changed(engine, "_score_head", 1, lambda hidden: hidden * 1.001),
+        _changed(engine, "_scores", 1, lambda hidden: hidden * 1.001),
         {"reward"},
     ),
     "steps that are a little longer": (
