@@ -47,12 +47,10 @@ def step(live, session, name, **more):
 
 def train(live, session, name):
     one = floats(0.0)
-    sequence = training_pb2.TrainingSequence(
-        sequence=pair((9,), (7,)), old_logprobs=one, old_values=one, advantages=one, returns=one
-    )
+    sequence = training_pb2.TrainingSequence(sequence=pair((9,), (7,)), old_values=one, returns=one)
     return live.training.ForwardBackward(
         training_pb2.ForwardBackwardRequest(
-            session_id=session, adapter=name, sequences=[sequence], ppo=training_pb2.PpoLoss()
+            session_id=session, adapter=name, sequences=[sequence], value=training_pb2.ValueLoss()
         )
     )
 
@@ -118,6 +116,22 @@ def test_a_critic_is_trained_beside_its_policy_by_the_holder_of_its_lease(live, 
     other = open_session(live)
     for call in (train, step):
         assert refused(call, live, other, "c1").reason == "NOT_LEASE_HOLDER"
+
+
+@pytest.mark.parametrize("loss", ["ppo", "importance_sampling", "cross_entropy", "dpo"])
+def test_a_policys_loss_does_not_train_a_critic(live, session, loss):
+    make(live, session=session)
+    sequence = training_pb2.TrainingSequence(sequence=pair((9,), (7,)))
+    request = training_pb2.ForwardBackwardRequest(
+        session_id=session, adapter="c1", sequences=[sequence], **{loss: {"vf_coef": 0.0} if loss == "ppo" else {}}
+    )
+    refusal = refused(live.training.ForwardBackward, request)
+    assert (refusal.code, refusal.reason, refusal.field) == (
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "WRONG_ADAPTER_KIND",
+        "loss",
+    )
+    assert "use value" in refusal.message
 
 
 def test_a_free_critics_lease_comes_with_training_it(live):

@@ -10,8 +10,9 @@ from google.protobuf.message import Message
 from onebase.server.access import need_value_head
 from onebase.server.codec.fields import number, optional, out_of_range, required
 from onebase.server.codec.tensors import read_floats
-from onebase.server.errors import InvalidArgument
+from onebase.server.errors import FailedPrecondition, InvalidArgument
 from onebase.server.jobs import (
+    AdapterKind,
     CrossEntropyLoss,
     CustomLoss,
     DpoLoss,
@@ -106,12 +107,18 @@ def read_arrays(
     return {name: found.get(name) for name in (*_ARRAYS, "weights")}
 
 
-def check_value_head(entry: Entry, loss: Loss, sequences: Sequence[training_pb2.TrainingSequence]) -> None:
-    """Refuses a loss of values where there is no value head.
+def check_adapter(entry: Entry, loss: Loss, sequences: Sequence[training_pb2.TrainingSequence]) -> None:
+    """Refuses a loss of values where there is no value head, and a policy's loss for a critic.
 
     Raises:
-        FailedPrecondition: NO_VALUE_HEAD.
+        FailedPrecondition: NO_VALUE_HEAD; WRONG_ADAPTER_KIND.
     """
+    if entry.kind is AdapterKind.CRITIC and not isinstance(loss, ValueLoss | CustomLoss):
+        raise FailedPrecondition(
+            "WRONG_ADAPTER_KIND",
+            f"{entry.name!r} is a critic, and {type(loss).__name__} trains a policy: use value, or custom",
+            field="loss",
+        )
     match loss:
         case PpoLoss(vf_coef=vf_coef) if vf_coef:
             need_value_head(entry, "ppo.vf_coef")

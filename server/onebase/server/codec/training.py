@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from onebase.server.codec.fields import finite, number, optional, out_of_range, required, version
-from onebase.server.codec.losses import check_pairs, check_value_head, read_arrays, read_loss
+from onebase.server.codec.losses import check_adapter, check_pairs, read_arrays, read_loss
 from onebase.server.codec.sequences import Pair, SequenceReader
 from onebase.server.codec.tensors import float_tensor, read_mask
 from onebase.server.jobs import (
@@ -32,11 +32,11 @@ async def read_forward_backward(
 
     Raises:
         InvalidArgument: naming the field.
-        FailedPrecondition: NO_VALUE_HEAD where the loss needs one.
+        FailedPrecondition: NO_VALUE_HEAD where the loss needs one; WRONG_ADAPTER_KIND for a policy's loss and a critic.
     """
     expected_version = version(request, "expected_version")
     loss = read_loss(request)
-    check_value_head(entry, loss, request.sequences)
+    check_adapter(entry, loss, request.sequences)
     check_pairs(loss, len(request.sequences))
     denominator = None
     if request.HasField("denominator"):
