@@ -5,7 +5,7 @@ A page is read in a directory of its own that holds `base/` (a small Llama), `re
 
     sh        is run; `onebase serve` runs in the background until the page ends, on a free port
     python    is run; blocks of a page share their names
-    yaml      is written to the file that its first line names: `# policy_1.yaml`
+    yaml      is written to the file that its first line names: `# policy_1.yaml`; so is jinja: `{# chat.jinja #}`
     text      is what a program may print, and is not looked at
 """
 
@@ -31,7 +31,7 @@ from support import environment
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(path for path in (ROOT / "docs").glob("*.md"))
 ADDRESS = "127.0.0.1:7070"
-LANGUAGES = {"sh", "python", "yaml", "text"}
+LANGUAGES = {"sh", "python", "yaml", "jinja", "text"}
 BLOCK = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -60,10 +60,10 @@ class Reader:
 
     def run(self, page: Path, block: Block) -> None:
         text = block.text.replace(ADDRESS, self.address)
-        if block.language == "yaml":
-            first = text.splitlines()[0]
-            assert first.startswith("# "), f"{page.name}:{block.line}: the first line names the file"
-            (self._folder / first[2:]).write_text(text)
+        if block.language in ("yaml", "jinja"):
+            name = re.match(r"(?:# |\{# )(\S+)", text)
+            assert name is not None, f"{page.name}:{block.line}: the first line names the file"
+            (self._folder / name[1]).write_text(text)
         elif block.language == "sh" and text.startswith("onebase serve"):
             self._serve(text)
         elif block.language == "sh":
