@@ -28,8 +28,8 @@ from oracle.fixtures import (
 from onebase.client import Client, Session
 from onebase.client.types import AdamW, PpoLoss, TrainingSequence
 from onebase.trainer.advantages import advantages_and_returns, pad, token_rewards
-from onebase.trainer.config import PpoConfig
-from onebase.trainer.stepper import PpoStepper
+from onebase.trainer.algorithms import PpoStepper
+from onebase.trainer.hyperparameters import PpoConfig
 
 SCENARIOS = sorted(path.stem for path in FIXTURES.glob("ppo_*.json"))
 

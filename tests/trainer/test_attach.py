@@ -8,7 +8,6 @@ from onebase.client.types import LoraSpec
 from onebase.trainer.attach import attach
 from onebase.trainer.checkpoint import TrainerState
 from onebase.trainer.config import PolicyConfig
-from onebase.trainer.control import RunningMoments
 from onebase.trainer.parsing import ConfigError
 
 POLICY = PolicyConfig(name="p", rank=4, alpha=8, target_modules=("q_proj",), use_rslora=True, seed=9)
@@ -25,8 +24,8 @@ def state_of(server, session, **changes):
         "step": 3,
         "prompts_taken": 0,
         "rng": {},
-        "kl_coef": 0.2,
-        "moments": RunningMoments(),
+        "algorithm": "ppo",
+        "learner": {},
         "kl": None,
         "before": None,
         "latest": None,

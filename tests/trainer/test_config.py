@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from onebase.trainer.commands import EXAMPLE
-from onebase.trainer.config import PpoConfig, RewardTerm, TrainConfig
+from onebase.trainer.config import RewardTerm, TrainConfig
+from onebase.trainer.hyperparameters import PpoConfig
 from onebase.trainer.loading import load_config
 from onebase.trainer.parsing import ConfigError, split_arguments
 

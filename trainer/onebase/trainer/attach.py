@@ -17,19 +17,22 @@ LEASE_SECONDS = 60.0
 """How long the session outlives a trainer that dies."""
 
 
-def attach(client: Client, policy: PolicyConfig, state: TrainerState | None) -> tuple[Session, str]:
+def attach(
+    client: Client, policy: PolicyConfig, state: TrainerState | None, *, value_head: bool = True
+) -> tuple[Session, str]:
     """Opens the session that trains the policy.
 
     Args:
         client: connected to the server.
         policy: the policy's settings.
         state: the run to go on with, or None to begin with the policy as it is.
+        value_head: whether the algorithm needs the policy to have one.
 
     Returns:
         The session, whose active adapter is the policy, and a sentence on where the policy came from.
 
     Raises:
-        ConfigError: the policy is not there and shall not be made, cannot be trained by PPO, or cannot be brought back.
+        ConfigError: the policy is not there and shall not be made, cannot be trained, or cannot be brought back.
     """
     session = client.open_session(
         ppo_adapter_name=policy.name if find(client, policy.name) else "",
@@ -40,7 +43,7 @@ def attach(client: Client, policy: PolicyConfig, state: TrainerState | None) -> 
     )
     try:
         there = find(client, policy.name)  # looked at again: until the lease was ours, others could train it
-        origin = _bring_back(session, policy, state, there) if state else _begin(session, policy, there)
+        origin = _bring_back(session, policy, state, there) if state else _begin(session, policy, there, value_head)
         if session.ppo_adapter_name != policy.name:
             session.set_active(policy.name)
     except BaseException:
@@ -57,7 +60,7 @@ def find(client: Client, name: str) -> Adapter | None:
         return None
 
 
-def _begin(session: Session, policy: PolicyConfig, there: Adapter | None) -> str:
+def _begin(session: Session, policy: PolicyConfig, there: Adapter | None, value_head: bool) -> str:
     if there is None:
         if not policy.create:
             raise ConfigError(
@@ -69,11 +72,11 @@ def _begin(session: Session, policy: PolicyConfig, there: Adapter | None) -> str
             target_modules=policy.target_modules,
             use_rslora=policy.use_rslora,
         )
-        session.create_adapter(policy.name, lora, value_head=True, seed=policy.seed)
+        session.create_adapter(policy.name, lora, value_head=value_head, seed=policy.seed)
         return f"made {policy.name} (rank {policy.rank})"
     if there.kind != "policy":
         raise ConfigError("policy.name", f"{policy.name!r} is a {there.kind} adapter, which is not trained")
-    if not there.value_head:
+    if value_head and not there.value_head:
         raise ConfigError("policy.name", f"{policy.name!r} has no value head, which PPO needs; load it with one")
     return f"found {policy.name} on the server, version {there.version}"
 

@@ -6,12 +6,11 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from onebase.client.types import Adapter
-from onebase.trainer.control import RunningMoments
 from onebase.trainer.evaluation import Evaluation
 from onebase.trainer.parsing import ConfigError
 
@@ -30,12 +29,12 @@ class TrainerState:
     """Position in the prompts' order."""
     rng: Mapping[str, Any]
     """State of the generator of seeds and minibatches."""
-    kl_coef: float
-    """The next step's KL coefficient."""
-    moments: RunningMoments
-    """Running moments of the scores."""
+    algorithm: str
+    """What trains it."""
+    learner: Mapping[str, Any]
+    """What the algorithm keeps from step to step."""
     kl: float | None
-    """objective/kl of the last step."""
+    """objective/kl of the last step, if it had one."""
     before: Evaluation | None
     """The evaluation before the first step."""
     latest: Evaluation | None
@@ -62,7 +61,6 @@ class TrainerState:
 def save_state(directory: Path, state: TrainerState) -> None:
     """Writes the state so that a crash leaves either the old one or the new one."""
     data = {field.name: getattr(state, field.name) for field in fields(state)}
-    data["moments"] = asdict(state.moments)
     for name in ("before", "latest"):
         data[name] = None if data[name] is None else data[name].as_json()
     write_json(directory / STATE_FILE, data)
@@ -79,7 +77,6 @@ def load_state(directory: Path) -> TrainerState | None:
         return None
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        data["moments"] = RunningMoments(**data["moments"])
         for name in ("before", "latest"):
             data[name] = None if data[name] is None else Evaluation.from_json(data[name])
         return TrainerState(**data)

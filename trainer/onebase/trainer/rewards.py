@@ -39,7 +39,7 @@ class Judged:
     """A rollout's rewards."""
 
     rewards: NDArray[np.float64]  # [B]
-    """What PPO maximizes: the weighted sum."""
+    """What is maximized: the weighted sum."""
     raw: Mapping[str, NDArray[np.float64]]
     """The unweighted scores [B], by reward adapter; the function's as "reward_function"."""
     scored: tuple[t.Score, ...]

@@ -14,7 +14,7 @@ from onebase.client.errors import AbortedError
 from onebase.trainer import PpoConfig, PpoStepper
 from onebase.trainer.stats import reward_stats
 
-TRL = json.loads((Path(__file__).parent / "fixtures" / "trl_steps.json").read_text())
+TRL = json.loads((Path(__file__).parents[1] / "fixtures" / "trl_steps.json").read_text())
 CASES = TRL["cases"]
 
 
