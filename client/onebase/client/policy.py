@@ -95,7 +95,7 @@ class Policy:
     def forward_backward(
         self,
         sequences: t.TrainingSequence | Iterable[t.TrainingSequence],
-        loss: t.PpoLoss = _PPO,
+        loss: t.Loss = _PPO,
         *,
         denominator: float | None = None,
         expected_version: int | None = None,

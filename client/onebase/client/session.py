@@ -189,7 +189,7 @@ class Session(Calls):
     def forward_backward(
         self,
         sequences: t.TrainingSequence | Iterable[t.TrainingSequence],
-        loss: t.PpoLoss = _PPO,
+        loss: t.Loss = _PPO,
         *,
         adapter: str = "",
         denominator: float | None = None,
@@ -200,9 +200,10 @@ class Session(Calls):
 
         Args:
             sequences: what to train on; every array [t], one number per completion token.
-            loss: its settings.
+            loss: which one, with its settings; it says which arrays the sequences need.
             adapter: the policy; this session must hold its lease.
-            denominator: divides the sum over tokens; None is the number of tokens that count here.
+            denominator: divides the sum over tokens (DPO: over pairs); None is how many count here, and 1 for a
+                custom loss.
             expected_version: `AbortedError` if this is not the policy's version.
             timeout: seconds.
         """

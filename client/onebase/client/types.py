@@ -191,25 +191,91 @@ class Score:
 
 @dataclass(frozen=True)
 class TrainingSequence:
-    """A sequence to train on; arrays have one number per completion token."""
+    """A sequence to train on; arrays have one number per completion token.
+
+    Each loss says which arrays it needs. What it needs and is not given, or is given and does not use, is refused.
+    """
 
     prompt: Content
     completion: Content
-    old_logprobs: Floats
-    old_values: Floats
-    advantages: Floats
-    returns: Floats
+    old_logprobs: Floats | None = None
+    """Logprobs under the policy that sampled."""
+    old_values: Floats | None = None
+    """Values at that time."""
+    advantages: Floats | None = None
+    returns: Floats | None = None
     mask: NDArray[np.bool_] | None = None
+    """Which tokens count; None counts all."""
+    reference_logprobs: Floats | None = None
+    """Logprobs under the reference."""
+    weights: Floats | None = None
+    """What each token's term weighs in the loss's sum; None is 1. They do not change the denominator."""
+    logprob_gradients: Floats | None = None
+    """d loss / d logprob of each token."""
+    value_gradients: Floats | None = None
+    """d loss / d value before each token."""
+    entropy_gradients: Floats | None = None
+    """d loss / d entropy before each token."""
 
 
 @dataclass(frozen=True)
 class PpoLoss:
-    """Settings of the clipped PPO loss, with TRL 0.11.4's defaults."""
+    """The clipped PPO loss, with TRL 0.11.4's defaults: old_logprobs, advantages, old_values, returns.
+
+    Without a vf_coef no value head is needed, and old_values and returns only give statistics.
+    """
 
     cliprange: float = 0.2
     cliprange_value: float = 0.2
     vf_coef: float = 0.1
+    """Weight of the value loss."""
     ratio_threshold: float = 10.0
+    """A batch whose mean ratio exceeds this adds zero gradients."""
+    cliprange_high: float | None = None
+    """The upper clip range of the ratio; None is cliprange."""
+    kl_coef: float = 0.0
+    """Weight of exp(d) - d - 1 with d = reference_logprobs - logprobs, which are then needed."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy, which is subtracted."""
+
+
+@dataclass(frozen=True)
+class ImportanceSamplingLoss:
+    """The policy gradient with importance sampling, -A·ratio, not clipped: old_logprobs and advantages."""
+
+
+@dataclass(frozen=True)
+class CrossEntropyLoss:
+    """The negative logprob of every token that counts: supervised fine-tuning. It needs no array."""
+
+
+@dataclass(frozen=True)
+class DpoLoss:
+    """Direct preference optimization: reference_logprobs, of sequences in pairs, chosen then rejected."""
+
+    beta: float = 0.1
+    """How strongly to hold to the reference."""
+    label_smoothing: float = 0.0
+    """Share of the pairs that may be labelled the wrong way round, in [0, 0.5)."""
+
+
+@dataclass(frozen=True)
+class CustomLoss:
+    """The client's own loss, by its derivatives: one or several of logprob_, value_ and entropy_gradients.
+
+    They are derivatives of a sum: unless a denominator is given, nothing divides them.
+    """
+
+
+@dataclass(frozen=True)
+class ValueLoss:
+    """The clipped value loss alone, for a critic: old_values and returns. Its pass gives no logprobs."""
+
+    cliprange_value: float = 0.2
+
+
+Loss: TypeAlias = PpoLoss | ImportanceSamplingLoss | CrossEntropyLoss | DpoLoss | CustomLoss | ValueLoss
+"""What a forward and backward pass can compute."""
 
 
 @dataclass(frozen=True)
@@ -229,9 +295,13 @@ class ForwardBackward:
 
     adapter: AdapterVersion
     metrics: Mapping[str, float]
-    """TRL's names without "ppo/": loss/policy, loss/value, loss/total, policy/entropy, policy/approxkl, …"""
+    """loss/total and the loss's other numbers, for PPO under TRL's names without "ppo/": policy/approxkl, …"""
     logprobs: tuple[Floats, ...]
+    """[t] per sequence; none from a ValueLoss."""
+    entropy: tuple[Floats, ...]
+    """[t] per sequence, nats; none from a ValueLoss."""
     values: tuple[Floats, ...]
+    """[t] per sequence; none without a value head."""
     ratio_threshold_exceeded: bool
     pending_gradients: int
 
