@@ -29,7 +29,7 @@ def four_over_one_adapter(bench: Bench) -> Figure:
     ours, peft = bench.ours("39m", "float32"), bench.peft("39m", "float32")
     ids = random_ids(TRAINEES * ROWS, LENGTH)
     rows = train_rows(ids)
-    then = _then(rows)
+    then = Then.of(rows, torch.device("cpu"))
     peft.set_adapter("a1")
     model, value_head = peft.base_model.model, torch.nn.Linear(ours.engine.facts.hidden_size, 1)
 
@@ -38,8 +38,8 @@ def four_over_one_adapter(bench: Bench) -> Figure:
         logits = model.lm_head(states).float().flatten(0, 1)
         logprobs = torch.log_softmax(logits, -1).gather(1, ids[:, PROMPT:].reshape(-1, 1))[:, 0]
         values = value_head(states)[..., 0].flatten()
-        policy, value = ppo(Now(logprobs, torch.zeros_like(values), values), then, PpoLoss())
-        torch.autograd.backward((policy + 0.1 * value) / then.mask.sum())
+        sums = ppo(Now(logprobs, torch.zeros_like(values), values), then, PpoLoss())
+        torch.autograd.backward(sums["loss/total"] / then.mask.sum())
         peft.zero_grad(set_to_none=True)
         value_head.zero_grad(set_to_none=True)
 
@@ -149,10 +149,3 @@ def _mixed_rows() -> dict[int, list[TrainRow]]:
 def _quiet(row: TrainRow) -> TrainRow:
     zeros = np.zeros_like(row.advantages)
     return TrainRow(row.tokens, row.start, row.old_logprobs, row.old_values, zeros, row.returns, row.mask)
-
-
-def _then(rows: Sequence[TrainRow]) -> Then:
-    def flat(name: str) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate([getattr(row, name) for row in rows]).astype(np.float32))
-
-    return Then(flat("old_logprobs"), flat("old_values"), flat("advantages"), flat("returns"), flat("mask"))

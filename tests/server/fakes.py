@@ -234,6 +234,7 @@ class FakeWorker:
             version=version,
             metrics={"loss/total": 0.5},
             logprobs=tuple(logprobs(job.adapter, row.tokens, row.start) for row in job.rows),
+            entropy=tuple(-logprobs(job.adapter, row.tokens, row.start) for row in job.rows),
             values=tuple(values(job.adapter, row.tokens, row.start) for row in job.rows),
             ratio_threshold_exceeded=False,
             facts=facts,

@@ -107,7 +107,7 @@ def test_without_a_value_loss_no_head_and_no_values_are_needed(live, session):
     request.sequences[0].ClearField("old_values")
     request.sequences[0].ClearField("returns")
     live.training.ForwardBackward(request)
-    assert live.worker.executed[-1].rows[0].returns.tolist() == [0, 0]
+    assert live.worker.executed[-1].rows[0].returns is None
 
 
 @pytest.mark.parametrize("method", ["ForwardBackward", "OptimStep"])

@@ -130,12 +130,13 @@ class CompletionChunk:
 
 @dataclass(frozen=True)
 class ForwardBackwardResult:
-    """Metrics of the pass, and the numbers under the current weights, one array per row."""
+    """Metrics of the pass, and the numbers under the current weights, one array per row, or none."""
 
     version: int
     metrics: Mapping[str, float]
-    logprobs: tuple[Floats, ...]
-    values: tuple[Floats, ...]
+    logprobs: tuple[Floats, ...]  # [t]; none where the loss needs no logits
+    entropy: tuple[Floats, ...]  # [t], nats; none where the loss needs no logits
+    values: tuple[Floats, ...]  # [t]; none without a value head
     ratio_threshold_exceeded: bool
     facts: AdapterFacts
 
@@ -194,15 +195,23 @@ class Sampling:
 
 @dataclass(frozen=True)
 class TrainRow:
-    """A sequence to train on. All arrays have t entries; `mask` is True where a token counts."""
+    """A sequence to train on. All arrays have t entries; what its loss does not use is None.
+
+    `mask` is True where a token counts; `weights` is what its term weighs in the loss's sum, None is 1.
+    """
 
     tokens: Tokens
     start: int
-    old_logprobs: Floats
-    old_values: Floats
-    advantages: Floats
-    returns: Floats
+    old_logprobs: Floats | None
+    old_values: Floats | None
+    advantages: Floats | None
+    returns: Floats | None
     mask: NDArray[np.bool_]
+    reference_logprobs: Floats | None = None
+    weights: Floats | None = None
+    logprob_gradients: Floats | None = None
+    value_gradients: Floats | None = None
+    entropy_gradients: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -213,6 +222,42 @@ class PpoLoss:
     cliprange_value: float = 0.2
     vf_coef: float = 0.1
     ratio_threshold: float = 10.0
+    cliprange_high: float | None = None  # None is cliprange
+    kl_coef: float = 0.0
+    entropy_coef: float = 0.0
+
+
+@dataclass(frozen=True)
+class ImportanceSamplingLoss:
+    """The policy gradient with importance sampling."""
+
+
+@dataclass(frozen=True)
+class CrossEntropyLoss:
+    """Supervised fine-tuning."""
+
+
+@dataclass(frozen=True)
+class DpoLoss:
+    """Settings of direct preference optimization; rows come in pairs, chosen then rejected."""
+
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class CustomLoss:
+    """A loss that the client gives by its derivatives."""
+
+
+@dataclass(frozen=True)
+class ValueLoss:
+    """Settings of the clipped value loss alone."""
+
+    cliprange_value: float = 0.2
+
+
+Loss = PpoLoss | ImportanceSamplingLoss | CrossEntropyLoss | DpoLoss | CustomLoss | ValueLoss
 
 
 @dataclass(frozen=True)
@@ -285,15 +330,58 @@ class GenerateJob(Job[None]):
 
 @dataclass(eq=False, kw_only=True)
 class ForwardBackwardJob(Job[ForwardBackwardResult]):
-    """Rows to train one adapter on. `denominator` None is the number of tokens that count."""
+    """Rows to train one adapter on. `denominator` None is `count`."""
 
     adapter: int
     rows: Sequence[TrainRow]
-    loss: PpoLoss
+    loss: Loss
     denominator: float | None = None
     expected_version: int | None = None
 
     work = Work.TRAIN
+
+    @property
+    def rows_per_term(self) -> int:
+        """How many rows, one after the other, one term of the loss needs: they must share a micro-batch."""
+        return 2 if isinstance(self.loss, DpoLoss) else 1
+
+    @property
+    def count(self) -> float:
+        """How many terms there are: tokens that count, or pairs. Of a custom loss, whose derivatives say all, 1."""
+        match self.loss:
+            case DpoLoss():
+                return len(self.rows) / self.rows_per_term
+            case CustomLoss():
+                return 1.0
+            case _:
+                return float(sum(int(row.mask.sum()) for row in self.rows))
+
+    @property
+    def needs_logprobs(self) -> bool:
+        """Whether logits are needed at all."""
+        return not isinstance(self.loss, ValueLoss)
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether the loss depends on a value head."""
+        match self.loss:
+            case PpoLoss(vf_coef=vf_coef):
+                return vf_coef > 0
+            case CustomLoss():
+                return any(row.value_gradients is not None for row in self.rows)
+            case loss:
+                return isinstance(loss, ValueLoss)
+
+    @property
+    def needs_entropy_gradient(self) -> bool:
+        """Whether the loss depends on the entropy, whose derivative costs another product with the embedding."""
+        match self.loss:
+            case PpoLoss(entropy_coef=entropy_coef):
+                return entropy_coef > 0
+            case CustomLoss():
+                return any(row.entropy_gradients is not None for row in self.rows)
+            case _:
+                return False
 
 
 @dataclass(eq=False, kw_only=True)

@@ -400,7 +400,7 @@ class PassTask(Task[ForwardBackwardJob]):
         super().__init__(job)
         self.adapter = job.adapter
         self.state: Pass | None = None
-        self._batches = micro_batches([len(row.tokens) for row in job.rows], train_tokens)
+        self._batches = micro_batches([len(row.tokens) for row in job.rows], train_tokens, job.rows_per_term)
         self._batches.reverse()
 
     def begin(self, engine: Engine) -> None:
@@ -433,12 +433,17 @@ class StepTask(Task[OptimStepJob | DropGradientsJob]):
         return 0
 
 
-def micro_batches(costs: Sequence[int], most: int) -> list[tuple[int, int]]:
-    """Cuts rows, in their order, into (rows, tokens) of at most so many tokens; a longer row stands alone."""
+def micro_batches(costs: Sequence[int], most: int, together: int = 1) -> list[tuple[int, int]]:
+    """Cuts rows, in their order, into (rows, tokens) of at most so many tokens; a longer row stands alone.
+
+    Only between groups of `together` rows is there a cut, so a longer group stands alone too.
+    """
     found: list[tuple[int, int]] = []
-    for cost in costs:
+    for first in range(0, len(costs), together):
+        group = costs[first : first + together]
+        cost = sum(group)
         if found and found[-1][1] + cost <= most:
-            found[-1] = (found[-1][0] + 1, found[-1][1] + cost)
+            found[-1] = (found[-1][0] + len(group), found[-1][1] + cost)
         else:
-            found.append((1, cost))
+            found.append((len(group), cost))
     return found

@@ -6,24 +6,22 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from onebase.server.access import need_value_head
 from onebase.server.codec.fields import finite, number, optional, out_of_range, required, version
+from onebase.server.codec.losses import check_pairs, check_value_head, read_arrays, read_loss
 from onebase.server.codec.sequences import Pair, SequenceReader
-from onebase.server.codec.tensors import float_tensor, read_floats, read_mask
+from onebase.server.codec.tensors import float_tensor, read_mask
 from onebase.server.jobs import (
     AdamW,
-    Floats,
     ForwardBackwardJob,
     ForwardBackwardResult,
+    Loss,
     OptimStepJob,
     OptimStepResult,
-    PpoLoss,
     TrainRow,
 )
 from onebase.server.registry import Entry
 from onebase.v1 import training_pb2, types_pb2
 
-_PPO = PpoLoss()
 _ADAMW = AdamW(learning_rate=0.0)
 
 
@@ -37,9 +35,9 @@ async def read_forward_backward(
         FailedPrecondition: NO_VALUE_HEAD where the loss needs one.
     """
     expected_version = version(request, "expected_version")
-    loss = _read_loss(request)
-    if loss.vf_coef:
-        need_value_head(entry, "ppo.vf_coef")
+    loss = read_loss(request)
+    check_value_head(entry, loss, request.sequences)
+    check_pairs(loss, len(request.sequences))
     denominator = None
     if request.HasField("denominator"):
         denominator = number(request.denominator, "denominator", above=0)
@@ -47,7 +45,7 @@ async def read_forward_backward(
     pairs = await reader.pairs([one.sequence for one in request.sequences], fields)
     return ForwardBackwardJob(
         adapter=entry.uid,
-        rows=_read_rows(request.sequences, pairs, with_values=loss.vf_coef > 0),
+        rows=_read_rows(request.sequences, pairs, loss),
         loss=loss,
         denominator=denominator,
         expected_version=expected_version,
@@ -85,6 +83,7 @@ def forward_backward_response(name: str, result: ForwardBackwardResult) -> train
         metrics=result.metrics,
         logprobs=[float_tensor(one) for one in result.logprobs],
         values=[float_tensor(one) for one in result.values],
+        entropy=[float_tensor(one) for one in result.entropy],
         ratio_threshold_exceeded=result.ratio_threshold_exceeded,
         pending_gradients=result.facts.pending_gradients,
     )
@@ -99,22 +98,8 @@ def optim_step_response(name: str, result: OptimStepResult) -> training_pb2.Opti
     )
 
 
-def _read_loss(request: training_pb2.ForwardBackwardRequest) -> PpoLoss:
-    if request.WhichOneof("loss") is None:
-        raise required("loss", "give ppo, which may be empty for its defaults")
-    ppo = request.ppo
-    return PpoLoss(
-        cliprange=number(optional(ppo, "cliprange", _PPO.cliprange), "ppo.cliprange", above=0),
-        cliprange_value=number(optional(ppo, "cliprange_value", _PPO.cliprange_value), "ppo.cliprange_value", above=0),
-        vf_coef=number(optional(ppo, "vf_coef", _PPO.vf_coef), "ppo.vf_coef", least=0),
-        ratio_threshold=number(optional(ppo, "ratio_threshold", _PPO.ratio_threshold), "ppo.ratio_threshold", above=0),
-    )
-
-
-def _read_rows(
-    sequences: Sequence[training_pb2.TrainingSequence], pairs: list[Pair], *, with_values: bool
-) -> list[TrainRow]:
-    """One row per sequence; without a value loss, values and returns may be left out and are zeros."""
+def _read_rows(sequences: Sequence[training_pb2.TrainingSequence], pairs: list[Pair], loss: Loss) -> list[TrainRow]:
+    """One row per sequence, with what the loss needs."""
     rows = []
     for index, (sequence, pair) in enumerate(zip(sequences, pairs, strict=True)):
         field, length = f"sequences[{index}]", int(pair.completion.size)
@@ -122,27 +107,13 @@ def _read_rows(
             TrainRow(
                 tokens=pair.tokens,
                 start=pair.start,
-                old_logprobs=_floats(sequence, "old_logprobs", field, length),
-                old_values=_floats(sequence, "old_values", field, length, needed=with_values),
-                advantages=_floats(sequence, "advantages", field, length),
-                returns=_floats(sequence, "returns", field, length, needed=with_values),
                 mask=read_mask(sequence.mask, f"{field}.mask", length)
                 if sequence.HasField("mask")
                 else np.ones(length, dtype=np.bool_),
+                **read_arrays(sequence, field, length, loss),
             )
         )
     return rows
-
-
-def _floats(
-    sequence: training_pb2.TrainingSequence, name: str, field: str, length: int, *, needed: bool = True
-) -> Floats:
-    field = f"{field}.{name}"
-    if sequence.HasField(name):  # type: ignore[arg-type]
-        return read_floats(getattr(sequence, name), field, length)
-    if needed:
-        raise required(field, f"give {length} numbers, one per completion token")
-    return np.zeros(length, dtype=np.float32)
 
 
 def _beta(adamw: training_pb2.AdamW, name: str, default: float) -> float:

@@ -48,7 +48,7 @@ class LmHead:
 
 
 def token_logprobs(
-    head: LmHead, hidden: torch.Tensor, targets: torch.Tensor, *, entropy: bool
+    head: LmHead, hidden: torch.Tensor, targets: torch.Tensor, *, entropy: bool, entropy_gradient: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Logprobs of chosen tokens, and entropies in nats.
 
@@ -57,12 +57,15 @@ def token_logprobs(
         hidden: [M, hidden], the states before each token.
         targets: [M], the tokens.
         entropy: whether to compute entropies too.
+        entropy_gradient: whether gradients shall flow through the entropies too, where they flow at all.
 
     Returns:
-        float32 [M], and float32 [M] without gradients or None.
+        float32 [M], and float32 [M] or None.
     """
     if torch.is_grad_enabled() and hidden.requires_grad:
-        trained, entropies = _TrainedLogprobs.apply(hidden, targets, head)  # type: ignore[no-untyped-call]
+        trained, entropies = _TrainedLogprobs.apply(  # type: ignore[no-untyped-call]
+            hidden, targets, head, entropy_gradient
+        )
         return trained, entropies if entropy else None
     parts = zip(torch.split(hidden, CHUNK), torch.split(targets, CHUNK), strict=True)
     pieces = [_chunk_logprobs(head.logits(part), wanted, entropy=entropy) for part, wanted in parts]
@@ -80,17 +83,19 @@ def _chunk_logprobs(logits: torch.Tensor, targets: torch.Tensor, *, entropy: boo
 
 
 class _TrainedLogprobs(torch.autograd.Function):
-    """Logprobs whose backward pass needs no logits.
+    """Logprobs and entropies whose backward pass needs no logits.
 
     A logprob's derivative by its own state, dlogits/dstate · (onehot - probabilities), is made while the chunk's logits
-    are there. It is [M, hidden]; so logits of one chunk alone exist at any time, and none is computed twice.
+    are there. It is [M, hidden]; so logits of one chunk alone exist at any time, and none is computed twice. That of
+    the entropy, dlogits/dstate · -probabilities · (logprobs + entropy), is made beside it only where it is asked for.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: LmHead
+        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: LmHead, by_entropy: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        logprobs, entropies, derivatives = [], [], []
+        logprobs, entropies = [], []
+        derivatives: tuple[list[torch.Tensor], ...] = ([], []) if by_entropy else ([],)
         for part, wanted in zip(torch.split(hidden, CHUNK), torch.split(targets, CHUNK), strict=True):
             with torch.enable_grad():
                 states = part.detach().requires_grad_()
@@ -99,18 +104,29 @@ class _TrainedLogprobs(torch.autograd.Function):
             part_logprobs, part_entropy = _chunk_logprobs(fixed, wanted, entropy=True)
             logprobs.append(part_logprobs)
             entropies.append(part_entropy)
+            if by_entropy:
+                slope = _entropy_slope(fixed, part_entropy)
+                derivatives[1].append(torch.autograd.grad(logits, states, slope, retain_graph=True)[0])
             slope = torch.softmax(fixed, dim=-1).neg_()
             slope[torch.arange(len(wanted)), wanted] += 1.0
-            derivatives.append(torch.autograd.grad(logits, states, slope)[0])
-        ctx.save_for_backward(torch.cat(derivatives))
+            derivatives[0].append(torch.autograd.grad(logits, states, slope)[0])
+        ctx.save_for_backward(*map(torch.cat, derivatives))
         entropy = torch.cat(entropies)
-        ctx.mark_non_differentiable(entropy)
+        if not by_entropy:
+            ctx.mark_non_differentiable(entropy)
         return torch.cat(logprobs), entropy
 
     @staticmethod
-    def backward(ctx: Any, by_logprob: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        [derivative] = ctx.saved_tensors
-        return (by_logprob[:, None] * derivative).to(derivative.dtype), None, None
+    def backward(ctx: Any, *by: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        # without an entropy's derivative there is one saved tensor for the two outputs
+        parts = [outer[:, None] * inner for outer, inner in zip(by, ctx.saved_tensors, strict=False)]
+        return sum(parts[1:], parts[0]).to(ctx.saved_tensors[0].dtype), None, None, None
+
+
+def _entropy_slope(logits: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
+    """d entropy / d logits, [M, vocabulary]: -p · (log p + entropy)."""
+    logprobs = torch.log_softmax(logits, dim=-1)
+    return logprobs.exp().mul_((logprobs + entropy[:, None]).neg_())
 
 
 def linear_head(head: Head, hidden: torch.Tensor) -> torch.Tensor:

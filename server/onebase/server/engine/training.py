@@ -16,9 +16,9 @@ import torch
 from onebase.server.engine.adapters import Adapter
 from onebase.server.engine.batch import Row
 from onebase.server.engine.heads import linear_head, token_logprobs
-from onebase.server.engine.losses import LOSSES, Now, Then, ppo_metrics
+from onebase.server.engine.losses import LOSSES, Now, Then
 from onebase.server.errors import FailedPrecondition
-from onebase.server.jobs import Floats, ForwardBackwardJob, ForwardBackwardResult, TrainRow
+from onebase.server.jobs import Floats, ForwardBackwardJob, ForwardBackwardResult, PpoLoss, TrainRow
 
 if TYPE_CHECKING:
     from onebase.server.engine.engine import Engine
@@ -51,13 +51,12 @@ def begin(adapter: Adapter, job: ForwardBackwardJob) -> Pass:
 
     Raises:
         Aborted: the adapter has another version than the one expected.
-        FailedPrecondition: a value loss, and no value head.
+        FailedPrecondition: a loss of values, and no value head.
     """
     adapter.check_version(job.expected_version)
-    if job.loss.vf_coef:
+    if job.needs_values:
         adapter.require_value_head()
-    counted = float(sum(int(row.mask.sum()) for row in job.rows))
-    return Pass(job, adapter, job.denominator or counted, adapter.weights.version)
+    return Pass(job, adapter, job.denominator or job.count, adapter.weights.version)
 
 
 def run(engine: Engine, parts: Sequence[tuple[Pass, int]]) -> None:
@@ -91,32 +90,23 @@ def _say(engine: Engine, task: Pass, train: Sequence[TrainRow], rows: Sequence[R
     device = hidden.device
     index = torch.cat([torch.arange(r.start + t.start - 1, r.stop) for r, t in zip(rows, train, strict=True)])
     states = hidden[index.to(device)]
-    targets = torch.from_numpy(np.concatenate([t.tokens[t.start :] for t in train])).to(device)
-    logprobs, entropy = token_logprobs(engine.head, states, targets, entropy=True)
     head = task.adapter.weights.value_head
-    values = torch.zeros_like(logprobs) if head is None else linear_head(head, states)[:, 0].float()
-    return Now(logprobs, torch.zeros_like(logprobs) if entropy is None else entropy, values)
+    none = torch.zeros(len(states), device=device)
+    values = none if head is None else linear_head(head, states)[:, 0].float()
+    if not task.job.needs_logprobs:
+        return Now(none, none, values)
+    targets = torch.from_numpy(np.concatenate([t.tokens[t.start :] for t in train])).to(device)
+    logprobs, entropy = token_logprobs(
+        engine.head, states, targets, entropy=True, entropy_gradient=task.job.needs_entropy_gradient
+    )
+    return Now(logprobs, none if entropy is None else entropy, values)
 
 
 def _loss(task: Pass, train: Sequence[TrainRow], now: Now) -> torch.Tensor:
     """The pass's share of its loss for these rows."""
     settings = task.job.loss
-    policy, value = LOSSES[type(settings)](now, _then(train, now.logprobs.device), settings)
-    loss = policy if not settings.vf_coef else policy + settings.vf_coef * value
-    return loss / task.denominator
-
-
-def _then(train: Sequence[TrainRow], device: torch.device) -> Then:
-    def flat(arrays: Sequence[Floats]) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate(arrays).astype(np.float32)).to(device)
-
-    return Then(
-        logprobs=flat([t.old_logprobs for t in train]),
-        values=flat([t.old_values for t in train]),
-        advantages=flat([t.advantages for t in train]),
-        returns=flat([t.returns for t in train]),
-        mask=flat([t.mask.astype(np.float32) for t in train]),
-    )
+    sums = LOSSES[type(settings)].sums(now, Then.of(train, now.logprobs.device), settings)
+    return sums["loss/total"] / task.denominator
 
 
 def finish(task: Pass) -> ForwardBackwardResult:
@@ -125,27 +115,38 @@ def finish(task: Pass) -> ForwardBackwardResult:
     Raises:
         FailedPrecondition: the loss or a gradient is not finite; the pending gradients stay as they were.
     """
-    device = torch.device("cpu")
-    now = Now(*(torch.from_numpy(np.concatenate(a)) for a in (task.logprobs, task.entropies, task.values)))
-    metrics = ppo_metrics(now, _then(task.job.rows, device), task.job.loss, task.denominator)
+    metrics = _metrics(task)
     fine = all(bool(torch.isfinite(gradient).all()) for gradient in task.gradients.values())
     if not (fine and np.isfinite(metrics["loss/total"])):
         raise FailedPrecondition(
             "NONFINITE_LOSS",
             f"the loss of adapter {task.adapter.name!r} is {metrics['loss/total']} or a gradient is not finite: "
-            "nothing was added to the pending gradients; look at advantages, returns and old_logprobs",
+            "nothing was added to the pending gradients; look at the arrays that were sent with the sequences",
         )
-    exceeded = metrics["policy/ratio"] > task.job.loss.ratio_threshold
+    settings = task.job.loss
+    exceeded = isinstance(settings, PpoLoss) and metrics["policy/ratio"] > settings.ratio_threshold
     if exceeded:
         for gradient in task.gradients.values():
             gradient.zero_()
-        metrics.update({"loss/policy": 0.0, "loss/value": 0.0, "loss/total": 0.0})
+        metrics.update({name: 0.0 for name in metrics if name.startswith("loss/")})
     task.adapter.add_gradients(task.gradients)
+    logits, head = task.job.needs_logprobs, task.adapter.weights.value_head is not None
     return ForwardBackwardResult(
         version=task.version,
         metrics=metrics,
-        logprobs=tuple(task.logprobs),
-        values=() if task.adapter.weights.value_head is None else tuple(task.values),
+        logprobs=tuple(task.logprobs) if logits else (),
+        entropy=tuple(task.entropies) if logits else (),
+        values=tuple(task.values) if head else (),
         ratio_threshold_exceeded=exceeded,
         facts=task.adapter.facts(),
     )
+
+
+def _metrics(task: Pass) -> dict[str, float]:
+    """The whole pass's losses, divided by its denominator, and its statistics."""
+    now = Now(*(torch.from_numpy(np.concatenate(a)) for a in (task.logprobs, task.entropies, task.values)))
+    then, settings = Then.of(task.job.rows, torch.device("cpu")), task.job.loss
+    loss = LOSSES[type(settings)]
+    found = {name: total / task.denominator for name, total in loss.sums(now, then, settings).items()}
+    found |= loss.statistics(now, then, settings)
+    return {name: float(number) for name, number in found.items()}
