@@ -85,8 +85,9 @@ proto-check: .venv-proto/.installed  ## fail if the stubs are not what the .prot
 	touch $@
 
 .PHONY: oracle
-oracle: .venv-oracle/.installed  ## remake the fixtures with TRL 0.11.4 and PEFT, in an environment of their own
+oracle: .venv-oracle/.installed .venv/.installed  ## remake the fixtures with TRL 0.11.4, today's TRL, and PEFT
 	$(ORACLE_BIN)/python tests/oracle/generate.py
+	$(BIN)/python tests/oracle/generate_trainers.py
 
 .PHONY: bench
 bench: .venv/.installed  ## ratios against transformers and PEFT, into benchmarks/results/; alone on the machine, please

@@ -75,8 +75,13 @@ GRPO = (
         "grpo_dapo_accumulated",
         mini_batch_size=2,
         config={
-            **{"loss_type": "dapo", "beta": 0.05, "scale_rewards": "batch", "num_iterations": 2, "epsilon": 0.05},
-            **{"gradient_accumulation_steps": 2, "max_grad_norm": 0.5},
+            "loss_type": "dapo",
+            "beta": 0.05,
+            "scale_rewards": "batch",
+            "num_iterations": 2,
+            "epsilon": 0.05,
+            "gradient_accumulation_steps": 2,
+            "max_grad_norm": 0.5,
         },
     ),
     Scenario("grpo_bnpo", mini_batch_size=4, config={"loss_type": "bnpo", "beta": 0.2, "num_iterations": 2}),
@@ -89,11 +94,17 @@ RLOO = (
         "rloo_accumulated",
         mini_batch_size=2,
         config={
-            **{"normalize_advantages": True, "num_iterations": 2, "epsilon": 0.02, "epsilon_high": 0.04},
-            **{"gradient_accumulation_steps": 2, "max_grad_norm": 0.5},
+            "normalize_advantages": True,
+            "num_iterations": 2,
+            "epsilon": 0.02,
+            "epsilon_high": 0.04,
+            "gradient_accumulation_steps": 2,
+            "max_grad_norm": 0.5,
         },
     ),
 )
+UNLIKE_DEFAULTS: dict[str, dict[str, Any]] = {"grpo": {"use_bias_correction_kl": False}, "rloo": {}}
+"""What a stepper of ours does not have: its KL penalty is the paper's, with TRL's newer factor left out."""
 OURS = {  # what of TRL's configs a stepper of ours is told
     "grpo": ("beta", "loss_type", "scale_rewards"),
     "rloo": ("beta", "normalize_advantages"),
@@ -174,7 +185,7 @@ def _train_on_groups(algorithm: str, scenario: Scenario, dtype: torch.dtype) -> 
             max_completion_length=MAX_NEW_TOKENS,
             max_steps=scenario.steps * iterations * passes // accumulated,
             shuffle_dataset=False,
-            **{**COMMON, **scenario.config},
+            **{**COMMON, **UNLIKE_DEFAULTS[algorithm], **scenario.config},
         )
         trainer = watched(trainer_class)(
             model=model,
@@ -193,7 +204,8 @@ def _train_on_groups(algorithm: str, scenario: Scenario, dtype: torch.dtype) -> 
             trainer.train()
     per_step = len(trainer.losses) // scenario.steps
     logs = [log for log in trainer.state.log_history if "grad_norm" in log]
-    assert not scores and not trainer.completions and len(orders) == scenario.steps
+    assert len(orders) == scenario.steps
+    assert scores == trainer.completions == []
     for index, step in enumerate(steps):
         updates = slice(index * len(logs) // scenario.steps, (index + 1) * len(logs) // scenario.steps)
         step |= {
@@ -251,7 +263,9 @@ def sft_oracle(name: str, accumulated: int) -> None:
 
 def _train_on_rows(name: str, accumulated: int, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
     generator = random.Random(name)
-    rows = [(random_ids(generator, 2 + index % 3), random_ids(generator, n)) for index, n in enumerate(RESPONSE_LENGTHS)]
+    rows = [
+        (random_ids(generator, 2 + index % 3), random_ids(generator, n)) for index, n in enumerate(RESPONSE_LENGTHS)
+    ]
     model, tokenizer = policy(dtype)
     with tempfile.TemporaryDirectory() as folder:
         mini_batch_size = len(rows) // accumulated

@@ -1,7 +1,10 @@
 """One GRPO step on a batch (Shao et al. 2024, arXiv:2402.03300), as TRL's GRPOTrainer makes it.
 
 A completion's advantage is its score within its group, the completions of one prompt; no critic. The KL penalty, if
-any, is in the loss, token by token. Deviation from TRL: the order of every iteration over the batch is drawn anew.
+any, is in the loss, token by token.
+
+Deviations from TRL's defaults: the KL penalty is the paper's, which is TRL's with use_bias_correction_kl false; and the
+order of every iteration over the batch is drawn anew.
 """
 
 from __future__ import annotations
