@@ -75,7 +75,7 @@ class RecordedSession:
             name: value / accumulated if name.startswith("loss/") else value
             for name, value in recorded["metrics"].items()
         }
-        return t.ForwardBackward(t.AdapterVersion("policy_1", self.version), metrics, (), (), False, 1)
+        return t.ForwardBackward(t.AdapterVersion("policy_1", self.version), metrics, (), (), (), False, 1)
 
     def optim_step(self, adamw, *, max_grad_norm, adapter, expected_version):
         assert adamw == t.AdamW(learning_rate=self.config.learning_rate)
