@@ -128,19 +128,24 @@ class Inference(Servicer, inference_pb2_grpc.InferenceServiceServicer):
 
     def Reward(self, request, context):
         def work():
-            names = list(request.adapters) or ["helpful"]
+            terms = list(request.rewards) or [inference_pb2.RewardTerm(adapter="helpful")]
             results = []
             for sequence in request.sequences:
-                scores = [length(sequence.completion) + 100.0 * i for i in range(len(names))]
+                scores = [length(sequence.completion) + 100.0 * i for i in range(len(terms))]
                 tokens = length(sequence.prompt) + length(sequence.completion)
-                per_token = [score + t for score in scores for t in range(tokens)]
-                result = inference_pb2.RewardResult(scores=scores, tokens=tokens, eos_appended=request.append_eos)
-                if request.per_token:
-                    result.token_scores.CopyFrom(floats(*per_token, shape=(len(names), tokens)))
-                results.append(result)
+                per_token = [floats(*[score + t for t in range(tokens)]) for score in scores]
+                results.append(
+                    inference_pb2.RewardResult(
+                        scores=scores,
+                        token_scores=per_token if request.per_token else None,
+                        tokens=[tokens] * len(terms),
+                        eos_appended=[request.append_eos] * len(terms),
+                        reward=_weighted(terms, scores),
+                    )
+                )
             return inference_pb2.RewardResponse(
                 results=results,
-                adapters=[version(name) for name in names],
+                rewards=[version(term.adapter) for term in terms],
                 ppo_adapter_name=self.fake.active(request, request.ppo_adapter_name),
             )
 
@@ -153,14 +158,14 @@ class Inference(Servicer, inference_pb2_grpc.InferenceServiceServicer):
             for sequence in request.sequences:
                 size = length(sequence.completion)
                 scores = [size + 100.0 * i for i in range(len(terms))]
-                weights = [term.weight if term.HasField("weight") else 1.0 for term in terms]
                 results.append(
                     inference_pb2.ScoreResult(
                         logprobs=floats(*[-1.0] * size),
                         reference_logprobs=floats(*[-3.0] * size),
                         values=floats(*[0.5] * size),
                         scores=scores,
-                        reward=sum(w * s for w, s in zip(weights, scores, strict=True)),
+                        reward=_weighted(terms, scores),
+                        eos_appended=[request.append_eos] * len(terms),
                     )
                 )
             return inference_pb2.ScoreResponse(
@@ -172,6 +177,11 @@ class Inference(Servicer, inference_pb2_grpc.InferenceServiceServicer):
             )
 
         return self.fake.answer("Score", request, context, work)
+
+
+def _weighted(terms, scores):
+    weights = [term.weight if term.HasField("weight") else 1.0 for term in terms]
+    return sum(w * s for w, s in zip(weights, scores, strict=True))
 
 
 def _pieces(request, p, c, prompt, adapter):
@@ -248,7 +258,17 @@ class Adapters(Servicer, adapters_pb2_grpc.AdapterServiceServicer):
 
     def LoadAdapter(self, request, context):
         def work():
-            return self._put(request, kind=request.kind, source=request.path, value_head=request.value_head)
+            labels = int(request.kind == types_pb2.ADAPTER_KIND_REWARD)
+            eos = {"append_eos": request.append_eos} if request.HasField("append_eos") else {}
+            return self._put(
+                request,
+                kind=request.kind,
+                source=request.path,
+                value_head=request.value_head,
+                num_labels=labels,
+                pooling=request.pooling,
+                **eos,
+            )
 
         return self.fake.answer("LoadAdapter", request, context, lambda: self.fake.once(request, work))
 

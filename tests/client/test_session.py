@@ -17,6 +17,7 @@ from onebase.client.errors import (
     UnavailableError,
 )
 from onebase.client.keepalive import KeepAlive
+from onebase.v1 import types_pb2
 
 HELD = Failure(grpc.StatusCode.ABORTED, "policy_1 is leased", reason="LEASE_HELD", retry_after=0.001)
 REFUSED = Failure(grpc.StatusCode.FAILED_PRECONDITION, "no value head")
@@ -346,6 +347,17 @@ def test_tokens_stream_one_by_one(client):
     assert [(chunk.text, chunk.finish_reason) for chunk in chunks] == [("a", None), ("b", None), ("c", "length")]
 
 
+def test_an_adapter_without_a_shape_leaves_it_to_the_server_or_to_what_it_is_a_copy_of(server, client):
+    client.create_adapter("p")
+    client.create_adapter("c", kind="critic", init_from="r")
+    client.create_adapter("q", t.LoraSpec(rank=3))
+
+    plain, copied, shaped = server.requests["CreateAdapter"]
+    assert (plain.HasField("lora"), plain.kind, plain.init_from) == (False, types_pb2.ADAPTER_KIND_POLICY, "")
+    assert (copied.HasField("lora"), copied.kind, copied.init_from) == (False, types_pb2.ADAPTER_KIND_CRITIC, "r")
+    assert shaped.lora.rank == 3
+
+
 def test_a_client_manages_adapters_that_nobody_leases(server, client):
     client.create_adapter("p")
     client.load_adapter("r", "there", kind="reward")
@@ -356,7 +368,7 @@ def test_a_client_manages_adapters_that_nobody_leases(server, client):
     client.delete_adapter("p")
     assert [adapter.name for adapter in client.adapters()] == ["r"]
     with pytest.raises(ValueError, match="kind must be one of"):
-        client.adapters("critic")
+        client.adapters("judge")
 
 
 def test_a_refusal_names_the_field(server, client):

@@ -14,10 +14,10 @@ SURFACE = """
 AbortedError AdamW Adapter AdapterKind AdapterVersion AlreadyExistsError BASE BaseModel CancelledError Client
 Completion CompletionChunk Content CrossEntropyLoss CustomLoss DataLossError DeadlineExceededError DpoLoss
 FailedPreconditionError FinishReason ForwardBackward ImportanceSamplingLoss InternalError InvalidArgumentError
-Logprobs LoraSpec Loss NotFoundError OnebaseError OptimStep PermissionDeniedError Policy PpoLoss QueueStatus
-ResourceExhaustedError Reward SamplingParams SavedAdapter Score ScoreOutput Sequence ServerInfo ServerLimits
-ServerStatus Session SessionInfo SessionStatus Stream Tokens TrainingSequence UnauthenticatedError UnavailableError
-UnimplementedError ValueLoss connect
+Logprobs LoraSpec Loss NotFoundError OnebaseError OptimStep PermissionDeniedError Policy Pooling PpoLoss QueueStatus
+ResourceExhaustedError Reward RewardTerm SamplingParams SavedAdapter Score ScoreOutput Sequence ServerInfo
+ServerLimits ServerStatus Session SessionInfo SessionStatus Stream Tokens TrainingSequence UnauthenticatedError
+UnavailableError UnimplementedError ValueLoss connect
 """
 READING = {"generate", "stream", "logprob", "reference_logprob", "reward"}
 ADAPTERS = {"adapter", "adapters", "create_adapter", "load_adapter", "save_adapter", "delete_adapter"}

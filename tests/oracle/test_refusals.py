@@ -90,6 +90,10 @@ def _last_is_gone(tensors: dict[str, torch.Tensor]) -> None:
     del tensors[max(tensors)]
 
 
+def _bias_is_too_long(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["base_model.model.score.bias"] = torch.zeros(2)
+
+
 def _config_is_broken(path: Path) -> None:
     _policy(_lora())(path)
     (path / "adapter_config.json").write_text('{"peft_type": "LORA", ')
@@ -139,12 +143,19 @@ REFUSED: dict[str, Case] = {
         "WRONG_TASK_TYPE",
         ("SEQ_CLS", "reward"),
     ),
-    "two labels": (
+    "two labels as a critic": (
         _reward(_lora(**SEQ_CLS), labels=2),
-        "reward",
+        "critic",
         FailedPreconditionError,
         "SEVERAL_LABELS",
-        ("2 labels", "num_labels=1"),
+        ("2 labels", "one label"),
+    ),
+    "a score head with a bias of another shape": (
+        _with(_reward(_lora(**SEQ_CLS)), _bias_is_too_long),
+        "reward",
+        FailedPreconditionError,
+        "WRONG_BASE",
+        ("score.bias", "(2,)", "(1,)"),
     ),
     "a pickle": (
         _saved_as_pickle,
@@ -286,11 +297,11 @@ LONG = [5] * 100
 @pytest.mark.parametrize(
     ("call", "error", "field", "words"),
     [
-        (lambda c: c.reward([ONE], "rewrad"), NotFoundError, "adapters[0]", ("rewrad", "reward")),
+        (lambda c: c.reward([ONE], "rewrad"), NotFoundError, "rewards[0].adapter", ("rewrad", "reward")),
         (lambda c: c.logprob([ONE], adapter="policy_al"), NotFoundError, "adapter", ("policy_al", "policy_all")),
         (lambda c: c.reference_logprob([ONE], reference="nobody"), NotFoundError, "reference", ("nobody",)),
         (lambda c: c.generate([[5]], adapter="nobody"), NotFoundError, "adapter", ("nobody",)),
-        (lambda c: c.reward([ONE], "policy"), FailedPreconditionError, "adapters[0]", ("policy", "reward")),
+        (lambda c: c.reward([ONE], "policy"), FailedPreconditionError, "rewards[0].adapter", ("policy", "reward")),
         (lambda c: c.reference_logprob([ONE], reference="policy"), FailedPreconditionError, "reference", ("policy",)),
         (
             lambda c: c.logprob([ONE, Sequence([5], [120])], adapter="policy"),

@@ -39,7 +39,7 @@ def test_reward_is_the_logit_of_sequence_classification_and_trls_score_under_any
     expected = expected_scores(base)["rewards"][adapter]
     for padding in ("right_padded", "left_padded", "alone", "trl_last_token", "trl_last_token_left_padded"):
         assert_close(found, expected[padding], padding)
-    assert [reward.tokens for reward in rewards] == [len(ids) for ids in expected_scores(base)["sequences"]]
+    assert [reward.tokens[adapter] for reward in rewards] == [len(ids) for ids in expected_scores(base)["sequences"]]
 
 
 @EVERY_REWARD
@@ -53,9 +53,10 @@ def test_reward_at_every_token_is_trls(client_of: Connect, base: str, adapter: s
 def test_texts_are_scored_as_reward_trainer_tokenizes_them(client_of: Connect, base: str) -> None:
     expected = expected_scores(base)["texts"]
     texts = [Sequence(text["prompt"], text["completion"]) for text in expected]
-    rewards = client_of(base).reward(texts, REWARDS[base][0])
-    assert [reward.tokens for reward in rewards] == [text["tokens"] for text in expected]
-    assert all(reward.eos_appended for reward in rewards)
+    name = REWARDS[base][0]
+    rewards = client_of(base).reward(texts, name)
+    assert [reward.tokens[name] for reward in rewards] == [text["tokens"] for text in expected]
+    assert all(reward.eos_appended[name] for reward in rewards)
     assert_close([reward.score for reward in rewards], [text["score"] for text in expected], "texts")
 
 

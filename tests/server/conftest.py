@@ -22,12 +22,13 @@ def furnish(server):
         server.on_loop(bind, server, name, kind)
 
 
-def bind(server, name, kind):
-    """What a load would have done, without a directory."""
+def bind(server, name, kind, **facts):
+    """What a load would have done, without a directory; `facts` are what it would have found."""
     registry: Registry = server.edge.registry
     reservation = registry.reserve(name)
     job = LoadAdapterJob(uid=reservation.uid, name=name, kind=kind, path=None)
-    registry.bind(reservation, server.worker._LoadAdapterJob(job), "/somewhere")
+    server.worker._LoadAdapterJob(job)
+    registry.bind(reservation, server.worker._change(reservation.uid, **facts), "/somewhere")
 
 
 @pytest.fixture

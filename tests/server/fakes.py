@@ -65,8 +65,12 @@ def entropy(uid, tokens, start):
     return (tokens[start:] * 0 + uid / 10).astype(np.float32)
 
 
-def token_scores(uid, tokens):
-    return (np.cumsum(tokens) / 1000 + uid * 10).astype(np.float32)
+def token_scores(uid, tokens, label=0):
+    return (np.cumsum(tokens) / 1000 + uid * 10 + label * 0.5).astype(np.float32)
+
+
+def logits(uid, tokens, start, vocabulary):
+    return (tokens[start:, None] / 10 + np.arange(vocabulary) + uid).astype(np.float32)
 
 
 class FakeWorker:
@@ -197,9 +201,13 @@ class FakeWorker:
             logprobs=logprobs(uid, tokens, start) if row.logprobs else None,
             entropy=entropy(uid, tokens, start) if row.entropy else None,
             values=values(uid, tokens, start) if row.values else None,
-            score=float(token_scores(uid, tokens)[-1]) if row.score else None,
-            token_scores=token_scores(uid, tokens) if row.token_scores else None,
+            scores=self._labels(uid, tokens)[row.score_at] if row.score else None,
+            token_scores=self._labels(uid, tokens) if row.token_scores else None,
+            logits=logits(uid, tokens, start, self.facts.vocab_size) if row.logits else None,
         )
+
+    def _labels(self, uid, tokens):
+        return np.stack([token_scores(uid, tokens, label) for label in range(self.adapters[uid].num_labels)], axis=1)
 
     def _GenerateJob(self, job):
         version = self._adapter(job.adapter, job.version)
@@ -256,11 +264,13 @@ class FakeWorker:
         return self._change(job.adapter, pending_gradients=0)
 
     def _CreateAdapterJob(self, job):
-        return self._make(job.uid, jobs.AdapterKind.POLICY, 0, job.value_head, job.lora)
+        lora = job.lora if job.init_from is None else self.adapters[job.init_from].lora
+        return self._make(job.uid, job.kind, 0, job.value_head, lora)
 
     def _LoadAdapterJob(self, job):
-        head = job.kind is jobs.AdapterKind.POLICY and (job.value_head or self.value_heads)
-        return self._make(job.uid, job.kind, job.least_version, head, jobs.LoraSpec())
+        head = job.kind.trained and (job.value_head or self.value_heads)
+        self._make(job.uid, job.kind, job.least_version, head, jobs.LoraSpec())
+        return self._change(job.uid, append_eos=job.append_eos, pooling=job.pooling or jobs.Pooling.LAST_TOKEN)
 
     def _SaveAdapterJob(self, job):
         return jobs.SaveResult(job.path, self._adapter(job.adapter), 77)

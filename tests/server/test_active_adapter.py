@@ -39,7 +39,9 @@ def score(session, name, sequences=ONE):
 
 
 def reward(session, name, sequences=ONE):
-    return inference_pb2.RewardRequest(session_id=session, ppo_adapter_name=name, adapters=["r1"], sequences=sequences)
+    return inference_pb2.RewardRequest(
+        session_id=session, ppo_adapter_name=name, rewards=[{"adapter": "r1"}], sequences=sequences
+    )
 
 
 CALLS = [("Score", score), ("Reward", reward)]

@@ -18,8 +18,8 @@ from server.harness import Live, pair, refused
 from onebase.server.app import SERVICES, check_address, server_options
 from onebase.server.config import AdapterSource, ConfigError, EngineConfig, Limits, ServerConfig
 from onebase.server.errors import FailedPrecondition
-from onebase.server.jobs import AdapterKind, CreateAdapterJob, LoadAdapterJob, LoraSpec, ScoreJob
-from onebase.v1 import adapters_pb2, inference_pb2, server_pb2
+from onebase.server.jobs import AdapterKind, CreateAdapterJob, LoadAdapterJob, LoraSpec, Pooling, ScoreJob
+from onebase.v1 import adapters_pb2, inference_pb2, server_pb2, types_pb2
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -67,17 +67,20 @@ def test_health_can_be_watched(live):
 def test_the_named_adapters_are_there_from_the_start(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path)
     named = config(
-        rewards=(AdapterSource("r1", tmp_path / "link/r1"),),
+        rewards=(AdapterSource("r1", tmp_path / "link/r1", append_eos=False, pooling=Pooling.LAST_NOT_PAD),),
         references=(AdapterSource("ref", tmp_path / "ref"),),
+        critics=(AdapterSource("judge", None), AdapterSource("c1", tmp_path / "c1")),
         policies=(AdapterSource("fresh", None), AdapterSource("old", tmp_path / "old")),
         policy_rank=4,
         policy_alpha=7.5,
     )
     with Live(named) as live:
-        assert live.adapters_seen == ["r1", "ref", "fresh", "old"]
+        assert live.adapters_seen == ["r1", "ref", "judge", "c1", "fresh", "old"]
         adapters = live.adapters.ListAdapters(adapters_pb2.ListAdaptersRequest()).adapters
         assert [(one.name, one.value_head, one.leased) for one in adapters] == [
+            ("c1", True, False),
             ("fresh", True, False),
+            ("judge", True, False),
             ("old", True, False),
             ("r1", False, False),
             ("ref", False, False),
@@ -86,12 +89,19 @@ def test_the_named_adapters_are_there_from_the_start(tmp_path):
         assert [job.path for job in jobs if isinstance(job, LoadAdapterJob)] == [
             tmp_path / "r1",
             tmp_path / "ref",
+            tmp_path / "c1",
             tmp_path / "old",
         ]
         kinds = [job.kind for job in jobs if isinstance(job, LoadAdapterJob)]
-        assert kinds == [AdapterKind.REWARD, AdapterKind.REFERENCE, AdapterKind.POLICY]
-        (fresh,) = [job for job in jobs if isinstance(job, CreateAdapterJob)]
-        assert fresh.lora == LoraSpec(rank=4, alpha=7.5)
+        assert kinds == [AdapterKind.REWARD, AdapterKind.REFERENCE, AdapterKind.CRITIC, AdapterKind.POLICY]
+        made = [job for job in jobs if isinstance(job, CreateAdapterJob)]
+        assert [(job.name, job.kind) for job in made] == [
+            ("judge", AdapterKind.CRITIC),
+            ("fresh", AdapterKind.POLICY),
+        ]
+        assert [job.lora for job in made] == [LoraSpec(rank=4, alpha=7.5)] * 2
+        reward = next(one for one in adapters if one.name == "r1")
+        assert (reward.append_eos, reward.pooling) == (False, types_pb2.POOLING_LAST_NOT_PAD)
 
 
 def test_until_the_adapters_are_there_calls_are_refused_and_health_says_so():

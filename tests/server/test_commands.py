@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from onebase.server import app, commands
 from onebase.server.app import Parts
 from onebase.server.errors import FailedPrecondition
+from onebase.server.jobs import Pooling
 
 
 @pytest.fixture
@@ -63,6 +64,20 @@ def test_it_tells_what_it_does(run, tmp_path):
     assert engine.quantization == "nf4"
 
 
+def test_rewards_declare_how_they_read_and_critics_are_made_or_loaded(run, tmp_path):
+    code, output, (config,) = run(
+        "model", "--port", "0", "--reward", f"r1={tmp_path}/r", "--reward", f"r2={tmp_path}/s",
+        "--reward-append-eos", "r1=no", "--reward-pooling", "r1=last_not_pad", "--reward-append-eos", "r2=yes",
+        "--critic", "c1", "--critic", f"c2={tmp_path}/r",
+    )  # fmt: skip
+    assert code == 0, output
+    assert [(one.append_eos, one.pooling) for one in config.rewards] == [(False, Pooling.LAST_NOT_PAD), (True, None)]
+    assert [(one.name, one.path) for one in config.critics] == [("c1", None), ("c2", tmp_path / "r")]
+    assert "reward r1: rank 16, score head of 1, no eos, read at last_not_pad, 1001 B" in output
+    assert "reward r2: rank 16, score head of 1, eos, 1002 B" in output
+    assert "critic c1: rank 16, value head, 1003 B, fresh" in output
+
+
 def test_defaults_are_the_settings_own(run, tmp_path):
     from onebase.server.config import EngineConfig, ServerConfig
 
@@ -77,6 +92,14 @@ def test_defaults_are_the_settings_own(run, tmp_path):
         (["--policy", "p1="], "--policy is 'p1=': give a directory after the '='"),
         (["--policy", "p 1"], "adapter is 'p 1'"),
         (["--policy", "p1", "--policy", "p1"], "adapter is 'p1': give each adapter a name of its own"),
+        (["--critic", "c1", "--policy", "c1"], "adapter is 'c1': give each adapter a name of its own"),
+        (["--reward", "r=x", "--reward-append-eos", "r=maybe"], "is 'r=maybe': give NAME=CHOICE, with one of yes, no"),
+        (["--reward", "r=x", "--reward-pooling", "r"], "--reward-pooling is 'r': give NAME=CHOICE, with one of last_"),
+        (["--reward-append-eos", "q=yes"], "--reward-append-eos is 'q=yes': no --reward has this name"),
+        (
+            ["--reward", "r=x", "--reward-append-eos", "r=no", "--reward-append-eos", "r=no"],
+            "--reward-append-eos is 'r=no': 'r' was given before; say it once",
+        ),
         (["--dtype", "int8"], "dtype is 'int8'"),
         (["--quantization", "int4"], "quantization is 'int4': use one of none, int8, nf4"),
         (["--root", __file__], "root is"),

@@ -89,14 +89,16 @@ class Client:
     def refused_reward(self):
         name = self.random.choice(self.names)
         request = inference_pb2.RewardRequest(
-            session_id=self.session, ppo_adapter_name=name, adapters=["p1"], sequences=[self.row()[2]]
+            session_id=self.session, ppo_adapter_name=name, rewards=[{"adapter": "p1"}], sequences=[self.row()[2]]
         )
         assert refused(self.live.inference.Reward, request).reason == "WRONG_ADAPTER_KIND"
         self.active = name
 
     def reward(self):
         tokens, _, sequence = self.row()
-        request = inference_pb2.RewardRequest(session_id=self.session, adapters=["r2"], sequences=[sequence])
+        request = inference_pb2.RewardRequest(
+            session_id=self.session, rewards=[{"adapter": "r2"}], sequences=[sequence]
+        )
         response = self.live.inference.Reward(request)
         assert response.ppo_adapter_name == self.active
         assert response.results[0].scores[0] == token_scores(self.live.uid("r2"), tokens)[-1]

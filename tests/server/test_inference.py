@@ -4,9 +4,10 @@ import grpc
 import numpy as np
 import pytest
 from server.conftest import bind
-from server.fakes import FACTS, FakeWorker, entropy, logprobs, token_scores, values
+from server.fakes import FACTS, FakeWorker, entropy, logits, logprobs, token_scores, values
 from server.harness import Live, array, pair, refused
 
+from onebase.server.config import EngineConfig, Limits, ServerConfig
 from onebase.server.jobs import AdapterKind, ScoreJob, Work
 from onebase.v1 import adapters_pb2, inference_pb2
 
@@ -110,6 +111,33 @@ def test_whom_logprob_does_not_ask(live, request_, code, reason, field):
         assert "there are p1, r1, r2, ref" in refusal.message
 
 
+def test_logits_are_given_before_each_completion_token_where_they_fit_in_a_message():
+    room = (4 * FACTS.vocab_size + 16) * 3 + 2 * 256  # three tokens in two sequences
+    limits = Limits(max_message_bytes=room)
+    with Live(ServerConfig(engine=EngineConfig(model="fake"), port=0, drain_seconds=5, limits=limits)) as live:
+        request = S.LogprobRequest(
+            adapter="base", sequences=[pair((9,), (7, 6)), pair((9, 8), (5,))], return_logits=True
+        )
+        for result, (row, start) in zip(
+            live.inference.Logprob(request).results, [(tokens(9, 7, 6), 1), (tokens(9, 8, 5), 2)], strict=True
+        ):
+            same(result.logits, logits(0, row, start, FACTS.vocab_size))
+        request.return_logits = False
+        assert not live.inference.Logprob(request).results[0].HasField("logits")
+
+        request.return_logits = True
+        request.sequences.append(pair((1,), (2,)))
+        refusal = refused(live.inference.Logprob, request)
+        assert (refusal.code, refusal.reason, refusal.field) == (
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "LIMIT_EXCEEDED",
+            "return_logits",
+        )
+        assert f"4 completion tokens over {FACTS.vocab_size} ids" in refusal.message
+        assert f"a message may have {room}" in refusal.message
+        assert len(live.worker.executed) == 2
+
+
 # ------------------------------------------------------------------------------------------------------- reward
 
 
@@ -117,7 +145,7 @@ def test_rewards_of_several_adapters_texts_joined_and_ended(live):
     uids = [live.uid("r2"), live.uid("r1")]
     response = live.inference.Reward(
         S.RewardRequest(
-            adapters=["r2", "r1"],
+            rewards=[{"adapter": "r2"}, {"adapter": "r1", "weight": -0.5}],
             sequences=[pair("#5", "#6"), pair((5,), (6,)), pair((5,), "#6"), pair("#5", (6, 2)), pair("#5", "#3")],
             per_token=True,
         )
@@ -129,25 +157,28 @@ def test_rewards_of_several_adapters_texts_joined_and_ended(live):
         (tokens(1, 5, 6, 2), False),
         (tokens(1, 5, 3), False),
     ]
-    assert [one.name for one in response.adapters] == ["r2", "r1"]
+    assert [one.name for one in response.rewards] == ["r2", "r1"]
     for result, (row, appended) in zip(response.results, expected, strict=True):
-        np.testing.assert_allclose(result.scores, [token_scores(uid, row)[-1] for uid in uids])
-        same(result.token_scores, np.stack([token_scores(uid, row) for uid in uids]))
-        assert (result.tokens, result.eos_appended) == (len(row), appended)
+        scores = [float(token_scores(uid, row)[-1]) for uid in uids]
+        assert list(result.scores) == scores
+        assert result.reward == scores[0] - 0.5 * scores[1]
+        for tensor, uid in zip(result.token_scores, uids, strict=True):
+            same(tensor, token_scores(uid, row))
+        assert (list(result.tokens), list(result.eos_appended)) == ([len(row)] * 2, [appended] * 2)
     assert response.ppo_adapter_name == ""
 
 
 @pytest.mark.parametrize(("append", "size"), [(True, 3), (False, 2), (None, 2)])
 def test_append_eos_of_token_ids(live, append, size):
-    request = S.RewardRequest(adapters=["r1"], sequences=[pair((5,), (6,))], append_eos=append)
+    request = S.RewardRequest(rewards=[{"adapter": "r1"}], sequences=[pair((5,), (6,))], append_eos=append)
     result = live.inference.Reward(request).results[0]
-    assert (result.tokens, result.eos_appended) == (size, append is True)
-    assert not result.HasField("token_scores")
+    assert (list(result.tokens), list(result.eos_appended)) == ([size], [append is True])
+    assert not result.token_scores
 
 
 def test_a_reward_of_a_completion_without_prompt(live):
     sequences = [pair(None, "#6"), pair(None, (6,)), pair((), (6,))]
-    response = live.inference.Reward(S.RewardRequest(adapters=["r1"], sequences=sequences))
+    response = live.inference.Reward(S.RewardRequest(rewards=[{"adapter": "r1"}], sequences=sequences))
     assert [row.tokens.tolist() for row in live.worker.executed[-1].rows] == [[6, 2], [6], [6]]
     assert len(response.results) == 3
 
@@ -158,11 +189,11 @@ def test_which_reward_adapter_answers_unnamed(live):
     assert (refusal.code, refusal.reason, refusal.field) == (
         grpc.StatusCode.INVALID_ARGUMENT,
         "AMBIGUOUS_REWARD_ADAPTER",
-        "adapters",
+        "rewards",
     )
     assert "r1, r2" in refusal.message
     live.adapters.DeleteAdapter(adapters_pb2.DeleteAdapterRequest(name="r1"))
-    assert live.inference.Reward(request).adapters[0].name == "r2"
+    assert live.inference.Reward(request).rewards[0].name == "r2"
     live.adapters.DeleteAdapter(adapters_pb2.DeleteAdapterRequest(name="r2"))
     refusal = refused(live.inference.Reward, request)
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "NO_REWARD_ADAPTER")
@@ -176,11 +207,14 @@ def test_which_reward_adapter_answers_unnamed(live):
 
 @pytest.mark.parametrize("name", ["p1", "ref", "base"])
 def test_only_reward_adapters_reward(live, name):
-    refusal = refused(live.inference.Reward, S.RewardRequest(adapters=["r1", name], sequences=[pair((5,), (6,))]))
+    refusal = refused(
+        live.inference.Reward,
+        S.RewardRequest(rewards=[{"adapter": "r1"}, {"adapter": name}], sequences=[pair((5,), (6,))]),
+    )
     assert (refusal.code, refusal.reason, refusal.field) == (
         grpc.StatusCode.FAILED_PRECONDITION,
         "WRONG_ADAPTER_KIND",
-        "adapters[1]",
+        "rewards[1].adapter",
     )
 
 
@@ -190,7 +224,7 @@ def test_a_base_without_an_end_token_appends_none_and_says_so_when_asked():
     with Live(worker=FakeWorker(facts=replace(FACTS, eos_token_ids=()))) as live:
         live.on_loop(bind, live, "r1", AdapterKind.REWARD)
         request = S.RewardRequest(sequences=[pair("#5", "#6")])
-        assert live.inference.Reward(request).results[0].eos_appended is False
+        assert live.inference.Reward(request).results[0].eos_appended == [False]
         request.append_eos = True
         refusal = refused(live.inference.Reward, request)
         assert (refusal.code, refusal.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "NO_EOS_TOKEN")
@@ -220,7 +254,7 @@ def test_score_puts_every_number_where_it_belongs(live, session):
         expected = [float(token_scores(r2, scored)[-1]), float(token_scores(r1, scored)[-1])]
         np.testing.assert_allclose(result.scores, expected)
         assert result.reward == pytest.approx(-expected[0] + 0.5 * expected[1], abs=1e-12)
-    assert [result.eos_appended for result in response.results] == [False, True, False]
+    assert [list(result.eos_appended) for result in response.results] == [[False] * 2, [True] * 2, [False] * 2]
     assert [result.HasField("completion_tokens") for result in response.results] == [False, True, False]
     same(response.results[1].completion_tokens, [30, 104])
     assert (response.policy.name, response.reference.name) == ("p1", "ref")
@@ -231,11 +265,11 @@ def test_score_puts_every_number_where_it_belongs(live, session):
 @pytest.mark.parametrize(
     ("outputs", "fields", "rows"),
     [
-        ([], {"logprobs", "reference_logprobs", "values", "scores", "reward"}, 3),
+        ([], {"logprobs", "reference_logprobs", "values", "scores", "reward", "eos_appended"}, 3),
         ([1], {"logprobs"}, 1),
         ([2], {"reference_logprobs"}, 1),
         ([3], {"values"}, 1),
-        ([4], {"scores", "reward"}, 1),
+        ([4], {"scores", "reward", "eos_appended"}, 1),
         ([5, 2], {"entropy", "reference_logprobs"}, 2),
     ],
 )
@@ -292,7 +326,7 @@ def test_a_session_without_an_active_adapter_is_told_so(live):
 )
 def test_small_work_is_interactive(live, count, length, work):
     sequences = [pair((1,), (5,) * (length - 1))] * count
-    live.inference.Reward(S.RewardRequest(adapters=["r1"], sequences=sequences))
+    live.inference.Reward(S.RewardRequest(rewards=[{"adapter": "r1"}], sequences=sequences))
     assert live.worker.executed[-1].work is work
 
 

@@ -69,7 +69,7 @@ def test_sequences(live, session, method, sequences, reason, field, told):
     ],
 )
 def test_sequences_of_rewards(live, sequences, reason, field):
-    request = inference_pb2.RewardRequest(adapters=["r1"], sequences=sequences)
+    request = inference_pb2.RewardRequest(rewards=[{"adapter": "r1"}], sequences=sequences)
     check(live, live.inference.Reward, request, reason, field)
 
 
@@ -152,7 +152,11 @@ def test_names(live, session, name):
             inference_pb2.ReferenceLogprobRequest(reference=name, sequences=one),
             "reference",
         ),
-        (live.inference.Reward, inference_pb2.RewardRequest(adapters=["r1", name], sequences=one), "adapters[1]"),
+        (
+            live.inference.Reward,
+            inference_pb2.RewardRequest(rewards=[{"adapter": "r1"}, {"adapter": name}], sequences=one),
+            "rewards[1].adapter",
+        ),
         (live.inference.Score, inference_pb2.ScoreRequest(ppo_adapter_name=name, sequences=one), "ppo_adapter_name"),
         (
             live.inference.Score,
@@ -307,9 +311,7 @@ def test_scores_outputs_weights_and_versions(live, session):
     check(live, score, request(outputs=[1, 0]), "OUT_OF_RANGE", "outputs[1]")
     check(live, score, request(outputs=[77]), "OUT_OF_RANGE", "outputs[0]")
     check(live, score, request(rewards=[{"adapter": "r1", "weight": NAN}]), "NOT_FINITE", "rewards[0].weight")
-    check(
-        live, score, request(rewards=[{"adapter": "r1"}, {"adapter": "r1"}]), "DUPLICATE_ADAPTER", "rewards[1].adapter"
-    )
+    check(live, score, request(rewards=[{"adapter": "r1"}, {"adapter": "r1"}]), "DUPLICATE_TERM", "rewards[1].adapter")
     check(live, score, request(rewards=[{"adapter": "r1"}], outputs=[1]), "UNUSED_FIELD", "rewards")
     check(live, score, request(adapter_version=0, outputs=[2]), "UNUSED_FIELD", "adapter_version")
     check(live, score, request(adapter_version=-1, rewards=[{"adapter": "r1"}]), "OUT_OF_RANGE", "adapter_version")

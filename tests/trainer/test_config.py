@@ -59,9 +59,14 @@ def test_ppo_has_the_names_and_the_defaults_of_trl():
 def test_a_minimal_file_is_enough(config_file):
     config = load_config(config_file(MINIMAL))
     assert config.rewards == (RewardTerm("sentiment", 1.0),)
-    assert (config.server, config.reference, config.append_eos) == ("127.0.0.1:7070", "base", True)
+    assert (config.server, config.reference, config.append_eos) == ("127.0.0.1:7070", "base", None)
     assert config.output_path.parts[-2:] == ("runs", "policy_1")
     assert config.run_name == "policy_1"
+
+
+def test_several_labels_of_one_adapter_may_be_summed(config_file):
+    config = load_config(config_file(MINIMAL), [("rewards", "[{adapter: a, label: 1}, {adapter: a, label: 0}]")])
+    assert config.rewards == (RewardTerm("a", 1.0, 1), RewardTerm("a", 1.0, 0))
 
 
 def test_the_example_of_the_help_can_be_used(config_file):
@@ -112,6 +117,9 @@ def test_flags_win_over_the_file(config_file):
         ("generation.min_new_tokens", "99", "generation.min_new_tokens: 99 is more than max_new_tokens = 32"),
         ("rewards", "[]", "rewards: is empty and there is no reward_function"),
         ("rewards", "[{adapter: a}, {adapter: a}]", "rewards: 'a' is named 2 times"),
+        ("rewards", "[{adapter: a, label: 1}, {adapter: a, label: 1}]", "rewards: 'a[1]' is named 2 times"),
+        ("rewards", "[{adapter: a, label: -1}]", "rewards.0.label: -1 is not 0 or more"),
+        ("pooling", "first", "pooling: 'first' is not one of last_token, last_not_pad"),
         ("rewards.0.weight", ".inf", "rewards.0.weight: inf is not a finite number"),
         ("prompts.path", "''", "prompts.path: is empty"),
         ("resume", "yes please", "resume: 'yes please' is not one of auto, never, must"),

@@ -68,6 +68,47 @@ def test_adapters_are_summed_by_weight_in_one_call(session, rollout):
     assert judged.scored[0].logprobs is not None
 
 
+def test_labels_of_an_adapter_are_terms_of_their_own(session, rollout, monkeypatch):
+    monkeypatch.setattr(session, "_reward", lambda name, tokens: 1.0)
+    terms = (RewardTerm("good", 2.0, label=0), RewardTerm("good", 0.5, label=3))
+    judged = judge(rewards=terms, pooling="last_not_pad")(session, rollout)
+    assert list(judged.raw) == ["good[0]", "good[3]"]
+    assert judged.rewards.tolist() == [2.5, 2.5]
+    assert session.server.pooling == "last_not_pad"
+
+
+@pytest.mark.parametrize(
+    ("declared", "asked"),
+    [
+        ((None, None), True),
+        ((True, None), True),
+        ((True, True), None),
+        ((False, False), None),
+        ((True, False), None),
+    ],
+)
+def test_an_end_of_sequence_is_appended_as_adapters_declare_and_else_as_they_are_trained(
+    session, rollout, declared, asked
+):
+    session.server.declared = dict(zip(("good", "long"), declared, strict=True))
+    ask = judge(rewards=(RewardTerm("good"), RewardTerm("long")))
+    ask(session, rollout)
+    ask(session, rollout)
+    assert [call["append_eos"] for kind, call in session.server.calls if kind == "score"] == [asked, asked]
+
+
+def test_what_is_configured_goes_before_what_adapters_declare(session, rollout):
+    session.server.declared = {"good": False}
+    judge(rewards=(RewardTerm("good"),), append_eos=True)(session, rollout)
+    assert session.server.calls[-1][1]["append_eos"] is True
+
+
+def test_adapters_of_which_one_refuses_an_end_of_sequence_and_one_is_silent_have_to_be_told(session, rollout):
+    session.server.declared = {"good": False, "long": None}
+    with pytest.raises(ConfigError, match=r"append_eos: is not set, 'good' wants no .* --reward-append-eos long=yes"):
+        judge(rewards=(RewardTerm("good"), RewardTerm("long")))(session, rollout)
+
+
 def test_a_function_is_added_with_its_weight(session, rollout, source):
     settings = {"reward_function": f"{source}:lengths", "reward_function_weight": 10.0}
     judged = judge(rewards=(RewardTerm("long"),), **settings)(session, rollout)

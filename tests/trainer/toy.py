@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -86,6 +86,7 @@ class ToyServer:
         self.checkpoints = {}
         self.sessions = {}  # id -> active adapter
         self.can_save = can_save
+        self.declared = {"good": None, "long": None}  # reward adapters, and whether they say that they read an EOS
         self.calls = []
         self.clock = itertools.count(1)
         self.ids = itertools.count(1)
@@ -116,6 +117,9 @@ class ToyClient:
         return t.ServerInfo(version="0", base=base_model(exact=self.server.exact), limits=None, reward_adapters=())
 
     def adapter(self, name):
+        if name in self.server.declared:
+            facts = ToyAdapter(name, create_time=0.0, kind="reward", value_head=False).facts()
+            return replace(facts, append_eos=self.server.declared[name])
         if name not in self.server.adapters:
             raise NotFoundError(f"no adapter {name!r}")
         return self.server.adapters[name].facts()
@@ -133,6 +137,7 @@ class ToySession:
     def __init__(self, server, session_id):
         self.server = server
         self.id = session_id
+        self.adapter = server.client().adapter
 
     def __enter__(self):
         return self
@@ -222,8 +227,20 @@ class ToySession:
             )
         return completions
 
-    def score(self, sequences, *, rewards=None, reference="base", outputs=None, append_eos=None, ppo_adapter_name=""):
+    def score(
+        self,
+        sequences,
+        *,
+        rewards=None,
+        reference="base",
+        outputs=None,
+        append_eos=None,
+        pooling=None,
+        ppo_adapter_name="",
+    ):
+        rewards = None if rewards is None else {term.key: term.weight for term in rewards}
         self.server.calls.append(("score", {"rewards": rewards, "outputs": tuple(outputs), "append_eos": append_eos}))
+        self.server.pooling = pooling
         adapter = self._adapter(ppo_adapter_name)
         policy, base = log_softmax(self._logits(adapter)), log_softmax(self.server.reference)
         scores = []
@@ -241,7 +258,7 @@ class ToySession:
                     scores=raw,
                     reward=sum((rewards or {})[name] * score for name, score in raw.items()),
                     completion_tokens=None,
-                    eos_appended=bool(append_eos and tokens[-1] != EOS),
+                    eos_appended=dict.fromkeys(raw, bool(append_eos and tokens[-1] != EOS)),
                     policy=self._version(adapter),
                     reference=t.AdapterVersion("base", 0),
                 )

@@ -9,8 +9,6 @@ from onebase.client.codec import adapters, inference
 from onebase.client.codec.inference import Prompts, Sequences
 from onebase.client.transport import Stream, Transport, new_request_id
 
-_LORA = t.LoraSpec()
-
 
 class Calls:
     """Calls over a transport, in the name of a session or, if its id is "", of nobody."""
@@ -37,17 +35,32 @@ class Calls:
     def create_adapter(
         self,
         name: str,
-        lora: t.LoraSpec = _LORA,
+        lora: t.LoraSpec | None = None,
         *,
+        kind: t.AdapterKind = "policy",
         value_head: bool = True,
+        init_from: str = "",
         seed: int = 0,
         timeout: float | None = None,
     ) -> t.Adapter:
-        """Makes a fresh policy, which begins as the base. A session gets its lease; it does not become active."""
+        """Makes a policy or a critic. A session gets its lease; it does not become active.
+
+        Args:
+            name: its name on the server.
+            lora: its shape; None is `LoraSpec()`, or that of `init_from`.
+            kind: "policy" or "critic".
+            value_head: give it one: that of `init_from` if it has one, or a fresh one. A critic always has one.
+            init_from: an adapter that it begins as a copy of; without one it begins as the base. A critic takes over a
+                reward adapter's score head as its value head.
+            seed: of its random beginning.
+            timeout: seconds.
+        """
         call = adapters.create(
             name,
             lora,
+            kind=kind,
             value_head=value_head,
+            init_from=init_from,
             seed=seed,
             request_id=new_request_id(),
             session_id=self._session_id,
@@ -64,18 +77,23 @@ class Calls:
         replace: bool = False,
         with_optimizer: bool = False,
         seed: int = 0,
+        append_eos: bool | None = None,
+        pooling: t.Pooling | None = None,
         timeout: float | None = None,
     ) -> t.Adapter:
-        """Reads an adapter from a PEFT directory. A session gets the lease of a policy; it does not become active.
+        """Reads an adapter from a PEFT directory. A session gets a policy's or critic's lease; it is not made active.
 
         Args:
             name: its name on the server.
             path: a directory on the server, absolute or relative to the server's first root.
             kind: what it is for.
-            value_head: give a policy that has none a fresh value head.
+            value_head: give a policy or critic that has none a fresh value head.
             replace: put it in the place of an adapter of that name, whose version goes on growing.
             with_optimizer: also read the AdamW moments saved with it.
             seed: of a fresh value head.
+            append_eos: whether an end-of-sequence token belongs behind what a reward reads; None is what its manifest
+                says.
+            pooling: where a reward's score is read; None is what its manifest says, or else the last token.
             timeout: seconds.
         """
         call = adapters.load(
@@ -86,6 +104,8 @@ class Calls:
             replace=replace,
             with_optimizer=with_optimizer,
             seed=seed,
+            append_eos=append_eos,
+            pooling=pooling,
             request_id=new_request_id(),
             session_id=self._session_id,
         )

@@ -6,13 +6,12 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Sequence as SequenceABC
 from types import TracebackType
 
 from onebase.client import types as t
 from onebase.client.calls import Calls
 from onebase.client.codec import inference, server, sessions
-from onebase.client.codec.inference import Prompts, Sequences
+from onebase.client.codec.inference import Prompts, Rewards, Sequences
 from onebase.client.errors import AbortedError, DeadlineExceededError, UnavailableError
 from onebase.client.session import Session
 from onebase.client.transport import Stream, Transport
@@ -130,6 +129,7 @@ class Client(Calls):
         adapter: str,
         entropy: bool = False,
         values: bool = False,
+        logits: bool = False,
         adapter_version: int | None = None,
         timeout: float | None = None,
     ) -> list[t.Logprobs]:
@@ -140,33 +140,39 @@ class Client(Calls):
             adapter: the adapter to ask; "base" is the base with no adapter.
             entropy: also give the entropy before each token, [t], in nats.
             values: also give the value head's estimate before each token, [t].
+            logits: also give the logits before each token, [t, vocabulary]; all of them must fit in one message
+                (`ServerLimits.max_message_bytes`).
             adapter_version: the version that must answer; `AbortedError` if it is not the newest.
             timeout: seconds.
         """
         call = inference.logprob(
-            sequences, adapter=adapter, entropy=entropy, values=values, adapter_version=adapter_version
+            sequences, adapter=adapter, entropy=entropy, values=values, logits=logits, adapter_version=adapter_version
         )
         return self._transport.run(call, timeout)
 
     def reward(
         self,
         sequences: Sequences,
-        adapters: str | SequenceABC[str] | None = None,
+        rewards: Rewards = None,
         *,
         append_eos: bool | None = None,
+        pooling: t.Pooling | None = None,
         per_token: bool = False,
         timeout: float | None = None,
     ) -> list[t.Reward]:
-        """Scores of each sequence at its last token.
+        """Scores of each sequence, and their weighted sum.
 
         Args:
             sequences: one sequence or several; the prompt may be empty.
-            adapters: reward adapters; None asks the server's only one.
-            append_eos: end each sequence with the end-of-sequence token; None does it for texts, not for token ids.
+            rewards: reward adapters, with weights if it is a mapping or holds a `RewardTerm`; "name[2]" is label 2 of a
+                head with several. None asks the server's only one.
+            append_eos: end each sequence with the end-of-sequence token; None does as each adapter declares, and where
+                one declares nothing, does it for texts, not for token ids.
+            pooling: where scores are read; None is as each adapter declares.
             per_token: also give the score at every token of prompt and completion.
             timeout: seconds.
         """
-        call = inference.reward(sequences, adapters, append_eos=append_eos, per_token=per_token)
+        call = inference.reward(sequences, rewards, append_eos=append_eos, pooling=pooling, per_token=per_token)
         return self._transport.run(call, timeout)[0]
 
     # ------------------------------------------------------------------------------------------------ adapters

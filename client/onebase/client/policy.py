@@ -56,6 +56,7 @@ class Policy:
         *,
         entropy: bool = False,
         values: bool = False,
+        logits: bool = False,
         adapter_version: int | None = None,
         timeout: float | None = None,
     ) -> list[t.Logprobs]:
@@ -65,6 +66,7 @@ class Policy:
             adapter=self.name,
             entropy=entropy,
             values=values,
+            logits=logits,
             adapter_version=adapter_version,
             timeout=timeout,
         )
@@ -76,7 +78,9 @@ class Policy:
         rewards: Rewards = None,
         reference: str = t.BASE,
         outputs: Collection[t.ScoreOutput] | None = None,
+        critic: str = "",
         append_eos: bool | None = None,
+        pooling: t.Pooling | None = None,
         adapter_version: int | None = None,
         timeout: float | None = None,
     ) -> list[t.Score]:
@@ -86,7 +90,9 @@ class Policy:
             rewards=rewards,
             reference=reference,
             outputs=outputs,
+            critic=critic,
             append_eos=append_eos,
+            pooling=pooling,
             ppo_adapter_name=self.name,
             adapter_version=adapter_version,
             timeout=timeout,

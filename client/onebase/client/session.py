@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Collection, Iterable
-from collections.abc import Sequence as SequenceABC
 from contextlib import suppress
 from types import TracebackType
 from typing import TypeVar
@@ -113,6 +112,7 @@ class Session(Calls):
         adapter: str = "",
         entropy: bool = False,
         values: bool = False,
+        logits: bool = False,
         adapter_version: int | None = None,
         timeout: float | None = None,
     ) -> list[t.Logprobs]:
@@ -122,6 +122,7 @@ class Session(Calls):
             adapter=adapter,
             entropy=entropy,
             values=values,
+            logits=logits,
             adapter_version=adapter_version,
             session_id=self.id,
         )
@@ -130,9 +131,10 @@ class Session(Calls):
     def reward(
         self,
         sequences: Sequences,
-        adapters: str | SequenceABC[str] | None = None,
+        rewards: Rewards = None,
         *,
         append_eos: bool | None = None,
+        pooling: t.Pooling | None = None,
         per_token: bool = False,
         ppo_adapter_name: str = "",
         timeout: float | None = None,
@@ -140,8 +142,9 @@ class Session(Calls):
         """Scores of each sequence. `ppo_adapter_name` is the active adapter from here on. See `Client.reward`."""
         call = inference.reward(
             sequences,
-            adapters,
+            rewards,
             append_eos=append_eos,
+            pooling=pooling,
             per_token=per_token,
             ppo_adapter_name=ppo_adapter_name,
             session_id=self.id,
@@ -155,7 +158,9 @@ class Session(Calls):
         rewards: Rewards = None,
         reference: str = t.BASE,
         outputs: Collection[t.ScoreOutput] | None = None,
+        critic: str = "",
         append_eos: bool | None = None,
+        pooling: t.Pooling | None = None,
         ppo_adapter_name: str = "",
         adapter_version: int | None = None,
         timeout: float | None = None,
@@ -164,10 +169,12 @@ class Session(Calls):
 
         Args:
             sequences: one sequence or several.
-            rewards: reward adapters, with weights if it is a mapping; None asks the server's only one.
+            rewards: reward adapters, as `Client.reward` takes them; None asks the server's only one.
             reference: "base", or a frozen adapter.
             outputs: what to compute; None is logprobs, reference_logprobs, values and rewards.
-            append_eos: end the sequences for the reward adapters; None does it for texts, not for token ids.
+            critic: the critic that gives the values; "" takes the policy's own value head.
+            append_eos: end the sequences for the reward adapters; None does as each declares, see `Client.reward`.
+            pooling: where scores are read; None is as each reward adapter declares.
             ppo_adapter_name: the policy, which is the session's active adapter from here on; "" takes the active one.
             adapter_version: the version that must answer; `AbortedError` if it is not the newest.
             timeout: seconds.
@@ -177,7 +184,9 @@ class Session(Calls):
             rewards=rewards,
             reference=reference,
             outputs=outputs,
+            critic=critic,
             append_eos=append_eos,
+            pooling=pooling,
             ppo_adapter_name=ppo_adapter_name,
             adapter_version=adapter_version,
             session_id=self.id,
@@ -201,7 +210,7 @@ class Session(Calls):
         Args:
             sequences: what to train on; every array [t], one number per completion token.
             loss: which one, with its settings; it says which arrays the sequences need.
-            adapter: the policy; this session must hold its lease.
+            adapter: the policy or critic; this session must hold its lease, or gets it where nobody does.
             denominator: divides the sum over tokens (DPO: over pairs); None is how many count here, and 1 for a
                 custom loss.
             expected_version: `AbortedError` if this is not the policy's version.

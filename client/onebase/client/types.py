@@ -20,7 +20,10 @@ Content: TypeAlias = "str | NDArray[np.integer[Any]] | SequenceABC[int]"
 
 Floats: TypeAlias = "NDArray[np.float32]"
 
-AdapterKind: TypeAlias = Literal["policy", "reward", "reference"]
+AdapterKind: TypeAlias = Literal["policy", "reward", "reference", "critic"]
+Pooling: TypeAlias = Literal["last_token", "last_not_pad"]
+"""Where a score is read: at the last token, or at the last one that is not the padding token, as transformers' sequence
+classifiers do."""
 FinishReason: TypeAlias = Literal["eos", "stop_string", "stop_token", "length"]
 ScoreOutput: TypeAlias = Literal["logprobs", "reference_logprobs", "values", "rewards", "entropy"]
 
@@ -103,6 +106,10 @@ class Adapter:
     pending_gradients: int
     create_time: float
     source: str
+    append_eos: bool | None = None
+    """Whether a reward adapter declares that it reads an end-of-sequence token behind a text; None says nothing."""
+    pooling: Pooling | None = None
+    """Where a reward adapter's score is read; None for other kinds."""
 
     @property
     def total_bytes(self) -> int:
@@ -151,25 +158,48 @@ class Logprobs:
     values: Floats | None  # [t]
     completion_tokens: NDArray[np.int32] | None  # [t], where the completion was given as text
     adapter: AdapterVersion
+    logits: Floats | None = None  # [t, vocabulary]
+
+
+@dataclass(frozen=True)
+class RewardTerm:
+    """A reward adapter, or a label of one, and its share of the reward."""
+
+    adapter: str
+    """Its name on the server."""
+    weight: float = 1.0
+    """Its weight in the sum; a negative one turns the reward around."""
+    label: int | None = None
+    """Which of its labels; needed where it has several."""
+
+    @property
+    def key(self) -> str:
+        """What results call it: "adapter", or "adapter[label]" where a label is named."""
+        return self.adapter if self.label is None else f"{self.adapter}[{self.label}]"
 
 
 @dataclass(frozen=True)
 class Reward:
-    """Scores of one sequence."""
+    """Scores of one sequence. A term is called "adapter", or "adapter[label]" where a label was named."""
 
     scores: Mapping[str, float]
-    """Score at the last real token, by reward adapter."""
+    """Raw score by term, read where the pooling rule says."""
     token_scores: Mapping[str, Floats] | None
-    """Score at every token of prompt and completion, by reward adapter, if asked for."""
-    tokens: int
-    eos_appended: bool
+    """Score at every token of prompt and completion, [tokens], by term, if asked for."""
+    reward: float
+    """The weighted sum of the scores."""
+    tokens: Mapping[str, int]
+    """Number of tokens that were read, an appended end-of-sequence token included, by term."""
+    eos_appended: Mapping[str, bool]
+    """Whether an end-of-sequence token was appended, by term."""
     versions: Mapping[str, int]
+    """Version of the adapter, by term."""
 
     @property
     def score(self) -> float:
-        """The only score; ValueError if several reward adapters answered."""
+        """The only score; ValueError if there are several terms."""
         if len(self.scores) != 1:
-            raise ValueError(f"{len(self.scores)} reward adapters answered ({', '.join(self.scores)}); use .scores")
+            raise ValueError(f"{len(self.scores)} reward terms answered ({', '.join(self.scores)}); use .scores")
         return next(iter(self.scores.values()))
 
 
@@ -181,12 +211,13 @@ class Score:
     reference_logprobs: Floats | None  # [t]
     values: Floats | None  # [t]
     entropy: Floats | None  # [t], nats
-    scores: Mapping[str, float]  # raw, by reward adapter
+    scores: Mapping[str, float]  # raw, by reward term: "adapter", or "adapter[label]" where a label was named
     reward: float  # weighted sum of the scores
     completion_tokens: NDArray[np.int32] | None
-    eos_appended: bool
+    eos_appended: Mapping[str, bool]  # by reward term
     policy: AdapterVersion
     reference: AdapterVersion
+    critic: AdapterVersion | None = None  # the critic that gave the values, if one was named
 
 
 @dataclass(frozen=True)

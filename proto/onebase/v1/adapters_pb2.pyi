@@ -40,18 +40,19 @@ class CreateAdapterRequest(google.protobuf.message.Message):
     name: builtins.str
     """The new adapter's name."""
     value_head: builtins.bool
-    """Give it a value head, as PPO needs."""
+    """Give it a value head, as PPO needs: that of `init_from` if it has one, or a fresh one. A critic always has one."""
     seed: builtins.int
     """Seed of its random beginning."""
     kind: onebase.v1.types_pb2.AdapterKind.ValueType
-    """A policy, or a critic, which always has a value head; unset is a policy."""
+    """A policy or a critic; unset is a policy."""
     init_from: builtins.str
-    """An adapter of this server that it begins as a copy of, its LoRA shape included. A critic made from a reward adapter
-    takes over its score head as its value head.
+    """An adapter of this server, of any kind, whose newest version it begins as a copy of. A critic made from a reward
+    adapter takes over its score head as its value head, with a bias of 0 if it has none, and so begins with its scores
+    as values.
     """
     @property
     def lora(self) -> onebase.v1.types_pb2.LoraSpec:
-        """Its LoRA shape; unset is rank 16, alpha 32, "all-linear", or that of `init_from`."""
+        """Its LoRA shape; unset is rank 16, alpha 32, "all-linear". Must be unset with `init_from`, whose shape it has."""
 
     def __init__(
         self,
@@ -182,7 +183,7 @@ class LoadAdapterRequest(google.protobuf.message.Message):
     APPEND_EOS_FIELD_NUMBER: builtins.int
     POOLING_FIELD_NUMBER: builtins.int
     session_id: builtins.str
-    """The session, which gets the lease of a policy; may be empty."""
+    """The session, which gets the lease of a policy or a critic; may be empty."""
     request_id: builtins.str
     """Names this call."""
     name: builtins.str
@@ -192,7 +193,9 @@ class LoadAdapterRequest(google.protobuf.message.Message):
     path: builtins.str
     """A directory, absolute or relative to the server's first root; it must lie under one of the roots."""
     value_head: builtins.bool
-    """Give a policy that has none a fresh value head."""
+    """Give a policy or a critic that has none a fresh value head. A critic must have one: its own, this, or the score head
+    (of one label) of a reward adapter's directory.
+    """
     replace: builtins.bool
     """Put it in the place of an adapter of that name, whose lease this session must hold. Its version goes on growing."""
     with_optimizer: builtins.bool

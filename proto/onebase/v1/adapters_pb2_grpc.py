@@ -27,8 +27,9 @@ if _version_not_supported:
 
 
 class AdapterServiceStub(object):
-    """The adapters of this server. A name is unique; the session that creates or activates a policy holds its lease,
-    and only that session may train, replace or delete it. Anybody may read any adapter.
+    """The adapters of this server. A name is unique; the session that creates, loads or activates a policy holds its lease,
+    and only that session may train, replace or delete it. So it is with critics, which are never active: a session that
+    trains one whose lease is free gets it. Anybody may read any adapter.
 
     Errors of every method: INVALID_ARGUMENT names the field; NOT_FOUND for a name that is not there;
     PERMISSION_DENIED when another session holds the lease, or a path lies outside the server's roots; ABORTED when a
@@ -84,8 +85,9 @@ class AdapterServiceStub(object):
 
 
 class AdapterServiceServicer(object):
-    """The adapters of this server. A name is unique; the session that creates or activates a policy holds its lease,
-    and only that session may train, replace or delete it. Anybody may read any adapter.
+    """The adapters of this server. A name is unique; the session that creates, loads or activates a policy holds its lease,
+    and only that session may train, replace or delete it. So it is with critics, which are never active: a session that
+    trains one whose lease is free gets it. Anybody may read any adapter.
 
     Errors of every method: INVALID_ARGUMENT names the field; NOT_FOUND for a name that is not there;
     PERMISSION_DENIED when another session holds the lease, or a path lies outside the server's roots; ABORTED when a
@@ -93,8 +95,9 @@ class AdapterServiceServicer(object):
     """
 
     def CreateAdapter(self, request, context):
-        """Makes a policy: LoRA A random, B zero (so it begins as the base), the value head as TRL begins it.
-        ALREADY_EXISTS if the name is taken.
+        """Makes a policy or a critic: LoRA A random, B zero (so it begins as the base), the value head as TRL begins it; or
+        as a copy of another adapter (`init_from`). ALREADY_EXISTS if the name is taken; FAILED_PRECONDITION for a critic
+        of a reward adapter with several labels.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -207,8 +210,9 @@ def add_AdapterServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdapterService(object):
-    """The adapters of this server. A name is unique; the session that creates or activates a policy holds its lease,
-    and only that session may train, replace or delete it. Anybody may read any adapter.
+    """The adapters of this server. A name is unique; the session that creates, loads or activates a policy holds its lease,
+    and only that session may train, replace or delete it. So it is with critics, which are never active: a session that
+    trains one whose lease is free gets it. Anybody may read any adapter.
 
     Errors of every method: INVALID_ARGUMENT names the field; NOT_FOUND for a name that is not there;
     PERMISSION_DENIED when another session holds the lease, or a path lies outside the server's roots; ABORTED when a

@@ -155,8 +155,9 @@ _AdapterServiceDownloadAdapterType = typing_extensions.TypeVar(
 )
 
 class AdapterServiceStub(typing.Generic[_AdapterServiceCreateAdapterType, _AdapterServiceGetAdapterType, _AdapterServiceListAdaptersType, _AdapterServiceDeleteAdapterType, _AdapterServiceLoadAdapterType, _AdapterServiceSaveAdapterType, _AdapterServiceUploadAdapterType, _AdapterServiceDownloadAdapterType]):
-    """The adapters of this server. A name is unique; the session that creates or activates a policy holds its lease,
-    and only that session may train, replace or delete it. Anybody may read any adapter.
+    """The adapters of this server. A name is unique; the session that creates, loads or activates a policy holds its lease,
+    and only that session may train, replace or delete it. So it is with critics, which are never active: a session that
+    trains one whose lease is free gets it. Anybody may read any adapter.
 
     Errors of every method: INVALID_ARGUMENT names the field; NOT_FOUND for a name that is not there;
     PERMISSION_DENIED when another session holds the lease, or a path lies outside the server's roots; ABORTED when a
@@ -236,8 +237,9 @@ class AdapterServiceStub(typing.Generic[_AdapterServiceCreateAdapterType, _Adapt
     ], channel: grpc.aio.Channel) -> None: ...
 
     CreateAdapter: _AdapterServiceCreateAdapterType
-    """Makes a policy: LoRA A random, B zero (so it begins as the base), the value head as TRL begins it.
-    ALREADY_EXISTS if the name is taken.
+    """Makes a policy or a critic: LoRA A random, B zero (so it begins as the base), the value head as TRL begins it; or
+    as a copy of another adapter (`init_from`). ALREADY_EXISTS if the name is taken; FAILED_PRECONDITION for a critic
+    of a reward adapter with several labels.
     """
 
     GetAdapter: _AdapterServiceGetAdapterType
@@ -306,8 +308,9 @@ AdapterServiceAsyncStub: typing_extensions.TypeAlias = AdapterServiceStub[
 ]
 
 class AdapterServiceServicer(metaclass=abc.ABCMeta):
-    """The adapters of this server. A name is unique; the session that creates or activates a policy holds its lease,
-    and only that session may train, replace or delete it. Anybody may read any adapter.
+    """The adapters of this server. A name is unique; the session that creates, loads or activates a policy holds its lease,
+    and only that session may train, replace or delete it. So it is with critics, which are never active: a session that
+    trains one whose lease is free gets it. Anybody may read any adapter.
 
     Errors of every method: INVALID_ARGUMENT names the field; NOT_FOUND for a name that is not there;
     PERMISSION_DENIED when another session holds the lease, or a path lies outside the server's roots; ABORTED when a
@@ -320,8 +323,9 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
         request: onebase.v1.adapters_pb2.CreateAdapterRequest,
         context: _ServicerContext,
     ) -> typing.Union[onebase.v1.types_pb2.Adapter, collections.abc.Awaitable[onebase.v1.types_pb2.Adapter]]:
-        """Makes a policy: LoRA A random, B zero (so it begins as the base), the value head as TRL begins it.
-        ALREADY_EXISTS if the name is taken.
+        """Makes a policy or a critic: LoRA A random, B zero (so it begins as the base), the value head as TRL begins it; or
+        as a copy of another adapter (`init_from`). ALREADY_EXISTS if the name is taken; FAILED_PRECONDITION for a critic
+        of a reward adapter with several labels.
         """
 
     @abc.abstractmethod

@@ -427,7 +427,7 @@ class RewardRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     SESSION_ID_FIELD_NUMBER: builtins.int
-    ADAPTERS_FIELD_NUMBER: builtins.int
+    REWARDS_FIELD_NUMBER: builtins.int
     SEQUENCES_FIELD_NUMBER: builtins.int
     APPEND_EOS_FIELD_NUMBER: builtins.int
     PER_TOKEN_FIELD_NUMBER: builtins.int
@@ -436,8 +436,8 @@ class RewardRequest(google.protobuf.message.Message):
     session_id: builtins.str
     """The session; may be empty."""
     append_eos: builtins.bool
-    """Append the end-of-sequence token where it is missing, as TRL's RewardTrainer trains it. Unset: yes for
-    texts, no for token ids.
+    """Append the end-of-sequence token where it is missing, as TRL's RewardTrainer trains it. Unset: as each adapter
+    declares, and for one that declares nothing yes for texts, no for token ids.
     """
     per_token: builtins.bool
     """Also return the score at every token."""
@@ -446,8 +446,10 @@ class RewardRequest(google.protobuf.message.Message):
     pooling: onebase.v1.types_pb2.Pooling.ValueType
     """Where scores are read; unset is as each adapter declares."""
     @property
-    def adapters(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Reward adapters to ask; empty asks the server's only one."""
+    def rewards(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___RewardTerm]:
+        """Reward adapters and their weights; empty asks the server's only one, with weight 1. A pair of adapter and label may
+        be named once; labels of one adapter are read off one pass.
+        """
 
     @property
     def sequences(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[onebase.v1.types_pb2.Sequence]:
@@ -457,7 +459,7 @@ class RewardRequest(google.protobuf.message.Message):
         self,
         *,
         session_id: builtins.str = ...,
-        adapters: collections.abc.Iterable[builtins.str] | None = ...,
+        rewards: collections.abc.Iterable[Global___RewardTerm] | None = ...,
         sequences: collections.abc.Iterable[onebase.v1.types_pb2.Sequence] | None = ...,
         append_eos: builtins.bool | None = ...,
         per_token: builtins.bool = ...,
@@ -465,14 +467,14 @@ class RewardRequest(google.protobuf.message.Message):
         pooling: onebase.v1.types_pb2.Pooling.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_append_eos", b"_append_eos", "append_eos", b"append_eos"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_append_eos", b"_append_eos", "adapters", b"adapters", "append_eos", b"append_eos", "per_token", b"per_token", "pooling", b"pooling", "ppo_adapter_name", b"ppo_adapter_name", "sequences", b"sequences", "session_id", b"session_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_append_eos", b"_append_eos", "append_eos", b"append_eos", "per_token", b"per_token", "pooling", b"pooling", "ppo_adapter_name", b"ppo_adapter_name", "rewards", b"rewards", "sequences", b"sequences", "session_id", b"session_id"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_append_eos", b"_append_eos"]) -> typing.Literal["append_eos"] | None: ...
 
 Global___RewardRequest: typing_extensions.TypeAlias = RewardRequest
 
 @typing.final
 class RewardResult(google.protobuf.message.Message):
-    """Scores of one sequence."""
+    """Scores of one sequence; every list has one entry per reward term, in the request's order."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -480,28 +482,35 @@ class RewardResult(google.protobuf.message.Message):
     TOKEN_SCORES_FIELD_NUMBER: builtins.int
     TOKENS_FIELD_NUMBER: builtins.int
     EOS_APPENDED_FIELD_NUMBER: builtins.int
-    tokens: builtins.int
-    """Number of tokens that were scored, an appended end-of-sequence token included."""
-    eos_appended: builtins.bool
-    """Whether an end-of-sequence token was appended."""
+    REWARD_FIELD_NUMBER: builtins.int
+    reward: builtins.float
+    """The weighted sum of the scores."""
     @property
     def scores(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
-        """The score at the last real token, one per reward adapter in the request's order."""
+        """Raw scores, read where the pooling rule says."""
 
     @property
-    def token_scores(self) -> onebase.v1.types_pb2.Tensor:
-        """The score at every token, DTYPE_FLOAT32 of shape [adapters, tokens], if asked for."""
+    def token_scores(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[onebase.v1.types_pb2.Tensor]:
+        """The score at every token, DTYPE_FLOAT32 of shape [tokens], if asked for."""
+
+    @property
+    def tokens(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Number of tokens that were scored, an appended end-of-sequence token included."""
+
+    @property
+    def eos_appended(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bool]:
+        """Whether an end-of-sequence token was appended."""
 
     def __init__(
         self,
         *,
         scores: collections.abc.Iterable[builtins.float] | None = ...,
-        token_scores: onebase.v1.types_pb2.Tensor | None = ...,
-        tokens: builtins.int = ...,
-        eos_appended: builtins.bool = ...,
+        token_scores: collections.abc.Iterable[onebase.v1.types_pb2.Tensor] | None = ...,
+        tokens: collections.abc.Iterable[builtins.int] | None = ...,
+        eos_appended: collections.abc.Iterable[builtins.bool] | None = ...,
+        reward: builtins.float = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["token_scores", b"token_scores"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["eos_appended", b"eos_appended", "scores", b"scores", "token_scores", b"token_scores", "tokens", b"tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["eos_appended", b"eos_appended", "reward", b"reward", "scores", b"scores", "token_scores", b"token_scores", "tokens", b"tokens"]) -> None: ...
 
 Global___RewardResult: typing_extensions.TypeAlias = RewardResult
 
@@ -512,7 +521,7 @@ class RewardResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     RESULTS_FIELD_NUMBER: builtins.int
-    ADAPTERS_FIELD_NUMBER: builtins.int
+    REWARDS_FIELD_NUMBER: builtins.int
     PPO_ADAPTER_NAME_FIELD_NUMBER: builtins.int
     ppo_adapter_name: builtins.str
     """The session's active adapter now; empty without a session."""
@@ -521,23 +530,23 @@ class RewardResponse(google.protobuf.message.Message):
         """One result per sequence, in the request's order."""
 
     @property
-    def adapters(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[onebase.v1.types_pb2.AdapterVersion]:
+    def rewards(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[onebase.v1.types_pb2.AdapterVersion]:
         """The reward adapters that answered, in the order of RewardResult.scores."""
 
     def __init__(
         self,
         *,
         results: collections.abc.Iterable[Global___RewardResult] | None = ...,
-        adapters: collections.abc.Iterable[onebase.v1.types_pb2.AdapterVersion] | None = ...,
+        rewards: collections.abc.Iterable[onebase.v1.types_pb2.AdapterVersion] | None = ...,
         ppo_adapter_name: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["adapters", b"adapters", "ppo_adapter_name", b"ppo_adapter_name", "results", b"results"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["ppo_adapter_name", b"ppo_adapter_name", "results", b"results", "rewards", b"rewards"]) -> None: ...
 
 Global___RewardResponse: typing_extensions.TypeAlias = RewardResponse
 
 @typing.final
 class RewardTerm(google.protobuf.message.Message):
-    """A reward adapter and its share of the reward."""
+    """A reward adapter, or a label of one, and its share of the reward."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -549,7 +558,9 @@ class RewardTerm(google.protobuf.message.Message):
     weight: builtins.float
     """Its weight in the sum; unset is 1. Negative weights turn a reward around."""
     label: builtins.int
-    """Which of the score head's labels; needed where it has several."""
+    """Which of the score head's labels, 0 to num_labels - 1; needed where it has several. For all of them name several
+    terms.
+    """
     def __init__(
         self,
         *,
@@ -591,14 +602,14 @@ class ScoreRequest(google.protobuf.message.Message):
     reference: builtins.str
     """A frozen adapter as the reference; empty or "base" is the base with no adapter."""
     append_eos: builtins.bool
-    """Append the end-of-sequence token for the reward rows where it is missing. Unset: yes for texts, no for ids."""
+    """Append the end-of-sequence token for the reward rows where it is missing; unset as in RewardRequest."""
     critic: builtins.str
-    """A critic adapter that gives the values; empty takes the policy's own value head."""
+    """A critic adapter that gives the values, at its newest version; empty takes the policy's own value head."""
     pooling: onebase.v1.types_pb2.Pooling.ValueType
     """Where scores are read; unset is as each reward adapter declares."""
     @property
     def rewards(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___RewardTerm]:
-        """Reward adapters and their weights; empty asks the server's only one, with weight 1."""
+        """Reward adapters and their weights, as in RewardRequest; empty asks the server's only one, with weight 1."""
 
     @property
     def sequences(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[onebase.v1.types_pb2.Sequence]:
@@ -647,8 +658,6 @@ class ScoreResult(google.protobuf.message.Message):
     EOS_APPENDED_FIELD_NUMBER: builtins.int
     reward: builtins.float
     """The weighted sum of the scores."""
-    eos_appended: builtins.bool
-    """Whether an end-of-sequence token was appended for the reward rows."""
     @property
     def logprobs(self) -> onebase.v1.types_pb2.Tensor:
         """Logprob of each completion token under the policy, DTYPE_FLOAT32 of shape [t]."""
@@ -673,6 +682,10 @@ class ScoreResult(google.protobuf.message.Message):
     def completion_tokens(self) -> onebase.v1.types_pb2.Tensor:
         """The completion's token ids where it was given as text, DTYPE_INT32 of shape [t]."""
 
+    @property
+    def eos_appended(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bool]:
+        """Whether an end-of-sequence token was appended for the reward rows, one per reward term."""
+
     def __init__(
         self,
         *,
@@ -683,7 +696,7 @@ class ScoreResult(google.protobuf.message.Message):
         scores: collections.abc.Iterable[builtins.float] | None = ...,
         reward: builtins.float = ...,
         completion_tokens: onebase.v1.types_pb2.Tensor | None = ...,
-        eos_appended: builtins.bool = ...,
+        eos_appended: collections.abc.Iterable[builtins.bool] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["completion_tokens", b"completion_tokens", "entropy", b"entropy", "logprobs", b"logprobs", "reference_logprobs", b"reference_logprobs", "values", b"values"]) -> builtins.bool: ...
     def ClearField(self, field_name: typing.Literal["completion_tokens", b"completion_tokens", "entropy", b"entropy", "eos_appended", b"eos_appended", "logprobs", b"logprobs", "reference_logprobs", b"reference_logprobs", "reward", b"reward", "scores", b"scores", "values", b"values"]) -> None: ...

@@ -108,7 +108,7 @@ class InferenceServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Reward(self, request, context):
-        """Scores of sequences under one or several reward adapters.
+        """Scores of sequences under one or several reward adapters, and their weighted sum.
 
         A session's active adapter is `ppo_adapter_name` afterwards, also after an error, a cancel or a lost connection.
         """
@@ -119,7 +119,7 @@ class InferenceServiceServicer(object):
     def Score(self, request, context):
         """Everything PPO needs for a batch: policy and reference logprobs, values and rewards, in one pass over the base.
 
-        FAILED_PRECONDITION if values are asked of a policy without a value head.
+        FAILED_PRECONDITION if values are asked of a policy without a value head, and no critic is named.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -181,7 +181,7 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
     """
 
     Reward: _InferenceServiceRewardType
-    """Scores of sequences under one or several reward adapters.
+    """Scores of sequences under one or several reward adapters, and their weighted sum.
 
     A session's active adapter is `ppo_adapter_name` afterwards, also after an error, a cancel or a lost connection.
     """
@@ -189,7 +189,7 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
     Score: _InferenceServiceScoreType
     """Everything PPO needs for a batch: policy and reference logprobs, values and rewards, in one pass over the base.
 
-    FAILED_PRECONDITION if values are asked of a policy without a value head.
+    FAILED_PRECONDITION if values are asked of a policy without a value head, and no critic is named.
     """
 
 InferenceServiceAsyncStub: typing_extensions.TypeAlias = InferenceServiceStub[
@@ -263,7 +263,7 @@ class InferenceServiceServicer(metaclass=abc.ABCMeta):
         request: onebase.v1.inference_pb2.RewardRequest,
         context: _ServicerContext,
     ) -> typing.Union[onebase.v1.inference_pb2.RewardResponse, collections.abc.Awaitable[onebase.v1.inference_pb2.RewardResponse]]:
-        """Scores of sequences under one or several reward adapters.
+        """Scores of sequences under one or several reward adapters, and their weighted sum.
 
         A session's active adapter is `ppo_adapter_name` afterwards, also after an error, a cancel or a lost connection.
         """
@@ -276,7 +276,7 @@ class InferenceServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[onebase.v1.inference_pb2.ScoreResponse, collections.abc.Awaitable[onebase.v1.inference_pb2.ScoreResponse]]:
         """Everything PPO needs for a batch: policy and reference logprobs, values and rewards, in one pass over the base.
 
-        FAILED_PRECONDITION if values are asked of a policy without a value head.
+        FAILED_PRECONDITION if values are asked of a policy without a value head, and no critic is named.
         """
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

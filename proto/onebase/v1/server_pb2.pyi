@@ -230,7 +230,7 @@ class SessionStatus(google.protobuf.message.Message):
     """Seconds since its last call."""
     @property
     def leases(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """The policies whose lease it holds."""
+        """The policies and critics whose lease it holds."""
 
     def __init__(
         self,

@@ -39,7 +39,7 @@ class Session(google.protobuf.message.Message):
     """Seconds that it lives on without a call."""
     @property
     def leases(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """The policies whose lease it holds."""
+        """The policies and critics whose lease it holds."""
 
     def __init__(
         self,

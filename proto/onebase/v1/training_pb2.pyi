@@ -265,7 +265,7 @@ class ForwardBackwardRequest(google.protobuf.message.Message):
     request_id: builtins.str
     """Names this call: a repeated id gets the stored answer, and the gradients are added once."""
     adapter: builtins.str
-    """The policy; empty is the session's active adapter."""
+    """The policy or critic; empty is the session's active adapter."""
     expected_version: builtins.int
     """The version the client believes is current; unset is not checked."""
     denominator: builtins.float
@@ -458,7 +458,7 @@ class OptimStepRequest(google.protobuf.message.Message):
     request_id: builtins.str
     """Names this call: a repeated id gets the stored answer, and the step is made once."""
     adapter: builtins.str
-    """The policy; empty is the session's active adapter."""
+    """The policy or critic; empty is the session's active adapter."""
     expected_version: builtins.int
     """The version the client believes is current; unset is not checked."""
     max_grad_norm: builtins.float

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class TrainingServiceStub(object):
-    """Trains policies. Each has its own parameters, gradients, clip norm and AdamW state; a pass may hold rows of several.
+    """Trains policies and critics. Each has its own parameters, gradients, clip norm and AdamW state; a pass may hold rows
+    of several. A session that trains an adapter whose lease nobody holds, as after a restart, gets that lease.
 
     Errors of every method: INVALID_ARGUMENT names the field (NaN and infinity are refused wherever a number is
     given); NOT_FOUND for an adapter or session that is not there; PERMISSION_DENIED when another session holds the
@@ -53,7 +54,8 @@ class TrainingServiceStub(object):
 
 
 class TrainingServiceServicer(object):
-    """Trains policies. Each has its own parameters, gradients, clip norm and AdamW state; a pass may hold rows of several.
+    """Trains policies and critics. Each has its own parameters, gradients, clip norm and AdamW state; a pass may hold rows
+    of several. A session that trains an adapter whose lease nobody holds, as after a restart, gets that lease.
 
     Errors of every method: INVALID_ARGUMENT names the field (NaN and infinity are refused wherever a number is
     given); NOT_FOUND for an adapter or session that is not there; PERMISSION_DENIED when another session holds the
@@ -102,7 +104,8 @@ def add_TrainingServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TrainingService(object):
-    """Trains policies. Each has its own parameters, gradients, clip norm and AdamW state; a pass may hold rows of several.
+    """Trains policies and critics. Each has its own parameters, gradients, clip norm and AdamW state; a pass may hold rows
+    of several. A session that trains an adapter whose lease nobody holds, as after a restart, gets that lease.
 
     Errors of every method: INVALID_ARGUMENT names the field (NaN and infinity are refused wherever a number is
     given); NOT_FOUND for an adapter or session that is not there; PERMISSION_DENIED when another session holds the

@@ -58,7 +58,8 @@ _TrainingServiceOptimStepType = typing_extensions.TypeVar(
 )
 
 class TrainingServiceStub(typing.Generic[_TrainingServiceForwardBackwardType, _TrainingServiceOptimStepType]):
-    """Trains policies. Each has its own parameters, gradients, clip norm and AdamW state; a pass may hold rows of several.
+    """Trains policies and critics. Each has its own parameters, gradients, clip norm and AdamW state; a pass may hold rows
+    of several. A session that trains an adapter whose lease nobody holds, as after a restart, gets that lease.
 
     Errors of every method: INVALID_ARGUMENT names the field (NaN and infinity are refused wherever a number is
     given); NOT_FOUND for an adapter or session that is not there; PERMISSION_DENIED when another session holds the
@@ -115,7 +116,8 @@ TrainingServiceAsyncStub: typing_extensions.TypeAlias = TrainingServiceStub[
 ]
 
 class TrainingServiceServicer(metaclass=abc.ABCMeta):
-    """Trains policies. Each has its own parameters, gradients, clip norm and AdamW state; a pass may hold rows of several.
+    """Trains policies and critics. Each has its own parameters, gradients, clip norm and AdamW state; a pass may hold rows
+    of several. A session that trains an adapter whose lease nobody holds, as after a restart, gets that lease.
 
     Errors of every method: INVALID_ARGUMENT names the field (NaN and infinity are refused wherever a number is
     given); NOT_FOUND for an adapter or session that is not there; PERMISSION_DENIED when another session holds the

@@ -70,7 +70,9 @@ class _AdapterKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     ADAPTER_KIND_REFERENCE: _AdapterKind.ValueType  # 3
     """A frozen reference other than the bare base. Shared by everybody."""
     ADAPTER_KIND_CRITIC: _AdapterKind.ValueType  # 4
-    """A critic: an adapter with a value head of its own, trained by the session that holds its lease."""
+    """A critic: an adapter with a value head of its own, trained by the session that holds its lease. It gives values to
+    Score, and does nothing else.
+    """
 
 class AdapterKind(_AdapterKind, metaclass=_AdapterKindEnumTypeWrapper):
     """What an adapter is for."""
@@ -84,7 +86,9 @@ ADAPTER_KIND_REWARD: AdapterKind.ValueType  # 2
 ADAPTER_KIND_REFERENCE: AdapterKind.ValueType  # 3
 """A frozen reference other than the bare base. Shared by everybody."""
 ADAPTER_KIND_CRITIC: AdapterKind.ValueType  # 4
-"""A critic: an adapter with a value head of its own, trained by the session that holds its lease."""
+"""A critic: an adapter with a value head of its own, trained by the session that holds its lease. It gives values to
+Score, and does nothing else.
+"""
 Global___AdapterKind: typing_extensions.TypeAlias = AdapterKind
 
 class _Pooling:
@@ -379,7 +383,7 @@ class Adapter(google.protobuf.message.Message):
     version: builtins.int
     """Grows by one with every applied OptimStep. A version's numbers never change."""
     value_head: builtins.bool
-    """Whether it carries a value head (policies)."""
+    """Whether it carries a value head (policies and critics)."""
     num_labels: builtins.int
     """Number of labels of its score head (rewards); 0 without one."""
     parameter_count: builtins.int
@@ -397,7 +401,7 @@ class Adapter(google.protobuf.message.Message):
     nothing says so, then texts get one and token ids get none.
     """
     pooling: Global___Pooling.ValueType
-    """Where this reward adapter's score is read."""
+    """Where this reward adapter's score is read, POOLING_LAST_TOKEN where nothing says so; unset for other kinds."""
     @property
     def lora(self) -> Global___LoraSpec:
         """Its LoRA shape."""

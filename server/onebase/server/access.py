@@ -47,7 +47,7 @@ class Access:
         Raises:
             InvalidArgument: no name and no session; or a bad name.
             NotFound: ADAPTER_NOT_FOUND.
-            FailedPrecondition: WRONG_ADAPTER_KIND for a reward adapter; NO_ACTIVE_ADAPTER.
+            FailedPrecondition: WRONG_ADAPTER_KIND for a reward adapter or a critic; NO_ACTIVE_ADAPTER.
             Aborted: VERSION_MISMATCH where the base is asked for another version than 0.
         """
         if name == BASE_NAME:
@@ -57,7 +57,7 @@ class Access:
                 )
             return Bare()
         entry = self._named_or_active(session, name, "adapter")
-        if entry.kind is AdapterKind.REWARD:
+        if entry.kind in (AdapterKind.REWARD, AdapterKind.CRITIC):
             raise _wrong_kind(entry.name, entry.kind.value, "a policy or a reference", "adapter")
         return entry
 
@@ -72,6 +72,34 @@ class Access:
         entry = self._named_or_active(session, name, field)
         if entry.kind is not AdapterKind.POLICY:
             raise _wrong_kind(entry.name, entry.kind.value, "a policy", field)
+        return entry
+
+    def trainable(self, session: Session | None, name: str, field: str) -> Entry:
+        """A policy or a critic: the named one, or the session's active policy.
+
+        Raises:
+            InvalidArgument, NotFound, FailedPrecondition: as `readable`, for what is frozen.
+        """
+        if name == BASE_NAME:
+            raise _wrong_kind(BASE_NAME, "the base with no", "a policy or a critic", field)
+        entry = self._named_or_active(session, name, field)
+        if not entry.kind.trained:
+            raise _wrong_kind(entry.name, entry.kind.value, "a policy or a critic", field)
+        return entry
+
+    def critic(self, name: str) -> Entry:
+        """The critic of that name.
+
+        Raises:
+            InvalidArgument: a bad name.
+            NotFound: ADAPTER_NOT_FOUND.
+            FailedPrecondition: WRONG_ADAPTER_KIND.
+        """
+        if name == BASE_NAME:
+            raise _wrong_kind(BASE_NAME, "the base with no", "a critic", "critic")
+        entry = self._registry.get(name, "critic", AdapterKind.CRITIC)
+        if entry.kind is not AdapterKind.CRITIC:
+            raise _wrong_kind(name, entry.kind.value, "a critic", "critic")
         return entry
 
     def activate(self, session: Session | None, name: str) -> None:
@@ -131,11 +159,11 @@ class Access:
         """Reward adapters in the order named; without names, the server's only one.
 
         Args:
-            names: as the request names them.
+            names: as the request names them; one may come several times.
             field: path of each name in the request, with {} for its index.
 
         Raises:
-            InvalidArgument: a name twice; or none where there are several (AMBIGUOUS_REWARD_ADAPTER).
+            InvalidArgument: a bad name; or none where there are several (AMBIGUOUS_REWARD_ADAPTER).
             NotFound: ADAPTER_NOT_FOUND.
             FailedPrecondition: WRONG_ADAPTER_KIND; NO_REWARD_ADAPTER.
         """
@@ -149,10 +177,6 @@ class Access:
             entry = self._registry.get(name, at, AdapterKind.REWARD)
             if entry.kind is not AdapterKind.REWARD:
                 raise _wrong_kind(name, entry.kind.value, "a reward", at)
-            if name in names[:index]:
-                raise InvalidArgument(
-                    "DUPLICATE_ADAPTER", f"{at} names {name!r} again: name each adapter once", field=at
-                )
             entries.append(entry)
         return entries
 
@@ -191,8 +215,8 @@ class Access:
         return self._registry.get(session.active, field)
 
 
-def need_value_head(entry: Named, field: str) -> None:
-    """Refuses an adapter without a value head.
+def need_value_head(entry: Named, field: str, way_out: str = "create or load the policy with value_head") -> None:
+    """Refuses an adapter without a value head; `way_out` is the end of the message.
 
     Raises:
         FailedPrecondition: NO_VALUE_HEAD.
@@ -200,7 +224,7 @@ def need_value_head(entry: Named, field: str) -> None:
     if not (isinstance(entry, Entry) and entry.facts.value_head):
         raise FailedPrecondition(
             "NO_VALUE_HEAD",
-            f"{field} needs a value head, and {entry.name!r} has none: create or load the policy with value_head",
+            f"{field} needs a value head, and {entry.name!r} has none: {way_out}",
             field=field,
         )
 

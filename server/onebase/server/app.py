@@ -164,6 +164,7 @@ class Server:
         for kind, sources in (
             (AdapterKind.REWARD, config.rewards),
             (AdapterKind.REFERENCE, config.references),
+            (AdapterKind.CRITIC, config.critics),
             (AdapterKind.POLICY, config.policies),
         ):
             for source in sources:
@@ -184,12 +185,19 @@ class Server:
         self.edge.texts.close()
 
     async def _load_one(self, kind: AdapterKind, source: AdapterSource) -> Entry:
-        policy = kind is AdapterKind.POLICY
+        catalog = self.edge.catalog
         if source.path is None:
             lora = LoraSpec(rank=self._config.policy_rank, alpha=self._config.policy_alpha)
-            return await self.edge.catalog.create(NewAdapter(source.name, lora, value_head=True), None)
-        path = source.path.expanduser().resolve()  # the operator's own paths need no root
-        return await self.edge.catalog.load(LoadedAdapter(source.name, kind, path, value_head=policy), None)
+            return await catalog.create(NewAdapter(source.name, lora, value_head=True, kind=kind), None)
+        loaded = LoadedAdapter(
+            source.name,
+            kind,
+            source.path.expanduser().resolve(),  # the operator's own paths need no root
+            value_head=kind.trained,
+            append_eos=source.append_eos,
+            pooling=source.pooling,
+        )
+        return await catalog.load(loaded, None)
 
     def _register(self) -> None:
         server, edge = self._server, self.edge

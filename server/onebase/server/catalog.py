@@ -27,6 +27,7 @@ from onebase.server.jobs import (
     Job,
     LoadAdapterJob,
     LoraSpec,
+    Pooling,
     SaveAdapterJob,
     SaveResult,
 )
@@ -39,12 +40,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class NewAdapter:
-    """A fresh policy to make."""
+    """A policy or critic to make, fresh or as a copy of the adapter named `init_from`, whose shape it has then."""
 
     name: str
     lora: LoraSpec
     value_head: bool
     seed: int = 0
+    kind: AdapterKind = AdapterKind.POLICY
+    init_from: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class LoadedAdapter:
     replace: bool = False
     with_optimizer: bool = False
     seed: int = 0
+    append_eos: bool | None = None
+    pooling: Pooling | None = None
 
 
 @dataclass(frozen=True)
@@ -80,12 +85,14 @@ class Catalog:
         sessions.given_back = self.drop_gradients
 
     async def create(self, new: NewAdapter, session: Session | None, deadline: float | None = None) -> Entry:
-        """Makes a policy; the session gets its lease.
+        """Makes a policy or a critic; the session gets its lease.
 
         Raises:
             AlreadyExists: the name is taken.
+            NotFound: what it shall be a copy of is not there.
             OnebaseError: the worker's.
         """
+        source = self._registry.get(new.init_from, "init_from") if new.init_from else None
         reservation = self._registry.reserve(new.name)
         with self._released_on_error(reservation):
             job = CreateAdapterJob(
@@ -94,12 +101,14 @@ class Catalog:
                 lora=new.lora,
                 value_head=new.value_head,
                 seed=new.seed,
+                kind=new.kind,
+                init_from=source.uid if source else None,
             )
             facts = await settle(self._worker, job, session, deadline)
         return self._bind(reservation, facts, "", session)
 
     async def load(self, loaded: LoadedAdapter, session: Session | None, deadline: float | None = None) -> Entry:
-        """Reads an adapter; the session gets a policy's lease. With `replace`, the name's old adapter is deleted.
+        """Reads an adapter; the session gets the lease of one that is trained. With `replace`, the old one is deleted.
 
         Raises:
             AlreadyExists: the name is taken, and `replace` is not set.
@@ -156,7 +165,7 @@ class Catalog:
         self._discard(entry.uid)
 
     def drop_gradients(self, name: str) -> None:
-        """Has the engine drop a policy's pending gradients: the next holder of its lease begins with none."""
+        """Has the engine drop an adapter's pending gradients: the next holder of its lease begins with none."""
         entry = self._registry.find(name)
         if entry is None:
             return
@@ -193,7 +202,7 @@ class Catalog:
                 "it under another name",
                 field="kind",
             )
-        if kind is AdapterKind.POLICY:
+        if kind.trained:
             self._sessions.require(session, old.name)
 
     @contextlib.contextmanager
@@ -214,7 +223,7 @@ class Catalog:
             source or "made here",
         )
         # The lease is free, or this session's own, unless it closed meanwhile and another was quicker.
-        if session is not None and entry.kind is AdapterKind.POLICY and self._sessions.holder(entry.name) is None:
+        if session is not None and entry.kind.trained and self._sessions.holder(entry.name) is None:
             self._sessions.take(session, entry.name)
         return entry
 
@@ -244,5 +253,7 @@ def _load_job(loaded: LoadedAdapter, reservation: Reservation) -> Job[AdapterFac
         value_head=loaded.value_head,
         with_optimizer=loaded.with_optimizer,
         seed=loaded.seed,
+        append_eos=loaded.append_eos,
+        pooling=loaded.pooling,
         least_version=reservation.old.facts.version + 1 if reservation.old else 0,
     )

@@ -16,8 +16,8 @@ from rich.markup import escape
 
 if TYPE_CHECKING:
     from onebase.server.app import Report
-    from onebase.server.config import AdapterSource, ServerConfig
-    from onebase.server.jobs import BaseFacts
+    from onebase.server.config import ServerConfig
+    from onebase.server.jobs import AdapterFacts, BaseFacts
     from onebase.server.registry import Entry
 
 _ADAPTERS, _ENGINE, _NETWORK = "Adapters", "Engine", "Network and files"
@@ -29,6 +29,27 @@ Rewards = Annotated[
         "--reward",
         metavar="NAME=PATH",
         help="A reward adapter (PEFT, SEQ_CLS). May be repeated.",
+        rich_help_panel=_ADAPTERS,
+    ),
+]
+RewardAppendEos = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--reward-append-eos",
+        metavar="NAME=yes|no",
+        help="Whether an end-of-sequence token belongs behind what this reward reads, as it was trained. Without it: "
+        "what its onebase.json says, or else yes for texts, no for token ids. May be repeated.",
+        rich_help_panel=_ADAPTERS,
+    ),
+]
+RewardPooling = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--reward-pooling",
+        metavar="NAME=RULE",
+        help="Where this reward's score is read: last_token, or last_not_pad (before a last token that is the padding "
+        "token, as transformers' classifiers do). Without it: what its onebase.json says, or else last_token. May be "
+        "repeated.",
         rich_help_panel=_ADAPTERS,
     ),
 ]
@@ -50,7 +71,17 @@ References = Annotated[
         rich_help_panel=_ADAPTERS,
     ),
 ]
-PolicyRank = Annotated[int, typer.Option(help="LoRA rank of fresh policies.", rich_help_panel=_ADAPTERS)]
+Critics = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--critic",
+        metavar="NAME[=PATH]",
+        help="An adapter that gives values, trained beside a policy: fresh, or from the PEFT directory of a critic or "
+        "a reward. May be repeated.",
+        rich_help_panel=_ADAPTERS,
+    ),
+]
+PolicyRank = Annotated[int, typer.Option(help="LoRA rank of fresh policies and critics.", rich_help_panel=_ADAPTERS)]
 PolicyAlpha = Annotated[float, typer.Option(help="LoRA alpha of fresh policies.", rich_help_panel=_ADAPTERS)]
 Roots = Annotated[
     list[Path] | None,
@@ -154,6 +185,9 @@ def serve(
     rewards: Rewards = None,
     policies: Policies = None,
     references: References = None,
+    critics: Critics = None,
+    reward_append_eos: RewardAppendEos = None,
+    reward_pooling: RewardPooling = None,
     policy_rank: PolicyRank = 16,
     policy_alpha: PolicyAlpha = 32.0,
     roots: Roots = None,
@@ -186,6 +220,8 @@ def serve(
 
         onebase serve ./base --reward r=./reward --policy p1 --policy p2=./sft --root ./checkpoints --port 7071
 
+        onebase serve ./base --reward r=./reward --reward-append-eos r=no --policy p1 --critic c1=./reward
+
     Then, in other terminals:
 
         onebase train ppo.yaml
@@ -199,6 +235,7 @@ def serve(
     console = Console(highlight=False)
     from onebase.server.config import ConfigError, EngineConfig, ServerConfig
     from onebase.server.errors import OnebaseError
+    from onebase.server.flags import reward_sources, sources
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     if verbose:
@@ -225,9 +262,10 @@ def serve(
             host=host,
             port=port,
             port_file=port_file,
-            rewards=_sources("--reward", rewards, with_path=True),
-            policies=_sources("--policy", policies, with_path=False),
-            references=_sources("--reference", references, with_path=True),
+            rewards=reward_sources(rewards, reward_append_eos, reward_pooling),
+            policies=sources("--policy", policies, with_path=False),
+            references=sources("--reference", references, with_path=True),
+            critics=sources("--critic", critics, with_path=False),
             roots=tuple(roots or ()),
             drain_seconds=drain_seconds,
             policy_rank=policy_rank,
@@ -280,7 +318,7 @@ def _base_line(facts: BaseFacts) -> str:
 
 def _adapter_line(entry: Entry, seconds: float) -> str:
     facts = entry.facts
-    head = "value head" if facts.value_head else f"score head of {facts.num_labels}" if facts.num_labels else "no head"
+    head = "value head" if facts.value_head else _score_head(facts) if facts.num_labels else "no head"
     where = f"from {escape(entry.source)}" if entry.source else "fresh"
     return (
         f"  {facts.kind.value} [bold]{entry.name}[/]: rank {facts.lora.rank}, {head}, "
@@ -288,22 +326,17 @@ def _adapter_line(entry: Entry, seconds: float) -> str:
     )
 
 
+def _score_head(facts: AdapterFacts) -> str:
+    """A reward's head and what is declared of it, such as "score head of 3, no eos, read at last_not_pad"."""
+    from onebase.server.jobs import Pooling
+
+    eos = {None: "", True: ", eos", False: ", no eos"}[facts.append_eos]
+    rule = "" if facts.pooling is Pooling.LAST_TOKEN else f", read at {facts.pooling.value}"
+    return f"score head of {facts.num_labels}{eos}{rule}"
+
+
 def _size(count: int) -> str:
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count} B"
-
-
-def _sources(flag: str, values: list[str] | None, *, with_path: bool) -> tuple[AdapterSource, ...]:
-    from onebase.server.config import AdapterSource, ConfigError
-
-    sources = []
-    for value in values or ():
-        name, equals, path = value.partition("=")
-        if equals and not path:
-            raise ConfigError(f"{flag} is {value!r}: give a directory after the '='")
-        if with_path and not path:
-            raise ConfigError(f"{flag} is {value!r}: give its directory too, as NAME=PATH")
-        sources.append(AdapterSource(name, Path(path) if path else None))
-    return tuple(sources)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from onebase.server.jobs import Pooling
 from onebase.server.names import BASE_NAME, problem
 
 
@@ -115,6 +116,10 @@ class AdapterSource:
 
     name: str
     path: Path | None
+    append_eos: bool | None = None
+    """Whether an end-of-sequence token belongs behind what this reward reads; None is what its manifest says."""
+    pooling: Pooling | None = None
+    """Where this reward's score is read; None is what its manifest says."""
 
 
 @dataclass(frozen=True)
@@ -129,13 +134,14 @@ class ServerConfig:
     rewards: tuple[AdapterSource, ...] = ()
     policies: tuple[AdapterSource, ...] = ()
     references: tuple[AdapterSource, ...] = ()
+    critics: tuple[AdapterSource, ...] = ()
     roots: tuple[Path, ...] = ()
     """Directories under which adapters may be loaded and saved; relative paths mean the first."""
     limits: Limits = Limits()
     drain_seconds: float = 30.0
     """How long work in flight may go on after SIGTERM."""
     policy_rank: int = 16
-    """LoRA rank of the policies made here from the start."""
+    """LoRA rank of the policies and critics made here from the start."""
     policy_alpha: float = 32.0
     """LoRA alpha of the same."""
 
@@ -152,7 +158,7 @@ class ServerConfig:
         self._check_adapters()
 
     def _check_adapters(self) -> None:
-        names = [source.name for source in (*self.rewards, *self.policies, *self.references)]
+        names = [source.name for source in (*self.rewards, *self.policies, *self.references, *self.critics)]
         for name in names:
             wrong = problem(name)
             _require(wrong is None, "adapter", name, f"this name {wrong}")

@@ -179,7 +179,9 @@ class Executor:
         """
         engine = self._engine
         if isinstance(job, CreateAdapterJob):
-            return engine.add(engine.formats.create(job))
+            if job.init_from is None:
+                return engine.add(engine.formats.create(job))
+            return engine.add(engine.formats.copy(job, engine.adapter(job.init_from)))
         if isinstance(job, LoadAdapterJob):
             return engine.add(engine.formats.load(job, self._limits.max_rank))
         if isinstance(job, SaveAdapterJob):

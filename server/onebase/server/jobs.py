@@ -34,6 +34,21 @@ class AdapterKind(enum.Enum):
     POLICY = "policy"
     REWARD = "reward"
     REFERENCE = "reference"
+    CRITIC = "critic"
+
+    @property
+    def trained(self) -> bool:
+        """Whether its adapters are trained, and so leased; the others are frozen and shared by everybody."""
+        return self in (AdapterKind.POLICY, AdapterKind.CRITIC)
+
+
+class Pooling(enum.Enum):
+    """Where a reward adapter's score is read."""
+
+    LAST_TOKEN = "last_token"
+    """The last token, whatever it is."""
+    LAST_NOT_PAD = "last_not_pad"
+    """The last token that is not the padding token, as transformers' sequence classifiers do."""
 
 
 class Work(enum.Enum):
@@ -90,6 +105,10 @@ class AdapterFacts:
     parameter_count: int
     memory: AdapterMemory
     pending_gradients: int
+    append_eos: bool | None = (
+        None  # whether a reward declares that it reads an end-of-sequence token; None says nothing
+    )
+    pooling: Pooling = Pooling.LAST_TOKEN  # of a reward
 
 
 # ---------------------------------------------------------------------------------------------------- results
@@ -97,13 +116,14 @@ class AdapterFacts:
 
 @dataclass(frozen=True)
 class RowResult:
-    """Numbers of one scored row; what was not asked for is None. t completion tokens, T tokens in all."""
+    """Numbers of one scored row; what was not asked for is None. t completion tokens, T tokens in all, L labels."""
 
     logprobs: Floats | None = None  # [t]
     entropy: Floats | None = None  # [t], nats
     values: Floats | None = None  # [t]
-    score: float | None = None  # at the last token
-    token_scores: Floats | None = None  # [T]
+    scores: Floats | None = None  # [L], at the token `score_at`
+    token_scores: Floats | None = None  # [T, L]
+    logits: Floats | None = None  # [t, vocabulary]
 
 
 @dataclass(frozen=True)
@@ -175,6 +195,8 @@ class ScoreRow:
     values: bool = False
     score: bool = False
     token_scores: bool = False
+    logits: bool = False
+    score_at: int = -1  # index of the token at which the score is read; it depends on none behind that
 
 
 @dataclass(frozen=True)
@@ -405,13 +427,15 @@ class DropGradientsJob(Job[AdapterFacts]):
 
 @dataclass(eq=False, kw_only=True)
 class CreateAdapterJob(Job[AdapterFacts]):
-    """Makes a fresh policy under a new uid."""
+    """Makes a policy or critic under a new uid: fresh, or a copy of the adapter `init_from`, which ignores `lora`."""
 
     uid: int
     name: str  # for messages only
     lora: LoraSpec
     value_head: bool
     seed: int = 0
+    kind: AdapterKind = AdapterKind.POLICY
+    init_from: int | None = None
 
 
 @dataclass(eq=False, kw_only=True)
@@ -426,6 +450,8 @@ class LoadAdapterJob(Job[AdapterFacts]):
     with_optimizer: bool = False
     seed: int = 0
     least_version: int = 0
+    append_eos: bool | None = None  # of a reward; None is what its manifest says
+    pooling: Pooling | None = None  # of a reward; None is what its manifest says
 
 
 @dataclass(eq=False, kw_only=True)

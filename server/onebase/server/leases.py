@@ -1,6 +1,6 @@
 """Sessions, their active adapters, and the leases they hold.
 
-A lease is the right to train, replace or delete a policy; one live session at most holds it. Leases go by the
+A lease is the right to train, replace or delete a policy or critic; one live session at most holds it. Leases go by the
 adapter's name, so they outlive a replacement of what the name means. A session lives while it has requests in
 flight, and for its ttl after its last call. Its id is its client's secret: no message and no log line shows it.
 
@@ -39,7 +39,7 @@ class Session:
     active: str = ""
     """Name of the active adapter: the session's ppo_adapter_name."""
     leases: dict[str, None] = field(default_factory=dict)
-    """Names of the policies whose lease it holds, in the order it took them."""
+    """Names of the policies and critics whose lease it holds, in the order it took them."""
     in_flight: int = 0
 
     @property
@@ -58,7 +58,7 @@ class Sessions:
 
     def __init__(self, clock: Clock = time.monotonic, *, max_sessions: int = MAX_SESSIONS) -> None:
         self.given_back: Callable[[str], None] = lambda _name: None
-        """Is told the name of each policy whose lease ends."""
+        """Is told the name of each adapter whose lease ends."""
         self._clock = clock
         self._max_sessions = max_sessions
         self._sessions: dict[str, Session] = {}

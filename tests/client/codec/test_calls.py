@@ -28,21 +28,24 @@ CALLS = [
         "p", adapter="a", sampling=t.SamplingParams(seed=0), logprobs=True, values=True, adapter_version=0,
         stream_tokens=True, session_id="s",
     ),
-    inference.logprob(SEQUENCE, adapter="a", entropy=True, values=True, adapter_version=0, session_id="s"),
+    inference.logprob(SEQUENCE, adapter="a", entropy=True, values=True, logits=True, adapter_version=0, session_id="s"),
     inference.reference_logprob(SEQUENCE, reference="base", session_id="s"),
-    inference.reward(SEQUENCE, ["r"], append_eos=False, per_token=True, ppo_adapter_name="a", session_id="s"),
+    inference.reward(
+        SEQUENCE, ["r"], append_eos=False, pooling="last_token", per_token=True, ppo_adapter_name="a", session_id="s",
+    ),
     inference.score(
-        SEQUENCE, rewards={"r": 0.0}, reference="base", outputs=["values"], append_eos=False, ppo_adapter_name="a",
-        adapter_version=0, session_id="s",
+        SEQUENCE, rewards={"r": 0.0}, reference="base", outputs=["values"], critic="c", append_eos=False,
+        pooling="last_token", ppo_adapter_name="a", adapter_version=0, session_id="s",
     ),
     training.forward_backward(ROW, t.PpoLoss(), adapter="a", denominator=2.0, expected_version=0, **NAMED),
     training.optim_step(t.AdamW(1.0), max_grad_norm=1.0, adapter="a", expected_version=0, **NAMED),
-    adapters.create("a", t.LoraSpec(), value_head=True, seed=1, **NAMED),
+    adapters.create("a", t.LoraSpec(), kind="critic", value_head=True, init_from="b", seed=1, **NAMED),
     adapters.get("a"),
     adapters.list_adapters("reward"),
     adapters.delete("a", **NAMED),
     adapters.load(
-        "a", "/p", kind="policy", value_head=True, replace=True, with_optimizer=True, seed=1, **NAMED
+        "a", "/p", kind="policy", value_head=True, replace=True, with_optimizer=True, seed=1, append_eos=False,
+        pooling="last_token", **NAMED
     ),
     adapters.save("a", "/p", with_optimizer=True, overwrite=True, **NAMED),
     sessions.open_session("a", label="l", ttl=1.0, resume="r"),
@@ -133,7 +136,7 @@ def same(result, message):
                 same(one, other)
         elif isinstance(value, dict):
             assert value == dict(sent), field.name
-        elif field.name != "kind":
+        elif field.name not in ("kind", "pooling"):
             assert (list(value) if isinstance(value, tuple) else value) == sent, field.name
 
 
@@ -173,7 +176,7 @@ def test_an_adapters_memory_is_read_into_its_own_places():
         message.memory.old_version_bytes,
     ]
     assert adapter.total_bytes == sum(getattr(message.memory, f.name) for f in message.memory.DESCRIPTOR.fields)
-    assert adapter.kind == "reference"
+    assert (adapter.kind, adapter.pooling) == ("critic", "last_not_pad")
     assert (adapter.lora.rank_pattern, adapter.lora.alpha_pattern) == ({"q": 4}, {"v": 2.5})
 
 

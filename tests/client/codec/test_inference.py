@@ -6,6 +6,7 @@ from onebase.client import types as t
 from onebase.client.codec import inference
 from onebase.client.errors import InternalError
 from onebase.v1 import inference_pb2 as pb
+from onebase.v1 import types_pb2
 
 SEQUENCE = t.Sequence("p", "c")
 
@@ -17,7 +18,14 @@ def generate(sampling=t.SamplingParams()):  # noqa: B008
 
 
 def score(**changes):
-    settings = {"rewards": None, "reference": "base", "outputs": None, "append_eos": None}
+    settings = {
+        "rewards": None,
+        "reference": "base",
+        "outputs": None,
+        "critic": "",
+        "append_eos": None,
+        "pooling": None,
+    }
     return inference.score(
         SEQUENCE, **{**settings, "ppo_adapter_name": "", "adapter_version": None, "session_id": "", **changes}
     )
@@ -154,11 +162,12 @@ def test_a_stream_that_ends_before_a_completion_does_is_told():
 
 
 def test_logprobs_are_read():
-    call = inference.logprob(SEQUENCE, adapter="a", entropy=True, values=True, adapter_version=None)
+    call = inference.logprob(SEQUENCE, adapter="a", entropy=True, values=True, logits=True, adapter_version=None)
     response = pb.LogprobResponse(
         results=[
             pb.LogprobResult(
-                logprobs=floats(-1), entropy=floats(2), values=floats(3), completion_tokens=ids(4)
+                logprobs=floats(-1), entropy=floats(2), values=floats(3), completion_tokens=ids(4),
+                logits=floats(7, 8, shape=(1, 2)),
             ),
             pb.LogprobResult(logprobs=floats(-5, -6)),
         ],
@@ -171,56 +180,108 @@ def test_logprobs_are_read():
         [-1], [2], [3], [4],
     ]  # fmt: skip
     assert (bare.logprobs.tolist(), bare.entropy, bare.values, bare.completion_tokens) == ([-5, -6], None, None, None)
+    assert (full.logits.tolist(), bare.logits) == ([[7, 8]], None)
     assert full.adapter == bare.adapter == t.AdapterVersion("a", 3)
 
 
 # ---------------------------------------------------------------------------------------------------- rewards
 
 
-def test_rewards_are_read_by_adapter():
-    call = inference.reward(SEQUENCE, ["x", "y"], append_eos=None, per_token=True)
+def reward(rewards=None, **changes):
+    return inference.reward(SEQUENCE, rewards, **{"append_eos": None, "pooling": None, "per_token": False, **changes})
+
+
+def test_rewards_are_read_by_term():
+    call = reward(["x", t.RewardTerm("y", label=1), "y[0]"], per_token=True)
     response = pb.RewardResponse(
         results=[
             pb.RewardResult(
-                scores=[0.5, -0.25], token_scores=floats(1, 2, 3, 4, shape=(2, 2)), tokens=2, eos_appended=True
+                scores=[0.5, -0.25, 1.5],
+                token_scores=[floats(1, 2), floats(3, 4, 5), floats(6, 7, 8)],
+                tokens=[2, 3, 3],
+                eos_appended=[False, True, True],
+                reward=1.75,
             )
         ],
-        adapters=[version("x", 1), version("y", 2)],
+        rewards=[version("x", 1), version("y", 2), version("y", 2)],
         ppo_adapter_name="policy_1",
     )
 
-    (reward,), active = call.read(response)
+    (found,), active = call.read(response)
 
     assert active == "policy_1"
-    assert reward.scores == {"x": 0.5, "y": -0.25}
-    assert {name: scores.tolist() for name, scores in reward.token_scores.items()} == {"x": [1, 2], "y": [3, 4]}
-    assert (reward.tokens, reward.eos_appended, reward.versions) == (2, True, {"x": 1, "y": 2})
-    with pytest.raises(ValueError, match="2 reward adapters answered"):
-        _ = reward.score
+    assert found.scores == {"x": 0.5, "y[1]": -0.25, "y[0]": 1.5}
+    assert {name: scores.tolist() for name, scores in found.token_scores.items()} == {
+        "x": [1, 2],
+        "y[1]": [3, 4, 5],
+        "y[0]": [6, 7, 8],
+    }
+    assert found.tokens == {"x": 2, "y[1]": 3, "y[0]": 3}
+    assert found.eos_appended == {"x": False, "y[1]": True, "y[0]": True}
+    assert (found.versions, found.reward) == ({"x": 1, "y[1]": 2, "y[0]": 2}, 1.75)
+    with pytest.raises(ValueError, match="3 reward terms answered"):
+        _ = found.score
 
 
-def test_token_scores_are_none_unless_asked_for():
-    call = inference.reward(SEQUENCE, None, append_eos=None, per_token=False)
+def test_the_servers_only_reward_is_read_by_its_name_and_token_scores_are_none_unless_asked_for():
+    result = pb.RewardResult(scores=[2.0], tokens=[3], eos_appended=[True], reward=2.0)
 
-    (reward,), _ = call.read(pb.RewardResponse(results=[pb.RewardResult(scores=[2.0])], adapters=[version("x")]))
+    (found,), _ = reward().read(pb.RewardResponse(results=[result], rewards=[version("x")]))
 
-    assert (reward.token_scores, reward.score) == (None, 2.0)
+    assert (found.token_scores, found.score, found.tokens) == (None, 2.0, {"x": 3})
 
 
-def test_reward_adapters_are_one_several_or_the_only_one():
-    def asked(adapters):
-        return list(inference.reward(SEQUENCE, adapters, append_eos=None, per_token=False).request.adapters)
+def test_an_answer_of_too_few_terms_is_an_internal_error():
+    result = pb.RewardResult(scores=[2.0], tokens=[3], eos_appended=[True])
+    with pytest.raises(InternalError, match="1 numbers for 2 reward terms"):
+        reward(["x", "y"]).read(pb.RewardResponse(results=[result], rewards=[version("x")]))
 
-    assert asked("helpful") == ["helpful"]
-    assert asked(["a", "b"]) == ["a", "b"]
-    assert asked(None) == []
-    with pytest.raises(ValueError, match="adapters is empty"):
-        asked([])
+
+@pytest.mark.parametrize(
+    ("rewards", "terms"),
+    [
+        (None, []),
+        ("helpful", [("helpful", 1.0, None)]),
+        ("helpful[12]", [("helpful", 1.0, 12)]),
+        (["a", "b[0]"], [("a", 1.0, None), ("b", 1.0, 0)]),
+        ({"x": -1.0, "y[2]": 0.0}, [("x", -1.0, None), ("y", 0.0, 2)]),
+        (t.RewardTerm("x", 0.5, 3), [("x", 0.5, 3)]),
+        (["a", t.RewardTerm("a", label=1)], [("a", 1.0, None), ("a", 1.0, 1)]),
+        ("odd[x]", [("odd[x]", 1.0, None)]),  # no name at all: the server says so
+    ],
+)
+def test_reward_terms_are_names_weights_and_labels(rewards, terms):
+    for request in (reward(rewards).request, score(rewards=rewards).request):
+        told = [(r.adapter, r.weight, r.label if r.HasField("label") else None) for r in request.rewards]
+        assert told == terms
+
+
+@pytest.mark.parametrize(
+    ("rewards", "error", "message"),
+    [
+        ([], ValueError, "rewards is empty"),
+        ([1], TypeError, r"rewards\[0\] must be a RewardTerm, not int"),
+        (5, TypeError, "rewards must be a RewardTerm or several"),
+        ([t.RewardTerm("a", label=2**40)], ValueError, r"rewards\[0\]: label="),
+        ({"a": "much"}, TypeError, r"rewards\[0\]: weight='much'"),
+    ],
+)
+def test_what_is_no_reward_term_is_named(rewards, error, message):
+    with pytest.raises(error, match=message):
+        reward(rewards)
+
+
+def test_pooling_is_named_or_left_to_the_adapters():
+    assert reward().request.pooling == types_pb2.POOLING_UNSPECIFIED
+    assert reward(pooling="last_not_pad").request.pooling == types_pb2.POOLING_LAST_NOT_PAD
+    assert score(pooling="last_token").request.pooling == types_pb2.POOLING_LAST_TOKEN
+    with pytest.raises(ValueError, match="pooling must be one of last_token, last_not_pad, not 'mean'"):
+        reward(pooling="mean")
 
 
 def test_append_eos_has_three_states():
     def request(append_eos):
-        return inference.reward(SEQUENCE, None, append_eos=append_eos, per_token=False).request
+        return reward(append_eos=append_eos).request
 
     assert not request(None).HasField("append_eos")
     assert request(False).HasField("append_eos")
@@ -229,21 +290,6 @@ def test_append_eos_has_three_states():
 
 
 # ------------------------------------------------------------------------------------------------------- score
-
-
-@pytest.mark.parametrize(
-    ("rewards", "terms"),
-    [
-        (None, []),
-        ("x", [("x", None)]),
-        (["x", "y"], [("x", None), ("y", None)]),
-        ({"x": -1.0, "y": 0.0}, [("x", -1.0), ("y", 0.0)]),
-    ],
-)
-def test_rewards_are_named_with_or_without_weights(rewards, terms):
-    request = score(rewards=rewards).request
-
-    assert [(r.adapter, r.weight if r.HasField("weight") else None) for r in request.rewards] == terms
 
 
 def test_no_rewards_at_all_must_be_said_by_the_outputs():
@@ -273,20 +319,23 @@ def test_scores_are_read():
         results=[
             pb.ScoreResult(
                 logprobs=floats(-1), reference_logprobs=floats(-2), values=floats(3), entropy=floats(4),
-                scores=[1.0, 2.0], reward=-1.5, completion_tokens=ids(5), eos_appended=True,
+                scores=[1.0, 2.0], reward=-1.5, completion_tokens=ids(5), eos_appended=[True, False],
             )
         ],
         policy=version("policy_1", 6),
         reference=version("base", 0),
         rewards=[version("x"), version("y")],
         ppo_adapter_name="policy_1",
+        critic=version("critic_1", 4),
     )  # fmt: skip
 
-    (result,), active = score().read(response)
+    (result,), active = score(critic="critic_1").read(response)
 
     arrays = (result.logprobs, result.reference_logprobs, result.values, result.entropy, result.completion_tokens)
     assert [array.tolist() for array in arrays] == [[-1], [-2], [3], [4], [5]]
-    assert (result.scores, result.reward, result.eos_appended) == ({"x": 1.0, "y": 2.0}, -1.5, True)
+    assert (result.scores, result.reward) == ({"x": 1.0, "y": 2.0}, -1.5)
+    assert result.eos_appended == {"x": True, "y": False}
+    assert result.critic == t.AdapterVersion("critic_1", 4)
     assert (result.policy, result.reference) == (t.AdapterVersion("policy_1", 6), t.AdapterVersion("base", 0))
     assert active == "policy_1"
 
@@ -296,5 +345,6 @@ def test_what_was_not_scored_is_none():
         pb.ScoreResponse(results=[pb.ScoreResult(logprobs=floats(-1))], rewards=[])
     )
 
-    assert (result.reference_logprobs, result.values, result.entropy, result.scores) == (None, None, None, {})
+    assert (result.reference_logprobs, result.values, result.entropy, result.critic) == (None, None, None, None)
+    assert (result.scores, result.eos_appended) == ({}, {})
     assert active == ""

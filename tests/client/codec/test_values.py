@@ -202,8 +202,8 @@ def test_a_setting_that_cannot_be_encoded_is_refused_by_name(lora, error):
 
 
 def test_a_name_is_one_of_those_there_are():
-    with pytest.raises(ValueError, match="kind must be one of policy, reward, reference, not 'critic'"):
-        values.encode_name(values.KINDS, "critic", "kind")
+    with pytest.raises(ValueError, match="kind must be one of policy, reward, reference, critic, not 'judge'"):
+        values.encode_name(values.KINDS, "judge", "kind")
     with pytest.raises(InternalError, match="99"):
         values.decode_name(values.KINDS, 99)
     for name, number in values.KINDS.items():
@@ -213,5 +213,5 @@ def test_a_name_is_one_of_those_there_are():
 
 def test_numbers_and_names_come_in_pairs():
     assert values.pair(["a", "b"], [1.0, 2.0]) == {"a": 1.0, "b": 2.0}
-    with pytest.raises(InternalError, match="3 numbers for 2 adapters"):
+    with pytest.raises(InternalError, match="3 numbers for 2 reward terms"):
         values.pair(["a", "b"], [1.0, 2.0, 3.0])

@@ -90,15 +90,37 @@ def test_adapters_are_loaded_and_listed(run, server):
 
     shown = run("adapters")
     rows = [[cell.strip() for cell in line.split("│")] for line in shown.out.splitlines() if line.startswith("│")]
-    assert [row[1:4] + row[5:7] for row in rows] == [
-        ["helpful", "reward", "7", "375.0k", "1.4 MiB"],
-        ["policy_1", "policy", "7", "375.0k", "1.4 MiB"],
+    assert [row[1:5] + row[6:8] for row in rows] == [
+        ["helpful", "reward", "score", "7", "375.0k", "1.4 MiB"],
+        ["policy_1", "policy", "value", "7", "375.0k", "1.4 MiB"],
     ]
     listed = [json.loads(line) for line in run("adapters", "--json").out.splitlines()]
     assert [(adapter["name"], adapter["kind"], adapter["total_bytes"]) for adapter in listed] == [
         ("helpful", "reward", 1_501_000),
         ("policy_1", "policy", 1_501_000),
     ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "declared", "listed"),
+    [
+        ((), (None, 0), "score"),
+        (("--append-eos",), (True, 0), "score, eos"),
+        (("--no-append-eos", "--pooling", "last_not_pad"), (False, 2), "score, no eos, not pad"),
+        (("--pooling", "last_token"), (None, 1), "score"),
+    ],
+)
+def test_how_a_reward_reads_is_declared_and_listed(run, server, flags, declared, listed):
+    assert run("adapters", "load", "r", "there", "--kind", "reward", *flags).code == 0
+
+    (request,) = server.requests["LoadAdapter"]
+    assert (request.append_eos if request.HasField("append_eos") else None, request.pooling) == declared
+    assert f"│ {listed} │" in " ".join(run("adapters").out.split())
+
+
+def test_a_pooling_rule_that_is_none_is_wrong_usage(run, server):
+    assert run("adapters", "load", "a", "b", "--kind", "reward", "--pooling", "mean").code == 2
+    assert not server.requests["LoadAdapter"]
 
 
 @pytest.mark.usefixtures("two")
@@ -128,7 +150,7 @@ def test_an_adapter_that_is_not_there_is_told(run):
 
 
 def test_a_kind_that_is_none_is_wrong_usage(run, server):
-    assert run("adapters", "load", "a", "b", "--kind", "critic").code == 2
+    assert run("adapters", "load", "a", "b", "--kind", "judge").code == 2
     assert not server.requests["LoadAdapter"]
 
 

@@ -77,6 +77,14 @@ def test_lines_can_be_answered_with_json_always(run):
     ]
 
 
+def test_a_label_of_an_adapter_is_asked_for_by_its_number(run, server):
+    shown = run("reward", "-a", "x[2]", "-a", "x[0]", "--json", stdin="p\tab\n")
+
+    assert objects(shown.out)[0]["scores"] == {"x[2]": 2.0, "x[0]": 102.0}
+    (request,) = server.requests["Reward"]
+    assert [(term.adapter, term.label) for term in request.rewards] == [("x", 2), ("x", 0)]
+
+
 def test_several_adapters_each_have_their_column(run):
     assert run("reward", "-a", "x", "-a", "y", stdin="p\tab\n").out == "2\t102\tp\tab\n"
 

@@ -41,7 +41,7 @@ class RecordedSession:
                 scores={},
                 reward=0.0,
                 completion_tokens=None,
-                eos_appended=False,
+                eos_appended={},
                 policy=t.AdapterVersion("policy_1", self.version),
                 reference=t.AdapterVersion("base", 0),
             )

@@ -28,10 +28,10 @@ eval_prompts:                  # optional: held-out prompts
   path: eval.jsonl
 eval: {every: 10, samples: 32, seed: 1234}
 rewards:                       # adapters on the server, summed by weight
-  - {adapter: sentiment, weight: 1.0}
+  - {adapter: sentiment, weight: 1.0}     # label: 2, of a head with several
 # reward_function: my.py:f     # f(prompts, completions, **columns) -> numbers
 # reward_function_weight: 1.0
-append_eos: true               # for the reward adapters, as TRL trains them
+# append_eos: true             # unset: as the reward adapters declare, or yes
 generation:                    # to train on: no filters, temperature 1
   max_new_tokens: 32
   temperature: 1.0

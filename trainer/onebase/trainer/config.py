@@ -63,15 +63,18 @@ class PromptsConfig:
 
 @dataclass(frozen=True)
 class RewardTerm:
-    """A reward adapter and its share of the reward."""
+    """A reward adapter, or a label of one, and its share of the reward."""
 
     adapter: str
     """Its name on the server."""
     weight: float = 1.0
     """Its weight; a negative one turns the reward around."""
+    label: int | None = None
+    """Which of its labels; needed where it has several."""
 
     def __post_init__(self) -> None:
         require(math.isfinite(self.weight), "weight", f"{self.weight} is not a finite number")
+        require(self.label is None or self.label >= 0, "label", f"{self.label} is not 0 or more")
 
 
 @dataclass(frozen=True)
@@ -159,8 +162,12 @@ class TrainConfig:
     """A Python function, "module:function" or "path/to/file.py:function", whose result is added to the sum."""
     reward_function_weight: float = 1.0
     """The function's weight in the sum."""
-    append_eos: bool = True
-    """Append the end-of-sequence token for the reward adapters where it is missing, as they were trained."""
+    append_eos: bool | None = None
+    """Append the end-of-sequence token for the rewards where it is missing; unset: as each adapter declares, and
+    yes for one that declares nothing."""
+    pooling: Literal["last_token", "last_not_pad"] | None = None
+    """Where scores are read: at the last token, or before a last one that is the padding token; unset: as each reward
+    adapter declares."""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     """Rollouts."""
     algorithm: Literal["ppo", "grpo", "rloo", "reinforce_pp", "sft"] = "ppo"
@@ -196,7 +203,7 @@ class TrainConfig:
             "rewards",
             "is empty and there is no reward_function; name a reward adapter, as in [{adapter: NAME, weight: 1}]",
         )
-        names = [term.adapter for term in self.rewards]
+        names = [term.adapter if term.label is None else f"{term.adapter}[{term.label}]" for term in self.rewards]
         for name in names:
             require(names.count(name) == 1, "rewards", f"{name!r} is named {names.count(name)} times; add its weights")
         require(math.isfinite(self.reward_function_weight), "reward_function_weight", "is not a finite number")

@@ -141,7 +141,7 @@ def _index(items: object, part: str, where: str) -> int:
 
 def _convert(hint: Any, value: object, key: str) -> Any:
     origin = typing.get_origin(hint)
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):  # the latter where one choice is a Literal
         (inner,) = [choice for choice in typing.get_args(hint) if choice is not type(None)]
         return None if value is None else _convert(inner, value, key)
     if origin is typing.Literal:

@@ -41,7 +41,7 @@ class Judged:
     rewards: NDArray[np.float64]  # [B]
     """What is maximized: the weighted sum."""
     raw: Mapping[str, NDArray[np.float64]]
-    """The unweighted scores [B], by reward adapter; the function's as "reward_function"."""
+    """The unweighted scores [B], by reward term ("adapter" or "adapter[label]"), and by "reward_function"."""
     scored: tuple[t.Score, ...]
     """What Score answered; empty if there was nothing to ask it."""
 
@@ -55,35 +55,68 @@ class Judge:
         Raises:
             ConfigError: reward_function names none.
         """
-        self._weights = {term.adapter: term.weight for term in config.rewards}
-        self._append_eos = config.append_eos
+        self._terms = [t.RewardTerm(term.adapter, term.weight, term.label) for term in config.rewards]
+        self._eos, self._eos_known = config.append_eos, config.append_eos is not None
+        self._pooling = config.pooling
         self._reference = config.reference
         self._function = load_function(config.reward_function) if config.reward_function is not None else None
         self._function_weight = config.reward_function_weight
 
     def __call__(self, session: Session, rollout: Rollout, outputs: tuple[t.ScoreOutput, ...] = ()) -> Judged:
         """Judges a rollout; `outputs` come with the rewards, from the same pass over the base."""
-        asked: tuple[t.ScoreOutput, ...] = (*outputs, "rewards") if self._weights else outputs
+        asked: tuple[t.ScoreOutput, ...] = (*outputs, "rewards") if self._terms else outputs
         scored: tuple[t.Score, ...] = ()
         if asked:
             scored = tuple(
                 session.score(
                     rollout.sequences,
-                    rewards=self._weights or None,
+                    rewards=self._terms or None,
                     reference=self._reference,
                     outputs=asked,
-                    append_eos=self._append_eos if self._weights else None,
+                    append_eos=self._append_eos(session),
+                    pooling=self._pooling if self._terms else None,
                 )
             )
         rewards = np.zeros(len(rollout.rows))
         raw: dict[str, NDArray[np.float64]] = {}
-        if self._weights:
+        if self._terms:
             rewards += np.array([score.reward for score in scored])
-            raw |= {name: np.array([score.scores[name] for score in scored]) for name in self._weights}
+            raw |= {term.key: np.array([score.scores[term.key] for score in scored]) for term in self._terms}
         if self._function is not None:
             raw[FUNCTION] = call_function(self._function, rollout)
             rewards += self._function_weight * raw[FUNCTION]
         return Judged(rewards, raw, scored)
+
+    def _append_eos(self, session: Session) -> bool | None:
+        """Whether to append an end of sequence; None leaves it to the adapters. The server is asked for them once."""
+        if not self._terms:
+            return None
+        if not self._eos_known:
+            self._eos = append_eos_of({term.adapter: session.adapter(term.adapter).append_eos for term in self._terms})
+            self._eos_known = True
+        return self._eos
+
+
+def append_eos_of(declared: Mapping[str, bool | None]) -> bool | None:
+    """What to ask for adapters that declare this; None where each declares it for itself.
+
+    Completions are token ids, and the server appends nothing to those for an adapter that declares nothing. But what
+    RewardTrainer trained such a one on is texts with their end of sequence.
+
+    Raises:
+        ConfigError: one adapter declares that it wants none, and another declares nothing.
+    """
+    silent = [name for name, append in declared.items() if append is None]
+    refusing = [name for name, append in declared.items() if append is False]
+    if not silent:
+        return None
+    if refusing:
+        raise ConfigError(
+            "append_eos",
+            f"is not set, {refusing[0]!r} wants no end-of-sequence token, and {silent[0]!r} does not say; set it, or "
+            f"start the server with --reward-append-eos {silent[0]}=yes",
+        )
+    return True
 
 
 def call_function(function: RewardFunction, rollout: Rollout) -> NDArray[np.float64]:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from onebase.client import types as t
 from onebase.client.codec.rpc import Call, Rpc
-from onebase.client.codec.values import KINDS, build, decode_adapter, decode_version, encode_lora, encode_name
+from onebase.client.codec.values import (
+    KINDS,
+    build,
+    decode_adapter,
+    decode_version,
+    encode_lora,
+    encode_name,
+    encode_pooling,
+)
 from onebase.v1 import adapters_pb2 as pb
 from onebase.v1 import types_pb2
 
@@ -17,7 +25,15 @@ SAVE = Rpc("AdapterService/SaveAdapter", pb.SaveAdapterRequest, pb.SaveAdapterRe
 
 
 def create(
-    name: str, lora: t.LoraSpec, *, value_head: bool, seed: int, request_id: str, session_id: str = ""
+    name: str,
+    lora: t.LoraSpec | None,
+    *,
+    kind: t.AdapterKind,
+    value_head: bool,
+    init_from: str,
+    seed: int,
+    request_id: str,
+    session_id: str = "",
 ) -> Call[t.Adapter]:
     """CreateAdapter."""
     request = build(
@@ -25,9 +41,11 @@ def create(
         session_id=session_id,
         request_id=request_id,
         name=name,
-        lora=encode_lora(lora),
+        lora=None if lora is None else encode_lora(lora),
         value_head=value_head,
         seed=seed,
+        kind=encode_name(KINDS, kind, "kind"),
+        init_from=init_from,
     )
     return CREATE.call(request, decode_adapter)
 
@@ -66,6 +84,8 @@ def load(
     replace: bool,
     with_optimizer: bool,
     seed: int,
+    append_eos: bool | None,
+    pooling: t.Pooling | None,
     request_id: str,
     session_id: str = "",
 ) -> Call[t.Adapter]:
@@ -81,6 +101,8 @@ def load(
         replace=replace,
         with_optimizer=with_optimizer,
         seed=seed,
+        append_eos=append_eos,
+        pooling=encode_pooling(pooling),
     )
     return LOAD.call(request, decode_adapter)
 

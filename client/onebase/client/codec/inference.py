@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Sequence as SequenceABC
 from functools import partial
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from onebase.client import types as t
 from onebase.client.codec.rpc import Call, Rpc
@@ -21,19 +21,24 @@ from onebase.client.codec.values import (
     decode_tokens,
     decode_version,
     encode_name,
+    encode_pooling,
     encode_prompts,
     encode_sequences,
     pair,
 )
 from onebase.client.errors import InternalError
 from onebase.v1 import inference_pb2 as pb
+from onebase.v1.types_pb2 import AdapterVersion
 
 Prompts: TypeAlias = "t.Content | SequenceABC[t.Content]"
 """One prompt or several, each a text or token ids."""
 Sequences: TypeAlias = "t.Sequence | Iterable[t.Sequence]"
 """One sequence or several."""
-Rewards: TypeAlias = "str | Mapping[str, float] | SequenceABC[str] | None"
-"""Reward adapters: one, several, several with weights, or None for the server's only one."""
+Rewards: TypeAlias = "str | t.RewardTerm | Mapping[str, float] | SequenceABC[str | t.RewardTerm] | None"
+"""Reward terms: one, several, names with weights, or None for the server's only reward adapter.
+
+A name is "adapter", or "adapter[label]" for a label of a head with several.
+"""
 
 GENERATE = Rpc("InferenceService/Generate", pb.GenerateRequest, pb.GenerateResponse, repeatable=True)
 LOGPROB = Rpc("InferenceService/Logprob", pb.LogprobRequest, pb.LogprobResponse, repeatable=True)
@@ -57,7 +62,7 @@ SCORE_OUTPUTS: Mapping[t.ScoreOutput, pb.ScoreOutput.ValueType] = {
     "entropy": pb.SCORE_OUTPUT_ENTROPY,
 }
 
-Number = TypeVar("Number", np.float32, np.int32)
+_LABELLED = re.compile(r"(?P<adapter>[^\[\]]+)\[(?P<label>\d{1,9})\]", re.ASCII)
 
 # ---------------------------------------------------------------------------------------------------- generate
 
@@ -151,6 +156,7 @@ def logprob(
     adapter: str,
     entropy: bool,
     values: bool,
+    logits: bool,
     adapter_version: int | None,
     session_id: str = "",
 ) -> Call[list[t.Logprobs]]:
@@ -163,6 +169,7 @@ def logprob(
         sequences=encode_sequences(sequences),
         return_entropy=entropy,
         return_values=values,
+        return_logits=logits,
     )
     return LOGPROB.call(request, _read_logprobs)
 
@@ -187,6 +194,7 @@ def _read_logprobs(response: pb.LogprobResponse) -> list[t.Logprobs]:
             values=decode_floats(result, "values"),
             completion_tokens=decode_tokens(result, "completion_tokens"),
             adapter=adapter,
+            logits=decode_floats(result, "logits"),
         )
         for result in response.results
     ]
@@ -197,46 +205,78 @@ def _read_logprobs(response: pb.LogprobResponse) -> list[t.Logprobs]:
 
 def reward(
     sequences: Sequences,
-    adapters: str | SequenceABC[str] | None,
+    rewards: Rewards,
     *,
     append_eos: bool | None,
+    pooling: t.Pooling | None,
     per_token: bool,
     ppo_adapter_name: str = "",
     session_id: str = "",
 ) -> Call[tuple[list[t.Reward], str]]:
     """Reward; answers with the rewards and the session's active adapter."""
-    if adapters is not None and not adapters:
-        raise ValueError("adapters is empty; name reward adapters, or give None for the server's only one")
+    terms = _terms(rewards, "rewards is empty; name reward adapters, or give None for the server's only one")
     request = build(
         pb.RewardRequest,
         session_id=session_id,
-        adapters=[] if adapters is None else as_list(adapters, str, "adapters"),
+        rewards=_encode_terms(terms),
         sequences=encode_sequences(sequences),
         append_eos=append_eos,
         per_token=per_token,
         ppo_adapter_name=ppo_adapter_name,
+        pooling=encode_pooling(pooling),
     )
-    return REWARD.call(request, partial(_read_rewards, per_token=per_token))
+    return REWARD.call(request, partial(_read_rewards, terms=terms, per_token=per_token))
 
 
-def _read_rewards(response: pb.RewardResponse, *, per_token: bool) -> tuple[list[t.Reward], str]:
-    names = [adapter.name for adapter in response.adapters]
-    versions = {adapter.name: adapter.version for adapter in response.adapters}
+def _terms(rewards: Rewards, refusal: str) -> list[t.RewardTerm]:
+    """The terms; ValueError with this refusal where they are an empty list, which is not None."""
+    if rewards is None:
+        return []
+    if not rewards and refusal:
+        raise ValueError(refusal)
+    if isinstance(rewards, str):
+        return [_named(rewards)]
+    if isinstance(rewards, Mapping):
+        return [_named(name, weight) for name, weight in rewards.items()]
+    if isinstance(rewards, t.RewardTerm) or not isinstance(rewards, Iterable):
+        return as_list(rewards, t.RewardTerm, "rewards")
+    return as_list([_named(one) if isinstance(one, str) else one for one in rewards], t.RewardTerm, "rewards")
+
+
+def _named(name: str, weight: float = 1.0) -> t.RewardTerm:
+    """The term of a name: "adapter" or "adapter[label]"."""
+    found = _LABELLED.fullmatch(name)
+    return t.RewardTerm(found["adapter"], weight, int(found["label"])) if found else t.RewardTerm(name, weight)
+
+
+def _encode_terms(terms: SequenceABC[t.RewardTerm]) -> list[pb.RewardTerm]:
+    return [build(pb.RewardTerm, f"rewards[{i}]: ", **vars(term)) for i, term in enumerate(terms)]
+
+
+def _keys(terms: SequenceABC[t.RewardTerm], answered: Iterable[AdapterVersion]) -> list[str]:
+    """What results call the terms; the server's only adapter by its name."""
+    return [term.key for term in terms] or [adapter.name for adapter in answered]
+
+
+def _read_rewards(
+    response: pb.RewardResponse, *, terms: SequenceABC[t.RewardTerm], per_token: bool
+) -> tuple[list[t.Reward], str]:
+    keys = _keys(terms, response.rewards)
+    versions = pair(keys, [adapter.version for adapter in response.rewards])
     rewards = [
         t.Reward(
-            scores=pair(names, result.scores),
-            token_scores=pair(names, _rows(result)) if per_token else None,
-            tokens=result.tokens,
-            eos_appended=result.eos_appended,
+            scores=pair(keys, result.scores),
+            token_scores=pair(keys, [decode_array(one, np.float32) for one in result.token_scores])
+            if per_token
+            else None,
+            reward=result.reward,
+            tokens=pair(keys, result.tokens),
+            eos_appended=pair(keys, result.eos_appended),
             versions=versions,
         )
         for result in response.results
     ]
     return rewards, response.ppo_adapter_name
-
-
-def _rows(result: pb.RewardResult) -> list[NDArray[np.float32]]:
-    return list(decode_array(result.token_scores, np.float32))
 
 
 # ------------------------------------------------------------------------------------------------------- score
@@ -248,34 +288,31 @@ def score(
     rewards: Rewards,
     reference: str,
     outputs: Collection[t.ScoreOutput] | None,
+    critic: str,
     append_eos: bool | None,
+    pooling: t.Pooling | None,
     ppo_adapter_name: str,
     adapter_version: int | None,
     session_id: str = "",
 ) -> Call[tuple[list[t.Score], str]]:
     """Score; answers with the scores and the session's active adapter."""
+    asked = outputs is None or "rewards" in outputs
+    refusal = 'rewards is empty; give None for the server\'s only one, or leave "rewards" out of outputs'
+    terms = _terms(rewards, refusal if asked else "")
     request = build(
         pb.ScoreRequest,
         session_id=session_id,
         ppo_adapter_name=ppo_adapter_name,
         adapter_version=adapter_version,
         reference=reference,
-        rewards=_encode_rewards(rewards, asked=outputs is None or "rewards" in outputs),
+        rewards=_encode_terms(terms),
         sequences=encode_sequences(sequences),
         append_eos=append_eos,
         outputs=_encode_outputs(outputs),
+        critic=critic,
+        pooling=encode_pooling(pooling),
     )
-    return SCORE.call(request, _read_scores)
-
-
-def _encode_rewards(rewards: Rewards, *, asked: bool) -> list[pb.RewardTerm]:
-    if rewards is None:
-        return []
-    if not rewards and asked:
-        raise ValueError('rewards is empty; give None for the server\'s only one, or leave "rewards" out of outputs')
-    if isinstance(rewards, Mapping):
-        return [build(pb.RewardTerm, "rewards: ", adapter=name, weight=weight) for name, weight in rewards.items()]
-    return [build(pb.RewardTerm, "rewards: ", adapter=name) for name in as_list(rewards, str, "rewards")]
+    return SCORE.call(request, partial(_read_scores, terms=terms))
 
 
 def _encode_outputs(outputs: Collection[t.ScoreOutput] | None) -> list[int]:
@@ -286,21 +323,23 @@ def _encode_outputs(outputs: Collection[t.ScoreOutput] | None) -> list[int]:
     return [encode_name(SCORE_OUTPUTS, name, "outputs") for name in outputs]
 
 
-def _read_scores(response: pb.ScoreResponse) -> tuple[list[t.Score], str]:
+def _read_scores(response: pb.ScoreResponse, *, terms: SequenceABC[t.RewardTerm]) -> tuple[list[t.Score], str]:
     policy, reference = decode_version(response.policy), decode_version(response.reference)
-    names = [adapter.name for adapter in response.rewards]
+    critic = decode_version(response.critic) if response.HasField("critic") else None
+    keys = _keys(terms, response.rewards)
     scores = [
         t.Score(
             logprobs=decode_floats(result, "logprobs"),
             reference_logprobs=decode_floats(result, "reference_logprobs"),
             values=decode_floats(result, "values"),
             entropy=decode_floats(result, "entropy"),
-            scores=pair(names, result.scores) if result.scores else {},
+            scores=pair(keys, result.scores) if result.scores else {},
             reward=result.reward,
             completion_tokens=decode_tokens(result, "completion_tokens"),
-            eos_appended=result.eos_appended,
+            eos_appended=pair(keys, result.eos_appended) if result.scores else {},
             policy=policy,
             reference=reference,
+            critic=critic,
         )
         for result in response.results
     ]

@@ -34,8 +34,14 @@ KINDS: Mapping[t.AdapterKind, pb.AdapterKind.ValueType] = {
     "policy": pb.ADAPTER_KIND_POLICY,
     "reward": pb.ADAPTER_KIND_REWARD,
     "reference": pb.ADAPTER_KIND_REFERENCE,
+    "critic": pb.ADAPTER_KIND_CRITIC,
 }
 """The kinds of adapters."""
+POOLINGS: Mapping[t.Pooling, pb.Pooling.ValueType] = {
+    "last_token": pb.POOLING_LAST_TOKEN,
+    "last_not_pad": pb.POOLING_LAST_NOT_PAD,
+}
+"""Where scores are read."""
 
 # ---------------------------------------------------------------------------------------------------- requests
 
@@ -59,6 +65,11 @@ def encode_name(names: Mapping[Name, int], name: Name, where: str) -> int:
     if name not in names:
         raise ValueError(f"{where} must be one of {', '.join(names)}, not {name!r}")
     return names[name]
+
+
+def encode_pooling(pooling: t.Pooling | None) -> int | None:
+    """The number of a pooling rule; None leaves it to each adapter."""
+    return None if pooling is None else encode_name(POOLINGS, pooling, "pooling")
 
 
 def decode_name(names: Mapping[Name, int], number: int) -> Name:
@@ -223,11 +234,13 @@ def decode_adapter(adapter: pb.Adapter) -> t.Adapter:
         pending_gradients=adapter.pending_gradients,
         create_time=adapter.create_time,
         source=adapter.source,
+        append_eos=adapter.append_eos if adapter.HasField("append_eos") else None,
+        pooling=decode_name(POOLINGS, adapter.pooling) if adapter.pooling else None,
     )
 
 
 def pair(names: SequenceABC[str], numbers: SequenceABC[Item]) -> dict[str, Item]:
-    """One number per name; InternalError if the server sent more of one than of the other."""
+    """One value per name; InternalError if the server sent more of one than of the other."""
     if len(names) != len(numbers):
-        raise InternalError(f"the server answered with {len(numbers)} numbers for {len(names)} adapters")
+        raise InternalError(f"the server answered with {len(numbers)} numbers for {len(names)} reward terms")
     return dict(zip(names, numbers, strict=True))

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from onebase.client.codec.values import KINDS
+from onebase.client.codec.values import KINDS, POOLINGS
 from onebase.client.commands.options import DEFAULT_SERVER, Json, Server, open_client
 from onebase.client.terminal import console, human_bytes, human_count, print_json
 from onebase.client.types import Adapter, AdapterKind
@@ -52,6 +52,7 @@ def adapters_table(there: list[Adapter] | tuple[Adapter, ...]) -> Table:
     table = Table(title=f"adapters: {len(there)}", title_justify="left")
     table.add_column("name", overflow="fold")
     table.add_column("kind", no_wrap=True)
+    table.add_column("head", overflow="fold")
     for heading in ("version", "rank", "params", "memory", "training"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("leased", no_wrap=True)
@@ -60,6 +61,7 @@ def adapters_table(there: list[Adapter] | tuple[Adapter, ...]) -> Table:
         table.add_row(
             Text(adapter.name),
             adapter.kind,
+            _head(adapter),
             str(adapter.version),
             str(adapter.lora.rank),
             human_count(adapter.parameter_count),
@@ -70,6 +72,16 @@ def adapters_table(there: list[Adapter] | tuple[Adapter, ...]) -> Table:
     return table
 
 
+def _head(adapter: Adapter) -> str:
+    """Its head and how it is read, such as "value", "score", "3 scores, eos, not pad"."""
+    if not adapter.num_labels:
+        return "value" if adapter.value_head else "-"
+    scores = "score" if adapter.num_labels == 1 else f"{adapter.num_labels} scores"
+    eos = {None: "", True: ", eos", False: ", no eos"}[adapter.append_eos]
+    rule = ", not pad" if adapter.pooling == "last_not_pad" else ""
+    return f"{scores}{eos}{rule}"
+
+
 @adapters.command()
 def load(
     ctx: typer.Context,
@@ -77,12 +89,23 @@ def load(
     path: Directory,
     kind: Kind = "policy",
     value_head: Annotated[
-        bool, typer.Option("--value-head", help="Give a policy that has none a fresh value head.")
+        bool, typer.Option("--value-head", help="Give a policy or critic that has none a fresh value head.")
     ] = False,
     replace: Annotated[bool, typer.Option("--replace", help="Put it in the place of one of that name.")] = False,
     with_optimizer: Annotated[
         bool, typer.Option("--with-optimizer", help="Also read the AdamW moments saved with it.")
     ] = False,
+    append_eos: Annotated[
+        bool | None,
+        typer.Option(
+            "--append-eos/--no-append-eos",
+            help="Whether an end-of-sequence token belongs behind what a reward reads, as it was trained.",
+        ),
+    ] = None,
+    pooling: Annotated[
+        str | None,
+        typer.Option(metavar="RULE", help=f"Where a reward's score is read: {' or '.join(POOLINGS)}."),
+    ] = None,
     server: OwnServer = None,
 ) -> None:
     """Load an adapter that PEFT or this server has saved.
@@ -91,9 +114,12 @@ def load(
 
       onebase adapters load helpful rewards/helpful --kind reward
       onebase adapters load policy_1 policies/policy_1 --value-head
+      onebase adapters load harmless rewards/harmless --kind reward --no-append-eos
     """
     if kind not in KINDS:
         raise typer.BadParameter(f"must be one of {', '.join(KINDS)}, not {kind!r}", param_hint="--kind")
+    if pooling not in (None, *POOLINGS):
+        raise typer.BadParameter(f"must be one of {', '.join(POOLINGS)}, not {pooling!r}", param_hint="--pooling")
     with open_client(server or ctx.obj) as client:
         adapter = client.load_adapter(
             name,
@@ -102,6 +128,8 @@ def load(
             value_head=value_head,
             replace=replace,
             with_optimizer=with_optimizer,
+            append_eos=append_eos,
+            pooling=pooling,
         )
     typer.echo(f"loaded {adapter.name}, {adapter.kind}, version {adapter.version}, {human_bytes(adapter.total_bytes)}")
 

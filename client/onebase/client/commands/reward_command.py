@@ -23,7 +23,12 @@ def reward(
     ] = None,
     adapter: Annotated[
         list[str] | None,
-        typer.Option("--adapter", "-a", metavar="NAME", help="Reward adapter to ask; give several to ask several."),
+        typer.Option(
+            "--adapter",
+            "-a",
+            metavar="NAME",
+            help="Reward adapter to ask, NAME[2] for its label 2; give several to ask several.",
+        ),
     ] = None,
     server: Server = DEFAULT_SERVER,
     as_json: Json = False,

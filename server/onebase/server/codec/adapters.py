@@ -8,8 +8,8 @@ from onebase.server.catalog import LoadedAdapter, NewAdapter, SavedAdapter
 from onebase.server.codec.fields import integer, number, out_of_range, required
 from onebase.server.config import Limits
 from onebase.server.errors import InvalidArgument, ResourceExhausted
-from onebase.server.jobs import AdapterKind, LoraSpec, SaveResult
-from onebase.server.names import check_name, check_new_name
+from onebase.server.jobs import AdapterFacts, AdapterKind, LoraSpec, Pooling, SaveResult
+from onebase.server.names import BASE_NAME, check_name, check_new_name
 from onebase.server.paths import Roots
 from onebase.server.registry import Entry
 from onebase.v1 import adapters_pb2, types_pb2
@@ -18,8 +18,16 @@ _KINDS = {
     types_pb2.ADAPTER_KIND_POLICY: AdapterKind.POLICY,
     types_pb2.ADAPTER_KIND_REWARD: AdapterKind.REWARD,
     types_pb2.ADAPTER_KIND_REFERENCE: AdapterKind.REFERENCE,
+    types_pb2.ADAPTER_KIND_CRITIC: AdapterKind.CRITIC,
 }
 _KIND_MESSAGES = {kind: value for value, kind in _KINDS.items()}
+_POOLINGS = {
+    types_pb2.POOLING_LAST_TOKEN: Pooling.LAST_TOKEN,
+    types_pb2.POOLING_LAST_NOT_PAD: Pooling.LAST_NOT_PAD,
+}
+_POOLING_MESSAGES = {rule: value for value, rule in _POOLINGS.items()}
+
+_KIND_NAMES = "policy, reward, reference or critic"
 
 _MAX_MODULES = 4096
 _MODULE = re.compile(r"[A-Za-z0-9_.-]{1,256}", re.ASCII)
@@ -35,8 +43,29 @@ def read_create(request: adapters_pb2.CreateAdapterRequest, limits: Limits) -> N
         ResourceExhausted: LIMIT_EXCEEDED for a rank over the server's limit.
     """
     check_new_name(request.name, "name")
-    lora = _read_lora(request.lora, limits) if request.HasField("lora") else LoraSpec()
-    return NewAdapter(request.name, lora, request.value_head, request.seed)
+    kind = read_kind(request.kind) or AdapterKind.POLICY
+    if not kind.trained:
+        raise out_of_range(
+            "kind", kind.value, "policy or critic; what is frozen is not made here, but loaded with LoadAdapter"
+        )
+    if request.init_from == BASE_NAME:
+        raise InvalidArgument(
+            "OUT_OF_RANGE", "init_from is 'base': leave it out, and the adapter begins as the base", field="init_from"
+        )
+    if request.init_from and request.HasField("lora"):
+        raise InvalidArgument(
+            "UNUSED_FIELD",
+            f"lora is set, and the shape is that of init_from, {request.init_from!r}: leave one of the two out",
+            field="lora",
+        )
+    return NewAdapter(
+        name=request.name,
+        lora=_read_lora(request.lora, limits) if request.HasField("lora") else LoraSpec(),
+        value_head=request.value_head or kind is AdapterKind.CRITIC,
+        seed=request.seed,
+        kind=kind,
+        init_from=request.init_from,
+    )
 
 
 def read_load(request: adapters_pb2.LoadAdapterRequest, roots: Roots) -> LoadedAdapter:
@@ -49,8 +78,8 @@ def read_load(request: adapters_pb2.LoadAdapterRequest, roots: Roots) -> LoadedA
     check_new_name(request.name, "name")
     kind = read_kind(request.kind)
     if kind is None:
-        raise required("kind", "give policy, reward or reference")
-    if request.value_head and kind is not AdapterKind.POLICY:
+        raise required("kind", f"give {_KIND_NAMES}")
+    if request.value_head and not kind.trained:
         raise InvalidArgument(
             "UNUSED_FIELD", f"value_head is set, and a {kind.value} adapter has none: leave it out", field="value_head"
         )
@@ -62,7 +91,30 @@ def read_load(request: adapters_pb2.LoadAdapterRequest, roots: Roots) -> LoadedA
         replace=request.replace,
         with_optimizer=request.with_optimizer,
         seed=request.seed,
+        append_eos=_read_append_eos(request, kind),
+        pooling=_read_declared_pooling(request, kind),
     )
+
+
+def _read_append_eos(request: adapters_pb2.LoadAdapterRequest, kind: AdapterKind) -> bool | None:
+    if not request.HasField("append_eos"):
+        return None
+    _check_reward(kind, "append_eos")
+    return request.append_eos
+
+
+def _read_declared_pooling(request: adapters_pb2.LoadAdapterRequest, kind: AdapterKind) -> Pooling | None:
+    pooling = read_pooling(request.pooling)
+    if pooling is not None:
+        _check_reward(kind, "pooling")
+    return pooling
+
+
+def _check_reward(kind: AdapterKind, field: str) -> None:
+    if kind is not AdapterKind.REWARD:
+        raise InvalidArgument(
+            "UNUSED_FIELD", f"{field} is set, and a {kind.value} adapter has no scores: leave it out", field=field
+        )
 
 
 def read_save(request: adapters_pb2.SaveAdapterRequest, roots: Roots) -> SavedAdapter:
@@ -86,8 +138,21 @@ def read_kind(kind: int) -> AdapterKind | None:
     if kind == types_pb2.ADAPTER_KIND_UNSPECIFIED:
         return None
     if kind not in _KINDS:
-        raise out_of_range("kind", kind, "policy, reward or reference")
+        raise out_of_range("kind", kind, _KIND_NAMES)
     return _KINDS[types_pb2.AdapterKind.ValueType(kind)]
+
+
+def read_pooling(pooling: int) -> Pooling | None:
+    """Where scores are read, or None where it is not set.
+
+    Raises:
+        InvalidArgument: OUT_OF_RANGE for a number that is no pooling rule.
+    """
+    if pooling == types_pb2.POOLING_UNSPECIFIED:
+        return None
+    if pooling not in _POOLINGS:
+        raise out_of_range("pooling", pooling, " or ".join(rule.value for rule in Pooling))
+    return _POOLINGS[types_pb2.Pooling.ValueType(pooling)]
 
 
 def adapter_message(entry: Entry, *, leased: bool) -> types_pb2.Adapter:
@@ -118,7 +183,14 @@ def adapter_message(entry: Entry, *, leased: bool) -> types_pb2.Adapter:
         pending_gradients=facts.pending_gradients,
         create_time=entry.create_time,
         source=entry.source,
+        append_eos=facts.append_eos,
+        pooling=_pooling_message(facts),
     )
+
+
+def _pooling_message(facts: AdapterFacts) -> types_pb2.Pooling.ValueType:
+    reward = facts.kind is AdapterKind.REWARD
+    return _POOLING_MESSAGES[facts.pooling] if reward else types_pb2.POOLING_UNSPECIFIED
 
 
 def save_response(name: str, result: SaveResult) -> adapters_pb2.SaveAdapterResponse:

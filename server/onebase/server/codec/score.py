@@ -1,16 +1,16 @@
 """Score: PPO's numbers for a batch, as one job of rows of every adapter, and put together again.
 
-The job's rows come in blocks of one row per sequence: policy, reference, then each reward adapter. A block whose
-numbers nobody asked for is left out.
+The job's rows come in blocks of one row per sequence: policy, reference, critic, then each reward adapter. A block
+whose numbers nobody asked for is left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from onebase.server.access import Named, need_value_head
-from onebase.server.codec.fields import finite, optional
+from onebase.server.codec.rewards import RewardRows, Term, TermScore, reward_rows
 from onebase.server.codec.scoring import (
     adapter_version,
     asked_versions,
@@ -19,7 +19,7 @@ from onebase.server.codec.scoring import (
     paths,
     score_job,
 )
-from onebase.server.codec.sequences import Pair, RewardTokens, SequenceReader
+from onebase.server.codec.sequences import Pair, SequenceReader
 from onebase.server.errors import InvalidArgument
 from onebase.server.jobs import RowResult, ScoreJob, ScoreResult, ScoreRow
 from onebase.server.registry import Entry
@@ -46,21 +46,23 @@ class Outputs:
     values: bool
     rewards: bool
     entropy: bool
+    critic: bool
+    """Whether the values are a critic's, not the policy's."""
 
     @property
     def policy(self) -> bool:
         """Whether the policy has to be read."""
-        return self.logprobs or self.values or self.entropy
+        return self.logprobs or self.entropy or (self.values and not self.critic)
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """The adapters of a request of Score, and the weight of each reward."""
+    """The adapters of a request of Score."""
 
     policy: Entry
     reference: Named
-    rewards: list[Entry]
-    weights: list[float]
+    critic: Entry | None
+    rewards: list[Term]
 
 
 @dataclass(frozen=True)
@@ -70,49 +72,43 @@ class ScorePlan:
     adapters: Adapters
     outputs: Outputs
     pairs: list[Pair]
-    reward_inputs: list[RewardTokens]
+    rewards: RewardRows
     job: ScoreJob
 
     def response(self, result: ScoreResult, active: str) -> inference_pb2.ScoreResponse:
         """The results in the request's order; `active` is the session's active adapter now."""
-        blocks = self._blocks(result.rows)
-        policy_rows = next(blocks) if self.outputs.policy else None
-        reference_rows = next(blocks) if self.outputs.reference_logprobs else None
-        reward_blocks = list(blocks)
-        results = [
-            self._result(
-                index,
-                policy_rows[index] if policy_rows else _NOTHING,
-                reference_rows[index] if reference_rows else _NOTHING,
-                [block[index] for block in reward_blocks],
-            )
-            for index in range(len(self.pairs))
+        count, rows = len(self.pairs), iter(result.rows)
+        blocks = [
+            [next(rows) if asked else _NOTHING for _ in range(count)]
+            for asked in (self.outputs.policy, self.outputs.reference_logprobs, self.outputs.critic)
         ]
+        scored = list(rows)
+        results = [
+            self._result(index, policy, reference, critic, self.rewards.scores(scored, index))
+            for index, (policy, reference, critic) in enumerate(zip(*blocks, strict=True))
+        ]
+        critic = self.adapters.critic
         return inference_pb2.ScoreResponse(
             results=results,
             policy=adapter_version(self.adapters.policy, result.versions),
             reference=adapter_version(self.adapters.reference, result.versions),
-            rewards=[adapter_version(adapter, result.versions) for adapter in self.adapters.rewards],
+            rewards=[adapter_version(term.adapter, result.versions) for term in self.adapters.rewards],
             ppo_adapter_name=active,
+            critic=adapter_version(critic, result.versions) if critic else None,
         )
 
-    def _blocks(self, rows: Sequence[RowResult]) -> Iterator[Sequence[RowResult]]:
-        count = len(self.pairs)
-        return (rows[first : first + count] for first in range(0, len(rows), count))
-
     def _result(
-        self, index: int, policy: RowResult, reference: RowResult, rewards: list[RowResult]
+        self, index: int, policy: RowResult, reference: RowResult, critic: RowResult, scores: list[TermScore]
     ) -> inference_pb2.ScoreResult:
-        scores = [row.score for row in rewards if row.score is not None]
         return inference_pb2.ScoreResult(
             logprobs=optional_floats(policy.logprobs),
             reference_logprobs=optional_floats(reference.logprobs),
-            values=optional_floats(policy.values),
+            values=optional_floats(critic.values if self.outputs.critic else policy.values),
             entropy=optional_floats(policy.entropy),
-            scores=scores,
-            reward=sum(weight * score for weight, score in zip(self.adapters.weights, scores, strict=True)),
+            scores=[one.score for one in scores],
+            reward=self.rewards.weighted(scores),
             completion_tokens=completion_tokens(self.pairs[index]),
-            eos_appended=bool(rewards) and self.reward_inputs[index].eos_appended,
+            eos_appended=[one.eos_appended for one in scores],
         )
 
 
@@ -135,7 +131,14 @@ def read_outputs(request: inference_pb2.ScoreRequest) -> Outputs:
         values=inference_pb2.SCORE_OUTPUT_VALUES in asked,
         rewards=inference_pb2.SCORE_OUTPUT_REWARDS in asked,
         entropy=inference_pb2.SCORE_OUTPUT_ENTROPY in asked,
+        critic=bool(request.critic),
     )
+    if request.critic and not outputs.values:
+        raise InvalidArgument(
+            "UNUSED_FIELD",
+            f"critic is {request.critic!r}, and outputs does not ask for values: add SCORE_OUTPUT_VALUES",
+            field="critic",
+        )
     if request.HasField("adapter_version") and not outputs.policy:
         raise InvalidArgument(
             "UNUSED_FIELD",
@@ -151,16 +154,6 @@ def read_outputs(request: inference_pb2.ScoreRequest) -> Outputs:
     return outputs
 
 
-def read_weights(request: inference_pb2.ScoreRequest, outputs: Outputs) -> list[float]:
-    """The weight of each reward term: one of 1 where none is named, none where rewards are not asked for.
-
-    Raises:
-        InvalidArgument: NOT_FINITE.
-    """
-    weights = [finite(optional(term, "weight", 1.0), f"rewards[{i}].weight") for i, term in enumerate(request.rewards)]
-    return weights or ([1.0] if outputs.rewards else [])
-
-
 async def read_score(
     request: inference_pb2.ScoreRequest, adapters: Adapters, outputs: Outputs, reader: SequenceReader
 ) -> ScorePlan:
@@ -171,18 +164,18 @@ async def read_score(
         FailedPrecondition: NO_VALUE_HEAD; NO_EOS_TOKEN.
     """
     versions = asked_versions(request, adapters.policy)
-    if outputs.values:
-        need_value_head(adapters.policy, "outputs")
+    if outputs.values and adapters.critic is None:
+        need_value_head(
+            adapters.policy, "outputs", "create or load the policy with value_head, name a critic, or leave values out"
+        )
     pairs = await reader.pairs(request.sequences, paths(len(request.sequences)))
-    inputs: list[RewardTokens] = []
-    if outputs.rewards:
-        append_eos = request.append_eos if request.HasField("append_eos") else None
-        inputs = await reader.reward_tokens(request.sequences, append_eos, pairs)
-    rows = list(_rows(adapters, outputs, pairs, inputs))
-    return ScorePlan(adapters, outputs, pairs, inputs, score_job(rows, versions))
+    joined = await reader.joined(request.sequences, pairs) if adapters.rewards else []
+    rewards = reward_rows(request, adapters.rewards, joined, reader, per_token=False)
+    rows = [*_rows(adapters, outputs, pairs), *rewards.rows]
+    return ScorePlan(adapters, outputs, pairs, rewards, score_job(rows, versions))
 
 
-def _rows(adapters: Adapters, outputs: Outputs, pairs: list[Pair], inputs: list[RewardTokens]) -> Iterator[ScoreRow]:
+def _rows(adapters: Adapters, outputs: Outputs, pairs: list[Pair]) -> Iterator[ScoreRow]:
     if outputs.policy:
         for pair in pairs:
             yield ScoreRow(
@@ -191,11 +184,11 @@ def _rows(adapters: Adapters, outputs: Outputs, pairs: list[Pair], inputs: list[
                 start=pair.start,
                 logprobs=outputs.logprobs,
                 entropy=outputs.entropy,
-                values=outputs.values,
+                values=outputs.values and not outputs.critic,
             )
     if outputs.reference_logprobs:
         for pair in pairs:
             yield ScoreRow(adapter=adapters.reference.uid, tokens=pair.tokens, start=pair.start, logprobs=True)
-    for adapter in adapters.rewards:
-        for one in inputs:
-            yield ScoreRow(adapter=adapter.uid, tokens=one.tokens, score=True)
+    if adapters.critic is not None:
+        for pair in pairs:
+            yield ScoreRow(adapter=adapters.critic.uid, tokens=pair.tokens, start=pair.start, values=True)

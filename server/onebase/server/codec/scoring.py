@@ -1,15 +1,13 @@
-"""Logprob, ReferenceLogprob and Reward: their requests as score jobs, and the results put together again."""
+"""Logprob and ReferenceLogprob: their requests as score jobs, and the results put together again."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from onebase.server.access import Named, need_value_head
 from onebase.server.codec.fields import version
-from onebase.server.codec.sequences import Pair, RewardTokens, SequenceReader
+from onebase.server.codec.sequences import Pair, SequenceReader
 from onebase.server.codec.tensors import float_tensor, int_tensor
 from onebase.server.jobs import BASE, Floats, RowResult, ScoreJob, ScoreResult, ScoreRow
 from onebase.server.registry import Entry
@@ -75,6 +73,8 @@ async def read_logprob(request: inference_pb2.LogprobRequest, adapter: Named, re
     if request.return_values:
         need_value_head(adapter, "return_values")
     pairs = await reader.pairs(request.sequences, paths(len(request.sequences)))
+    if request.return_logits:
+        reader.check_logits(pairs, "return_logits")
     rows = [
         ScoreRow(
             adapter=adapter.uid,
@@ -83,6 +83,7 @@ async def read_logprob(request: inference_pb2.LogprobRequest, adapter: Named, re
             logprobs=True,
             entropy=request.return_entropy,
             values=request.return_values,
+            logits=request.return_logits,
         )
         for pair in pairs
     ]
@@ -102,43 +103,6 @@ async def read_reference_logprob(
     return LogprobPlan(reference, pairs, score_job(rows))
 
 
-@dataclass(frozen=True)
-class RewardPlan:
-    """A checked request of Reward. The job's rows are all sequences under the first adapter, then the next."""
-
-    adapters: list[Entry]
-    inputs: list[RewardTokens]
-    job: ScoreJob
-
-    def response(self, result: ScoreResult, active: str) -> inference_pb2.RewardResponse:
-        """The results in the request's order; `active` is the session's active adapter now."""
-        count = len(self.inputs)
-        return inference_pb2.RewardResponse(
-            results=[_reward_result(one, result.rows[index::count]) for index, one in enumerate(self.inputs)],
-            adapters=[adapter_version(adapter, result.versions) for adapter in self.adapters],
-            ppo_adapter_name=active,
-        )
-
-
-async def read_reward(
-    request: inference_pb2.RewardRequest, adapters: list[Entry], reader: SequenceReader
-) -> RewardPlan:
-    """Checks a request of Reward whose adapters are known.
-
-    Raises:
-        InvalidArgument: naming the field.
-        FailedPrecondition: NO_EOS_TOKEN.
-    """
-    append_eos = request.append_eos if request.HasField("append_eos") else None
-    inputs = await reader.reward_tokens(request.sequences, append_eos)
-    rows = [
-        ScoreRow(adapter=adapter.uid, tokens=one.tokens, score=True, token_scores=request.per_token)
-        for adapter in adapters
-        for one in inputs
-    ]
-    return RewardPlan(adapters, inputs, score_job(rows))
-
-
 def paths(count: int) -> list[str]:
     """The path of each of a request's sequences."""
     return [f"sequences[{index}]" for index in range(count)]
@@ -150,16 +114,7 @@ def _logprob_result(pair: Pair, row: RowResult) -> inference_pb2.LogprobResult:
         entropy=optional_floats(row.entropy),
         values=optional_floats(row.values),
         completion_tokens=completion_tokens(pair),
-    )
-
-
-def _reward_result(one: RewardTokens, rows: Sequence[RowResult]) -> inference_pb2.RewardResult:
-    token_scores = [row.token_scores for row in rows if row.token_scores is not None]
-    return inference_pb2.RewardResult(
-        scores=[row.score for row in rows if row.score is not None],
-        token_scores=float_tensor(np.stack(token_scores)) if token_scores else None,
-        tokens=one.tokens.size,
-        eos_appended=one.eos_appended,
+        logits=optional_floats(row.logits),
     )
 
 

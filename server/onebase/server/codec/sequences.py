@@ -11,12 +11,15 @@ from onebase.server.codec.fields import required
 from onebase.server.codec.tensors import check_tokens, read_tokens
 from onebase.server.config import Limits
 from onebase.server.errors import FailedPrecondition, InvalidArgument
-from onebase.server.jobs import BaseFacts, Tokens
+from onebase.server.jobs import BaseFacts, Pooling, Tokens
 from onebase.server.texts import Texts
 from onebase.v1 import types_pb2
 
 _CHARACTERS_PER_TOKEN = 100
 """A text with more characters than this for every token of the context is not even tokenized."""
+
+_BYTES_PER_TOKEN, _BYTES_PER_SEQUENCE = 16, 256
+"""What a message holds beside logits, at most."""
 
 _NO_TOKENS: Tokens = np.zeros(0, dtype=np.int64)
 
@@ -39,6 +42,15 @@ class Pair:
     def start(self) -> int:
         """Number of prompt tokens."""
         return int(self.prompt.size)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Prompt and completion as a reward adapter reads them, before it is known whether it wants an end of sequence."""
+
+    tokens: Tokens
+    from_text: bool
+    """Whether the completion was given as text."""
 
 
 @dataclass(frozen=True)
@@ -99,36 +111,75 @@ class SequenceReader:
         self._check_total((tokens.size for tokens in prompts), "prompts")
         return prompts
 
-    async def reward_tokens(
-        self, sequences: Sequence[types_pb2.Sequence], append_eos: bool | None, pairs: Sequence[Pair] | None = None
-    ) -> list[RewardTokens]:
-        """What reward adapters read: two texts are tokenized as one, everything else is joined as token ids.
+    async def joined(
+        self, sequences: Sequence[types_pb2.Sequence], pairs: Sequence[Pair] | None = None
+    ) -> list[Joined]:
+        """Sequences to score: two texts are tokenized as one, everything else is joined as token ids.
 
         Args:
             sequences: as they came.
-            append_eos: append an end-of-sequence id where it is missing; None does so for texts.
             pairs: the same sequences as `pairs()` gave them, if it was called before.
+
+        Raises:
+            InvalidArgument: naming the field.
+        """
+        self.check_count(len(sequences), "sequences")
+        rows = []
+        for index, sequence in enumerate(sequences):
+            tokens = await self._joined(sequence, f"sequences[{index}]", pairs[index] if pairs else None)
+            rows.append(Joined(tokens, sequence.completion.WhichOneof("value") == "text"))
+        return rows
+
+    def reward_tokens(self, joined: Sequence[Joined], append_eos: bool | None) -> list[RewardTokens]:
+        """What a reward adapter reads.
+
+        Args:
+            joined: the sequences.
+            append_eos: append an end-of-sequence id where it is missing; None does so for texts.
 
         Raises:
             InvalidArgument: naming the field.
             FailedPrecondition: NO_EOS_TOKEN.
         """
-        self.check_count(len(sequences), "sequences")
         if append_eos and not self._facts.eos_token_ids:
             raise FailedPrecondition(
                 "NO_EOS_TOKEN",
                 "append_eos is set, and this base has no end-of-sequence token: leave it out",
                 field="append_eos",
             )
-        rows = []
-        for index, sequence in enumerate(sequences):
-            field = f"sequences[{index}]"
-            tokens = await self._joined(sequence, field, pairs[index] if pairs else None)
-            row = self._with_eos(tokens, sequence.completion.WhichOneof("value") == "text", append_eos)
-            self._check_context(row.tokens.size, field)
-            rows.append(row)
+        rows = [self._with_eos(one, append_eos) for one in joined]
+        for index, row in enumerate(rows):
+            self._check_context(row.tokens.size, f"sequences[{index}]")
         self._check_total((row.tokens.size for row in rows), "sequences")
         return rows
+
+    def score_at(self, tokens: Tokens, pooling: Pooling) -> int:
+        """The index of the token at which a score is read.
+
+        Where every token is the padding one, it is the first, as transformers' `GenericForSequenceClassification` does.
+        """
+        last = int(tokens.size) - 1
+        if pooling is Pooling.LAST_TOKEN or self._facts.pad_token_id is None:
+            return last
+        real = np.flatnonzero(tokens != self._facts.pad_token_id)
+        return int(real[-1]) if real.size else 0
+
+    def check_logits(self, pairs: Sequence[Pair], field: str) -> None:
+        """Refuses logits before every completion token that would not fit in one message.
+
+        Raises:
+            InvalidArgument: LIMIT_EXCEEDED.
+        """
+        tokens = sum(pair.completion.size for pair in pairs)
+        size = tokens * (_BYTES_PER_TOKEN + 4 * self._facts.vocab_size) + len(pairs) * _BYTES_PER_SEQUENCE
+        most = self._limits.max_message_bytes
+        if size > most:
+            raise InvalidArgument(
+                "LIMIT_EXCEEDED",
+                f"{field} is set, and the logits of {tokens} completion tokens over {self._facts.vocab_size} ids take "
+                f"{size} bytes, and a message may have {most}: ask for fewer or shorter completions at once",
+                field=field,
+            )
 
     def check_count(self, count: int, field: str, *, times: int = 1) -> None:
         """Refuses no sequence at all, and more than the limit.
@@ -171,9 +222,9 @@ class SequenceReader:
         prompt = await self._prompt(sequence.prompt, f"{field}.prompt") if kinds[0] else _NO_TOKENS
         return np.concatenate((prompt, completion))
 
-    def _with_eos(self, tokens: Tokens, is_text: bool, append_eos: bool | None) -> RewardTokens:
-        eos = self._facts.eos_token_ids
-        wanted = is_text if append_eos is None else append_eos
+    def _with_eos(self, joined: Joined, append_eos: bool | None) -> RewardTokens:
+        tokens, eos = joined.tokens, self._facts.eos_token_ids
+        wanted = joined.from_text if append_eos is None else append_eos
         if not wanted or not eos or int(tokens[-1]) in eos:
             return RewardTokens(tokens, eos_appended=False)
         return RewardTokens(np.append(tokens, eos[0]), eos_appended=True)

@@ -17,7 +17,7 @@ from torch.optim.adamw import adamw
 
 from onebase.server.engine.lora import LoraPair
 from onebase.server.errors import Aborted, FailedPrecondition
-from onebase.server.jobs import AdamW, AdapterFacts, AdapterKind, AdapterMemory, LoraSpec
+from onebase.server.jobs import AdamW, AdapterFacts, AdapterKind, AdapterMemory, LoraSpec, Pooling
 
 _serials = itertools.count(1)
 
@@ -107,6 +107,8 @@ class Adapter:
     pending: int = 0  # passes whose gradients wait for a step
     old: list[Weights] = field(default_factory=list)  # versions that are still read, or kept for those who may ask
     window: int = 0  # how many old versions are kept for those who may ask
+    append_eos: bool | None = None  # of a reward: whether an end-of-sequence token belongs behind what it reads
+    pooling: Pooling = Pooling.LAST_TOKEN  # of a reward: where its score is read
 
     def facts(self) -> AdapterFacts:
         """What is true of it now."""
@@ -128,6 +130,8 @@ class Adapter:
                 old_versions=sum(_bytes(weights.parameters()) for weights in self.old),
             ),
             pending_gradients=self.pending,
+            append_eos=self.append_eos,
+            pooling=self.pooling,
         )
 
     def at(self, version: int | None) -> Weights:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from onebase.server.engine.adapters import Adapter, Weights
 from onebase.server.engine.batch import Batch, Route, Row, flatten, row_multiple
 from onebase.server.engine.formats import Formats
-from onebase.server.engine.heads import LmHead, linear_head, token_logprobs
+from onebase.server.engine.heads import LmHead, all_logits, linear_head, token_logprobs
 from onebase.server.engine.kv import KVCache
 from onebase.server.engine.sampling import draw
 from onebase.server.engine.stacks import Stacks
@@ -230,14 +230,16 @@ class Engine:
         results = []
         for i, (scoring, row) in enumerate(zip(scorings, rows, strict=True)):
             want = scoring.row
-            tokens = _score_head(scoring, hidden[row.start : row.stop], every=want.token_scores)
+            before = hidden[slice(*spans[i])]
+            scores, token_scores = _scores(scoring, hidden[row.start : row.stop])
             results.append(
                 RowResult(
                     logprobs=logprobs[i] if want.logprobs else None,
                     entropy=entropies[i] if want.entropy else None,
-                    values=_values(scoring.weights, hidden[slice(*spans[i])]) if want.values else None,
-                    score=float(tokens[-1]) if tokens is not None and want.score else None,
-                    token_scores=tokens if want.token_scores else None,
+                    values=_values(scoring.weights, before) if want.values else None,
+                    scores=scores,
+                    token_scores=token_scores,
+                    logits=all_logits(self.head, before).numpy() if want.logits else None,
                 )
             )
         return results
@@ -268,9 +270,16 @@ class Engine:
 
 
 def _needed(row: ScoreRow) -> list[int]:
-    """The tokens that must be run: the last one only matters to a score."""
+    """The tokens that must be run: the last one only matters to a score, and what is behind a score not to it."""
     tokens: list[int] = row.tokens.tolist()
+    if row.score and not (row.token_scores or row.logprobs or row.entropy or row.values or row.logits):
+        return tokens[: _score_place(row) + 1]
     return tokens if row.score or row.token_scores else tokens[:-1]
+
+
+def _score_place(row: ScoreRow) -> int:
+    """Index of the token at which the score is read."""
+    return row.score_at % len(row.tokens)
 
 
 def _completion_span(want: ScoreRow, row: Row) -> tuple[int, int]:
@@ -303,15 +312,18 @@ def _values_by_adapter(drawing: Sequence[Decoding], states: torch.Tensor) -> lis
     return values
 
 
-def _score_head(scoring: Scoring, hidden: torch.Tensor, *, every: bool) -> Floats | None:
-    if not (scoring.row.score or scoring.row.token_scores):
-        return None
+def _scores(scoring: Scoring, hidden: torch.Tensor) -> tuple[Floats | None, Floats | None]:
+    """The scores [L] and the token scores [T, L] of a row's states [T, hidden], if they are asked for."""
+    row = scoring.row
+    if not (row.score or row.token_scores):
+        return None, None
     if scoring.weights is None or scoring.weights.score_head is None:
         raise FailedPrecondition("NO_SCORE_HEAD", "this adapter has no score head: name a reward adapter")
-    scores: Floats = (
-        linear_head(scoring.weights.score_head, hidden if every else hidden[-1:])[:, 0].float().cpu().numpy()
-    )
-    return scores
+    place = _score_place(row)
+    states = hidden if row.token_scores else hidden[place : place + 1]
+    found: Floats = linear_head(scoring.weights.score_head, states).float().cpu().numpy()
+    scores = found[place if row.token_scores else 0] if row.score else None
+    return scores, found if row.token_scores else None
 
 
 def all_facts(adapters: Mapping[int, Adapter]) -> dict[int, AdapterFacts]:

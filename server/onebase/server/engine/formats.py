@@ -4,10 +4,10 @@
     adapter_model.safetensors    base_model.model.{layer}.lora_{A,B}.weight; rewards: base_model.model.score.weight
     value_head.safetensors       v_head.summary.{weight,bias}, where there is a value head (TRL's names)
     optimizer.safetensors        AdamW's moments, where they were asked for
-    onebase.json                 version, kind, the base's fingerprint and precision, and a SHA-256 of each file
+    onebase.json                 version, kind, the base's fingerprint and precision, and a SHA-256 of each file; of
+                                 rewards also append_eos and pooling
 
 PEFT resolves which layers an adapter targets, on a copy of the architecture without weights. Pickle is never opened.
-What we do not compute the way PEFT does is refused by the name of its setting.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ from onebase.server.engine.adapters import Adapter, Head, Moments, Weights
 from onebase.server.engine.files import SavedFiles, write_directory
 from onebase.server.engine.lora import LoraPair
 from onebase.server.engine.precision import widens
-from onebase.server.errors import FailedPrecondition, InvalidArgument, OnebaseError, ResourceExhausted
+from onebase.server.engine.settings import HEAD_NAMES, check_config, lora_config, read_config, trainable_config
+from onebase.server.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from onebase.server.jobs import (
     AdapterKind,
     BaseFacts,
     CreateAdapterJob,
     LoadAdapterJob,
-    LoraSpec,
+    Pooling,
     SaveResult,
     precision,
 )
@@ -43,24 +44,6 @@ from onebase.server.jobs import (
 log = logging.getLogger(__name__)
 
 PREFIX = "base_model.model."
-HEAD_NAMES = ("score", "classifier")
-
-_UNDERSTOOD = {
-    *(
-        "task_type",
-        "peft_type",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "peft_version",
-    ),
-    *("r", "lora_alpha", "target_modules", "exclude_modules", "use_rslora", "rank_pattern", "alpha_pattern"),
-    *("layers_to_transform", "layers_pattern", "fan_in_fan_out", "lora_dropout", "modules_to_save", "runtime_config"),
-    *("init_lora_weights", "eva_config", "loftq_config", "corda_config", "lora_ga_config", "ensure_weight_tying"),
-}
-_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
-"""Ways to begin that leave the base's weights as they are."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +78,7 @@ class Formats:
     # --------------------------------------------------------------------------------------------------- make
 
     def create(self, job: CreateAdapterJob) -> Adapter:
-        """A fresh policy: A as PEFT begins it (Kaiming uniform), B zero; the value head as torch begins a Linear."""
+        """A fresh policy or critic: A as PEFT begins it (Kaiming uniform), B zero; its head as torch begins it."""
         config = lora_config(job.lora, conv1d=self._conv1d, base=self._facts.model)
         targets = self.targets(config, "lora.target_modules")
         random = torch.Generator().manual_seed(job.seed)
@@ -106,11 +89,39 @@ class Formats:
             b = torch.zeros(target.out_features, target.rank)
             lora[name] = LoraPair.of(self._parameter(a), self._parameter(b), target.scaling, self._dtype)
         weights = Weights(0, lora, value_head=self._fresh_head(random) if job.value_head else None)
-        return Adapter(job.uid, job.name, AdapterKind.POLICY, config, weights)
+        return Adapter(job.uid, job.name, job.kind, config, weights)
+
+    def copy(self, job: CreateAdapterJob, source: Adapter) -> Adapter:
+        """A policy or critic that begins with the source's LoRA, and with its value head if it has one.
+
+        A critic takes over a score head of one label as its value head.
+
+        Raises:
+            FailedPrecondition: the score head has several labels.
+        """
+        old = source.weights
+        lora = {
+            name: LoraPair.of(self._parameter(pair.a), self._parameter(pair.b), pair.scaling, self._dtype)
+            for name, pair in old.lora.items()
+        }
+        head = None
+        if job.value_head:
+            head = old.value_head
+            if job.kind is AdapterKind.CRITIC and old.score_head is not None:
+                head = _as_value_head(old.score_head, source.name, "init_from")
+            head = self._fresh_head(torch.Generator().manual_seed(job.seed)) if head is None else self._own_head(head)
+        config = trainable_config(source.config, self._facts.model)
+        return Adapter(job.uid, job.name, job.kind, config, Weights(0, lora, value_head=head))
+
+    def _own_head(self, head: Head, *, trainable: bool = True) -> Head:
+        bias = None if head.bias is None else self._parameter(head.bias, trainable=trainable)
+        return Head(self._parameter(head.weight, trainable=trainable), bias)
 
     def _parameter(self, tensor: torch.Tensor, *, trainable: bool = True) -> torch.Tensor:
         own = torch.empty(tensor.shape, device=self._device, dtype=torch.float32)
-        return own.copy_(tensor).requires_grad_(trainable)  # not the mapped file's memory, whatever its alignment
+        return own.copy_(tensor.detach()).requires_grad_(
+            trainable
+        )  # not the mapped file's memory, whatever its alignment
 
     def _fresh_head(self, random: torch.Generator) -> Head:
         hidden = self._facts.hidden_size
@@ -172,10 +183,9 @@ class Formats:
                 "RANK_TOO_LARGE", f"r={max(ranks)} is over this server's limit of {max_rank}", field="path"
             )
         targets = self.targets(config, "path")
-        trainable = job.kind is AdapterKind.POLICY
         tensors = files.tensors(files.adapter())
-        lora = {name: self._read_pair(name, target, tensors, trainable) for name, target in targets.items()}
-        score = self._read_score(tensors) if job.kind is AdapterKind.REWARD else None
+        lora = {name: self._read_pair(name, target, tensors, job.kind.trained) for name, target in targets.items()}
+        value_head, score_head = self._heads(job, files, tensors)
         if tensors:
             raise FailedPrecondition(
                 "UNKNOWN_TENSORS",
@@ -184,8 +194,12 @@ class Formats:
                 field="path",
             )
         version = max(int(manifest.get("version", 0)), job.least_version)
-        weights = Weights(version, lora, self._read_value_head(job, files), score)
+        weights = Weights(version, lora, value_head, score_head)
+        if job.kind is AdapterKind.CRITIC:
+            config = trainable_config(config, self._facts.model)
         adapter = Adapter(job.uid, job.name, job.kind, config, weights)
+        if job.kind is AdapterKind.REWARD:
+            self._declare(adapter, job, manifest)
         if job.with_optimizer:
             adapter.moments = self._read_moments(files, weights)
         return adapter
@@ -222,38 +236,73 @@ class Formats:
         a, b = (self._parameter(tensor, trainable=trainable) for tensor in (a, b))
         return LoraPair.of(a, b, target.scaling, self._dtype)
 
-    def _read_score(self, tensors: dict[str, torch.Tensor]) -> Head:
+    def _heads(
+        self, job: LoadAdapterJob, files: SavedFiles, tensors: dict[str, torch.Tensor]
+    ) -> tuple[Head | None, Head | None]:
+        """The value head and the score head that an adapter of this kind has, one of them at most."""
+        score = self._read_score(tensors) if job.kind in (AdapterKind.REWARD, AdapterKind.CRITIC) else None
+        if job.kind is AdapterKind.REWARD:
+            if score is None:
+                raise FailedPrecondition(
+                    "MISSING_SCORE_HEAD",
+                    "the adapter has no score head: train it with LoraConfig(task_type='SEQ_CLS'), which keeps the "
+                    "head; without a task_type PEFT saves none",
+                    field="path",
+                )
+            return None, self._own_head(score, trainable=False)
+        if not job.kind.trained:
+            return None, None
+        value = self._read_value_head(files)
+        if value is None and score is not None:
+            value = _as_value_head(score, str(job.path), "path")
+        if value is not None:
+            return self._own_head(value), None
+        if job.value_head:
+            return self._fresh_head(torch.Generator().manual_seed(job.seed)), None
+        if job.kind is AdapterKind.CRITIC:
+            raise FailedPrecondition(
+                "MISSING_VALUE_HEAD",
+                f"{job.path} holds neither a value head nor a score head, and a critic has one: set value_head for a "
+                "fresh one",
+                field="value_head",
+            )
+        return None, None
+
+    def _read_score(self, tensors: dict[str, torch.Tensor]) -> Head | None:
         for head in HEAD_NAMES:
             key = f"{PREFIX}{head}.weight"
             if key in tensors:
-                labels = tensors[key].shape[0]
-                if labels != 1:
-                    raise FailedPrecondition(
-                        "SEVERAL_LABELS",
-                        f"the score head has {labels} labels; a reward needs num_labels=1",
-                        field="path",
-                    )
-                weight = _take(tensors, key, (1, self._facts.hidden_size))
-                bias = tensors.pop(f"{PREFIX}{head}.bias", None)
-                return Head(
-                    self._parameter(weight, trainable=False),
-                    None if bias is None else self._parameter(bias, trainable=False),
-                )
-        raise FailedPrecondition(
-            "MISSING_SCORE_HEAD",
-            "the adapter has no score head: train it with LoraConfig(task_type='SEQ_CLS'), which keeps the head; "
-            "without a task_type PEFT saves none",
-            field="path",
-        )
+                labels = int(tensors[key].shape[0])
+                weight = _take(tensors, key, (labels, self._facts.hidden_size))
+                bias = f"{PREFIX}{head}.bias"
+                return Head(weight, _take(tensors, bias, (labels,)) if bias in tensors else None)
+        return None
 
-    def _read_value_head(self, job: LoadAdapterJob, files: SavedFiles) -> Head | None:
+    def _read_value_head(self, files: SavedFiles) -> Head | None:
         path = files.path / "value_head.safetensors"
-        if job.kind is AdapterKind.POLICY and path.exists():
-            tensors = files.tensors(path)
-            weight = _take(tensors, "v_head.summary.weight", (1, self._facts.hidden_size))
-            bias = _take(tensors, "v_head.summary.bias", (1,))
-            return Head(self._parameter(weight), self._parameter(bias))
-        return self._fresh_head(torch.Generator().manual_seed(job.seed)) if job.value_head else None
+        if not path.exists():
+            return None
+        tensors = files.tensors(path)
+        weight = _take(tensors, "v_head.summary.weight", (1, self._facts.hidden_size))
+        return Head(weight, _take(tensors, "v_head.summary.bias", (1,)))
+
+    def _declare(self, adapter: Adapter, job: LoadAdapterJob, manifest: dict[str, Any]) -> None:
+        """Says how a reward reads: as the job does, or else the manifest."""
+        written = manifest.get("append_eos")
+        if not (written is None or isinstance(written, bool)):
+            raise _bad_manifest("append_eos", written, "true or false")
+        adapter.append_eos = written if job.append_eos is None else job.append_eos
+        rule = manifest.get("pooling", adapter.pooling.value)
+        if rule not in [known.value for known in Pooling]:
+            raise _bad_manifest("pooling", rule, " or ".join(known.value for known in Pooling))
+        adapter.pooling = job.pooling or Pooling(rule)
+        if adapter.append_eos and not self._facts.eos_token_ids:
+            raise FailedPrecondition(
+                "NO_EOS_TOKEN",
+                f"{job.path} shall be read with an end-of-sequence token appended, and this base has none: set "
+                "append_eos to no",
+                field="append_eos",
+            )
 
     def _read_moments(self, files: SavedFiles, weights: Weights) -> Moments:
         path = files.path / "optimizer.safetensors"
@@ -301,7 +350,7 @@ class Formats:
             files["optimizer.safetensors"] = _moments_state(Moments.zeros(weights.parameters()))
         config = copy.copy(adapter.config)
         config.inference_mode = True
-        manifest = {
+        manifest: dict[str, Any] = {
             "format": 1,
             "kind": adapter.kind.value,
             "version": weights.version,
@@ -312,6 +361,8 @@ class Formats:
                 "quantization": self._facts.quantization,
             },
         }
+        if adapter.kind is AdapterKind.REWARD:
+            manifest |= {"append_eos": adapter.append_eos, "pooling": adapter.pooling.value}
         size = write_directory(path, config, files, manifest, overwrite=overwrite)
         return SaveResult(path, weights.version, size)
 
@@ -321,6 +372,26 @@ def _moments_state(moments: Moments) -> dict[str, torch.Tensor]:
     state |= {f"exp_avg.{name}": tensor for name, tensor in moments.exp_avg.items()}
     state |= {f"exp_avg_sq.{name}": tensor for name, tensor in moments.exp_avg_sq.items()}
     return state
+
+
+def _as_value_head(score: Head, what: str, field: str) -> Head:
+    """A score head of one label as a value head; the bias is 0 where it has none.
+
+    Raises:
+        FailedPrecondition: it has several labels.
+    """
+    labels = score.weight.shape[0]
+    if labels != 1:
+        raise FailedPrecondition(
+            "SEVERAL_LABELS",
+            f"the score head of {what} has {labels} labels, and a value head has one: begin from a reward of one label",
+            field=field,
+        )
+    return Head(score.weight, torch.zeros(1) if score.bias is None else score.bias)
+
+
+def _bad_manifest(key: str, value: object, wanted: str) -> InvalidArgument:
+    return InvalidArgument("BAD_MANIFEST", f"onebase.json says {key} is {value!r}: use {wanted}", field="path")
 
 
 def _take(tensors: dict[str, torch.Tensor], key: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -341,91 +412,3 @@ def _take(tensors: dict[str, torch.Tensor], key: str, shape: tuple[int, ...]) ->
     if not bool(torch.isfinite(tensor).all()):
         raise InvalidArgument("NONFINITE_TENSOR", f"tensor {key!r} holds NaN or infinity", field="path")
     return tensor
-
-
-def lora_config(spec: LoraSpec, *, conv1d: bool, base: str) -> LoraConfig:
-    """Our words in PEFT's."""
-    targets: str | list[str] = list(spec.target_modules)
-    if spec.target_modules == ("all-linear",):
-        targets = "all-linear"
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base,
-        r=spec.rank,
-        lora_alpha=int(spec.alpha) if spec.alpha == int(spec.alpha) else spec.alpha,
-        target_modules=targets,
-        use_rslora=spec.use_rslora,
-        rank_pattern=dict(spec.rank_pattern),
-        alpha_pattern=dict(spec.alpha_pattern),
-        lora_dropout=0.0,
-        bias="none",
-        fan_in_fan_out=conv1d,
-    )
-
-
-def read_config(files: SavedFiles) -> LoraConfig:
-    """adapter_config.json as PEFT's LoraConfig.
-
-    Raises:
-        FailedPrecondition: it is not a LoRA, or has settings that this PEFT does not know.
-    """
-    raw = files.config()
-    kind = raw.get("peft_type")
-    if kind != "LORA":
-        raise FailedPrecondition(
-            "NOT_LORA", f"peft_type is {kind!r}: only LORA adapters can share a base here", field="path"
-        )
-    known = {name: value for name, value in raw.items() if name in LoraConfig.__dataclass_fields__}
-    strange = sorted(name for name, value in raw.items() if name not in known and name not in _UNDERSTOOD and value)
-    if strange:
-        raise FailedPrecondition(
-            "SETTING_NOT_SUPPORTED", f"adapter_config.json sets {strange[0]!r}, which is not known here", field="path"
-        )
-    known.pop("peft_type", None)
-    try:
-        return LoraConfig(**known)
-    except (TypeError, ValueError) as error:
-        raise InvalidArgument("BAD_CONFIG", f"adapter_config.json of {files.path}: {error}", field="path") from error
-
-
-def check_config(config: LoraConfig, kind: AdapterKind) -> None:
-    """Refuses, by name, every setting that would change numbers in a way we do not compute.
-
-    Raises:
-        FailedPrecondition: with the setting's name and value.
-    """
-
-    def refuse(setting: str, value: object, way_out: str) -> OnebaseError:
-        return FailedPrecondition(
-            "SETTING_NOT_SUPPORTED", f"{setting}={value!r} is not supported: {way_out}", field="path"
-        )
-
-    if config.use_dora:
-        raise refuse("use_dora", True, "train a plain LoRA (use_dora=False)")
-    if config.bias != "none":
-        raise refuse("bias", config.bias, "train with bias='none': biases belong to the shared base")
-    if config.init_lora_weights not in _PLAIN_INITS:
-        raise refuse(
-            "init_lora_weights", config.init_lora_weights, "it changes the base: save it converted to plain LoRA"
-        )
-    extra = sorted(set(config.modules_to_save or ()) - set(HEAD_NAMES))
-    if extra:
-        raise refuse("modules_to_save", extra, "only a score head may be saved with an adapter")
-    default = LoraConfig()
-    for name in config.__dataclass_fields__:
-        value = getattr(config, name)
-        if name not in _UNDERSTOOD and value and value != getattr(default, name):
-            raise refuse(name, value, "train the adapter without it")
-    task = str(getattr(config.task_type, "value", config.task_type) or "")
-    if kind is AdapterKind.REWARD and task not in ("SEQ_CLS", ""):
-        raise FailedPrecondition(
-            "WRONG_TASK_TYPE",
-            f"task_type is {task!r}: a reward adapter needs SEQ_CLS, which keeps its score head",
-            field="path",
-        )
-    if kind is not AdapterKind.REWARD and task not in ("CAUSAL_LM", ""):
-        raise FailedPrecondition(
-            "WRONG_TASK_TYPE",
-            f"task_type is {task!r}: a {kind.value} needs CAUSAL_LM; load this one as a reward",
-            field="path",
-        )

@@ -1,6 +1,7 @@
 """From hidden states to numbers: logprobs and entropies without a full logits tensor, values, scores.
 
-Logits exist for at most CHUNK positions at a time and are reduced in float32: in bfloat16 a log-softmax errs by .06.
+On the device logits exist for at most CHUNK positions at a time, and are reduced in float32: in bfloat16 a log-softmax
+errs by .06.
 """
 
 from __future__ import annotations
@@ -71,6 +72,11 @@ def token_logprobs(
     pieces = [_chunk_logprobs(head.logits(part), wanted, entropy=entropy) for part, wanted in parts]
     logprobs = torch.cat([logprobs for logprobs, _ in pieces])
     return logprobs, torch.cat([entropies for _, entropies in pieces]) if entropy else None
+
+
+def all_logits(head: LmHead, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits, float32 [M, vocabulary] on the host, of states [M, hidden]; CHUNK positions at a time on the device."""
+    return torch.cat([head.logits(part).cpu() for part in torch.split(hidden, CHUNK)])
 
 
 def _chunk_logprobs(logits: torch.Tensor, targets: torch.Tensor, *, entropy: bool) -> tuple[torch.Tensor, torch.Tensor]:

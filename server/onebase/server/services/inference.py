@@ -15,10 +15,13 @@ from onebase.server.calls import deadline_of, perform
 from onebase.server.codec import score
 from onebase.server.codec.fields import version
 from onebase.server.codec.generation import read_generation
-from onebase.server.codec.scoring import read_logprob, read_reference_logprob, read_reward
+from onebase.server.codec.rewards import read_reward, read_terms
+from onebase.server.codec.scoring import read_logprob, read_reference_logprob
 from onebase.server.edge import Edge
 from onebase.server.streams import stream
 from onebase.v1 import inference_pb2, inference_pb2_grpc
+
+_REWARDS = "rewards[{}].adapter"
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -62,8 +65,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         with edge.sessions.use(request.session_id) as session:
             if request.ppo_adapter_name:
                 edge.access.activate(session, request.ppo_adapter_name)
-            adapters = edge.access.rewards(list(request.adapters), "adapters[{}]")
-            plan = await read_reward(request, adapters, edge.reader)
+            terms = read_terms(request, edge.access.rewards([term.adapter for term in request.rewards], _REWARDS))
+            plan = await read_reward(request, terms, edge.reader)
             result = await perform(edge.worker, plan.job, session, deadline_of(context))
             return plan.response(result, session.active if session else "")
 
@@ -78,8 +81,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             adapters = score.Adapters(
                 policy=policy,
                 reference=edge.access.reference(request.reference),
-                rewards=edge.access.rewards(rewards, "rewards[{}].adapter") if outputs.rewards else [],
-                weights=score.read_weights(request, outputs),
+                critic=edge.access.critic(request.critic) if request.critic else None,
+                rewards=read_terms(request, edge.access.rewards(rewards, _REWARDS)) if outputs.rewards else [],
             )
             plan = await score.read_score(request, adapters, outputs, edge.reader)
             result = await perform(edge.worker, plan.job, session, deadline_of(context))

@@ -25,7 +25,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class TrainingService(training_pb2_grpc.TrainingServiceServicer):
-    """Trains the policies that a session holds the lease of."""
+    """Trains the policies and critics that a session holds the lease of."""
 
     def __init__(self, edge: Edge) -> None:
         self._edge = edge
@@ -36,7 +36,7 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
         edge = self._edge
 
         async def work(session: Session | None, deadline: float | None) -> training_pb2.ForwardBackwardResponse:
-            entry = edge.access.policy(_needed(session), request.adapter, "adapter")
+            entry = edge.access.trainable(_needed(session), request.adapter, "adapter")
             job = await read_forward_backward(request, entry, edge.reader)
             edge.sessions.require(session, entry.name)
             result = await settle(edge.worker, job, session, deadline)
@@ -51,7 +51,7 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
         edge = self._edge
 
         async def work(session: Session | None, deadline: float | None) -> training_pb2.OptimStepResponse:
-            entry = edge.access.policy(_needed(session), request.adapter, "adapter")
+            entry = edge.access.trainable(_needed(session), request.adapter, "adapter")
             job = read_optim_step(request, entry)
             edge.sessions.require(session, entry.name)
             result = await settle(edge.worker, job, session, deadline)
@@ -63,5 +63,5 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
 
 def _needed(session: Session | None) -> Session:
     if session is None:
-        raise required("session_id", "open a session, whose lease on the policy training needs")
+        raise required("session_id", "open a session, whose lease on the adapter training needs")
     return session

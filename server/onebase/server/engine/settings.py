@@ -1,0 +1,130 @@
+"""adapter_config.json: PEFT's settings in our words and ours in PEFT's.
+
+What we do not compute the way PEFT does is refused by the name of its setting.
+"""
+
+from __future__ import annotations
+
+import copy
+
+from peft import LoraConfig
+
+from onebase.server.engine.files import SavedFiles
+from onebase.server.errors import FailedPrecondition, InvalidArgument, OnebaseError
+from onebase.server.jobs import AdapterKind, LoraSpec
+
+HEAD_NAMES = ("score", "classifier")
+
+_UNDERSTOOD = {
+    *(
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "peft_version",
+    ),
+    *("r", "lora_alpha", "target_modules", "exclude_modules", "use_rslora", "rank_pattern", "alpha_pattern"),
+    *("layers_to_transform", "layers_pattern", "fan_in_fan_out", "lora_dropout", "modules_to_save", "runtime_config"),
+    *("init_lora_weights", "eva_config", "loftq_config", "corda_config", "lora_ga_config", "ensure_weight_tying"),
+}
+_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+"""Ways to begin that leave the base's weights as they are."""
+
+
+def lora_config(spec: LoraSpec, *, conv1d: bool, base: str) -> LoraConfig:
+    """Our words in PEFT's."""
+    targets: str | list[str] = list(spec.target_modules)
+    if spec.target_modules == ("all-linear",):
+        targets = "all-linear"
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+        r=spec.rank,
+        lora_alpha=int(spec.alpha) if spec.alpha == int(spec.alpha) else spec.alpha,
+        target_modules=targets,
+        use_rslora=spec.use_rslora,
+        rank_pattern=dict(spec.rank_pattern),
+        alpha_pattern=dict(spec.alpha_pattern),
+        lora_dropout=0.0,
+        bias="none",
+        fan_in_fan_out=conv1d,
+    )
+
+
+def trainable_config(config: LoraConfig, base: str) -> LoraConfig:
+    """The settings of a policy or critic that begins as a copy of another adapter: no score head belongs to it."""
+    own = copy.copy(config)
+    own.task_type, own.modules_to_save, own.base_model_name_or_path = "CAUSAL_LM", None, base
+    return own
+
+
+def read_config(files: SavedFiles) -> LoraConfig:
+    """adapter_config.json as PEFT's LoraConfig.
+
+    Raises:
+        FailedPrecondition: it is not a LoRA, or has settings that this PEFT does not know.
+    """
+    raw = files.config()
+    kind = raw.get("peft_type")
+    if kind != "LORA":
+        raise FailedPrecondition(
+            "NOT_LORA", f"peft_type is {kind!r}: only LORA adapters can share a base here", field="path"
+        )
+    known = {name: value for name, value in raw.items() if name in LoraConfig.__dataclass_fields__}
+    strange = sorted(name for name, value in raw.items() if name not in known and name not in _UNDERSTOOD and value)
+    if strange:
+        raise FailedPrecondition(
+            "SETTING_NOT_SUPPORTED", f"adapter_config.json sets {strange[0]!r}, which is not known here", field="path"
+        )
+    known.pop("peft_type", None)
+    try:
+        return LoraConfig(**known)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument("BAD_CONFIG", f"adapter_config.json of {files.path}: {error}", field="path") from error
+
+
+def check_config(config: LoraConfig, kind: AdapterKind) -> None:
+    """Refuses, by name, every setting that would change numbers in a way we do not compute.
+
+    Raises:
+        FailedPrecondition: with the setting's name and value.
+    """
+
+    def refuse(setting: str, value: object, way_out: str) -> OnebaseError:
+        return FailedPrecondition(
+            "SETTING_NOT_SUPPORTED", f"{setting}={value!r} is not supported: {way_out}", field="path"
+        )
+
+    if config.use_dora:
+        raise refuse("use_dora", True, "train a plain LoRA (use_dora=False)")
+    if config.bias != "none":
+        raise refuse("bias", config.bias, "train with bias='none': biases belong to the shared base")
+    if config.init_lora_weights not in _PLAIN_INITS:
+        raise refuse(
+            "init_lora_weights", config.init_lora_weights, "it changes the base: save it converted to plain LoRA"
+        )
+    extra = sorted(set(config.modules_to_save or ()) - set(HEAD_NAMES))
+    if extra:
+        raise refuse("modules_to_save", extra, "only a score head may be saved with an adapter")
+    default = LoraConfig()
+    for name in config.__dataclass_fields__:
+        value = getattr(config, name)
+        if name not in _UNDERSTOOD and value and value != getattr(default, name):
+            raise refuse(name, value, "train the adapter without it")
+    task = str(getattr(config.task_type, "value", config.task_type) or "")
+    if kind is AdapterKind.CRITIC and task in ("CAUSAL_LM", "SEQ_CLS", ""):
+        return
+    if kind is AdapterKind.REWARD and task not in ("SEQ_CLS", ""):
+        raise FailedPrecondition(
+            "WRONG_TASK_TYPE",
+            f"task_type is {task!r}: a reward adapter needs SEQ_CLS, which keeps its score head",
+            field="path",
+        )
+    if kind is not AdapterKind.REWARD and task not in ("CAUSAL_LM", ""):
+        raise FailedPrecondition(
+            "WRONG_TASK_TYPE",
+            f"task_type is {task!r}: a {kind.value} needs CAUSAL_LM; load this one as a reward",
+            field="path",
+        )

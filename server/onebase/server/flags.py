@@ -1,0 +1,63 @@
+"""The flags of `onebase serve` that name adapters, as settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from onebase.server.config import AdapterSource, ConfigError
+from onebase.server.jobs import Pooling
+
+T = TypeVar("T")
+
+_YES_OR_NO = {"yes": True, "no": False}
+_POOLINGS = {rule.value: rule for rule in Pooling}
+
+
+def sources(flag: str, values: list[str] | None, *, with_path: bool) -> tuple[AdapterSource, ...]:
+    """The adapters that a repeated flag names, each NAME=PATH, or NAME alone unless it must be `with_path`.
+
+    Raises:
+        ConfigError: a path is missing.
+    """
+    found = []
+    for value in values or ():
+        name, equals, path = value.partition("=")
+        if equals and not path:
+            raise ConfigError(f"{flag} is {value!r}: give a directory after the '='")
+        if with_path and not path:
+            raise ConfigError(f"{flag} is {value!r}: give its directory too, as NAME=PATH")
+        found.append(AdapterSource(name, Path(path) if path else None))
+    return tuple(found)
+
+
+def reward_sources(
+    rewards: list[str] | None, append_eos: list[str] | None, pooling: list[str] | None
+) -> tuple[AdapterSource, ...]:
+    """The reward adapters, with what --reward-append-eos and --reward-pooling declare of them.
+
+    Raises:
+        ConfigError: a path is missing, a choice is none, or a name is not that of a reward.
+    """
+    named = sources("--reward", rewards, with_path=True)
+    names = [source.name for source in named]
+    eos = _choices("--reward-append-eos", append_eos, _YES_OR_NO, names)
+    rules = _choices("--reward-pooling", pooling, _POOLINGS, names)
+    return tuple(replace(one, append_eos=eos.get(one.name), pooling=rules.get(one.name)) for one in named)
+
+
+def _choices(flag: str, values: list[str] | None, known: Mapping[str, T], names: list[str]) -> dict[str, T]:
+    """What each NAME=CHOICE of a flag says, by name."""
+    found: dict[str, T] = {}
+    for value in values or ():
+        name, _, choice = value.partition("=")
+        if choice not in known:
+            raise ConfigError(f"{flag} is {value!r}: give NAME=CHOICE, with one of {', '.join(known)}")
+        if name not in names:
+            raise ConfigError(f"{flag} is {value!r}: no --reward has this name; give --reward {name}=PATH too")
+        if name in found:
+            raise ConfigError(f"{flag} is {value!r}: {name!r} was given before; say it once")
+        found[name] = known[choice]
+    return found
