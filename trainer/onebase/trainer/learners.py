@@ -6,14 +6,14 @@ A learner is what the loop knows of an algorithm: rows of prompts in, what came 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
 from onebase.client import types as t
 from onebase.trainer.algorithms import GrpoStepper, PpoStepper, ReinforcePpStepper, RlooStepper, SftStepper
-from onebase.trainer.algorithms.experience import read_experience
+from onebase.trainer.algorithms.experience import numbers_of, read_experience
 from onebase.trainer.algorithms.stepper import PolicyStepper
 from onebase.trainer.config import TrainConfig
 from onebase.trainer.parsing import ConfigError
@@ -132,9 +132,9 @@ class Reinforcement:
             rollout.prompts,
             rollout.responses,
             judged.rewards,
-            self._numbers(rollout, judged),
-            stepper.outputs,
+            numbers_of(judged.scored, self._asked) | numbers_of(rollout.completions, self._brought),
             query_lengths=[completion.prompt_tokens for completion in rollout.completions],
+            version=rollout.completions[0].adapter.version,
         )
         stats = stepper.update(experience)
         stats |= reward_stats(judged.rewards)
@@ -154,20 +154,6 @@ class Reinforcement:
         """Takes up what `state` gave, with the policy at this version."""
         self._stepper.restore(state)
         self._stepper.version = version
-
-    def _numbers(self, rollout: Rollout, judged: Judged) -> Sequence[t.Score]:
-        """What Score said of each completion, with what the completions themselves brought."""
-        if not self._brought:
-            return judged.scored
-        answers = judged.scored or [_NOTHING_ASKED] * len(rollout.completions)
-        return [
-            replace(
-                answer,
-                policy=completion.adapter,
-                **{output: getattr(completion, output) for output in self._brought},
-            )
-            for answer, completion in zip(answers, rollout.completions, strict=True)
-        ]
 
 
 class Imitation:
@@ -235,18 +221,3 @@ def _judged_samples(rollout: Rollout, judged: Judged) -> list[Mapping[str, Any]]
         }
         for index, (row, completion) in enumerate(zip(rollout.rows, rollout.completions, strict=True))
     ]
-
-
-_NOTHING_ASKED = t.Score(
-    logprobs=None,
-    reference_logprobs=None,
-    values=None,
-    entropy=None,
-    scores={},
-    reward=0.0,
-    completion_tokens=None,
-    eos_appended=False,
-    policy=t.AdapterVersion("", 0),
-    reference=t.AdapterVersion("", 0),
-)
-"""Stands for the answer where Score had nothing to answer."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,7 +38,8 @@ class Experience:
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens that count, by completion [B]."""
-        return self.mask.sum(axis=1)
+        counts: NDArray[np.int64] = self.mask.sum(axis=1)
+        return counts
 
     def row(self, numbers: Array, index: int) -> NDArray[np.float32]:
         """A completion's part of an array [B, T], without the padding, as it goes over the wire."""
@@ -53,46 +54,50 @@ def read_experience(
     queries: Sequence[t.Content],
     responses: Sequence[t.Tokens],
     scores: ArrayLike,
-    scored: Sequence[t.Score],
-    outputs: Sequence[t.ScoreOutput],
+    numbers: Mapping[str, Sequence[NDArray[np.float32]]],
     response_masks: Sequence[ArrayLike] | None = None,
     *,
     query_lengths: Sequence[int],
+    version: int,
 ) -> Experience:
-    """Puts together what a Score call answered.
+    """Puts together what is known of a batch.
 
     Args:
         queries: each prompt, [B].
         responses: token ids of each completion, at least one each, [B].
         scores: what each completion is worth, [B].
-        scored: the policy's numbers, those in `outputs`, [B].
-        outputs: logprobs, and maybe reference_logprobs and values.
+        numbers: by name "logprobs", and maybe "reference_logprobs" and "values" of each completion, [B] of [t].
         response_masks: for each completion, which of its tokens count; all without it.
         query_lengths: each prompt's tokens, [B].
+        version: the policy's version that the numbers are of.
 
     Raises:
         ValueError: lengths that do not fit together, or a score that is not finite.
     """
     mask = _masks(responses, response_masks)
-    width = mask.shape[1]
-
-    def padded(output: t.ScoreOutput) -> Array | None:
-        return pad([_asked(score, output) for score in scored], width) if output in outputs else None
-
-    logprobs = padded("logprobs")
-    if logprobs is None:
-        raise ValueError("outputs lacks logprobs, which every algorithm needs")
+    padded = {name: pad(rows, mask.shape[1]) for name, rows in numbers.items()}
     return Experience(
         queries=queries,
         query_lengths=query_lengths,
         responses=responses,
         scores=_scores(scores, len(queries)),
         mask=mask,
-        logprobs=logprobs,
-        reference_logprobs=padded("reference_logprobs"),
-        values=padded("values"),
-        version=scored[0].policy.version,
+        logprobs=padded["logprobs"],
+        reference_logprobs=padded.get("reference_logprobs"),
+        values=padded.get("values"),
+        version=version,
     )
+
+
+def numbers_of(
+    answers: Sequence[t.Score] | Sequence[t.Completion], outputs: Iterable[t.ScoreOutput]
+) -> dict[str, list[NDArray[np.float32]]]:
+    """The `outputs` that Score or Generate gave for each completion, by name.
+
+    Raises:
+        ValueError: one was not asked for.
+    """
+    return {output: [_given(answer, output) for answer in answers] for output in outputs}
 
 
 def check_batch(queries: Sequence[t.Content], responses: Sequence[t.Tokens], batch_size: int) -> None:
@@ -133,8 +138,8 @@ def _masks(responses: Sequence[t.Tokens], given: Sequence[ArrayLike] | None) -> 
     return mask
 
 
-def _asked(score: t.Score, output: t.ScoreOutput) -> NDArray[np.float32]:
-    numbers: NDArray[np.float32] | None = getattr(score, output)
+def _given(answer: t.Score | t.Completion, output: t.ScoreOutput) -> NDArray[np.float32]:
+    numbers: NDArray[np.float32] | None = getattr(answer, output)
     if numbers is None:
-        raise ValueError(f"a score lacks {output}; ask Score for it")
+        raise ValueError(f"an answer lacks {output}; ask for it")
     return numbers

@@ -112,4 +112,5 @@ class RlooStepper(PolicyStepper[RlooConfig]):
 def leave_one_out(rewards: Array) -> Array:
     """Rewards [groups, completions] less the mean of the others of their group."""
     others = rewards.sum(axis=1, keepdims=True) - rewards
-    return rewards - others / (rewards.shape[1] - 1)
+    advantages: Array = rewards - others / (rewards.shape[1] - 1)
+    return advantages

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from onebase.client import types as t
-from onebase.trainer.algorithms.experience import Experience, check_batch, read_experience
+from onebase.trainer.algorithms.experience import Experience, check_batch, numbers_of, read_experience
 from onebase.trainer.hyperparameters import Reinforcement
 from onebase.trainer.stats import Stats, kl_stats, length_stats, pass_stats
 from onebase.trainer.timing import Stopwatch
@@ -107,10 +107,16 @@ class PolicyStepper(ABC, Generic[Config]):
         check_batch(queries, responses, self.config.batch_size)
         scored = self._score(queries, responses)
         forward = times.lap()
-        lengths = [len(query) for query in queries]
-        stats = self.update(
-            read_experience(queries, responses, scores, scored, self.outputs, response_masks, query_lengths=lengths)
+        experience = read_experience(
+            queries,
+            responses,
+            scores,
+            numbers_of(scored, self.outputs),
+            response_masks,
+            query_lengths=[len(query) for query in queries],
+            version=scored[0].policy.version,
         )
+        stats = self.update(experience)
         total = forward + times.lap()
         return stats | {f"time/{self.name}/forward_pass": forward, f"time/{self.name}/total": total}
 
@@ -188,5 +194,5 @@ def training_sequence(experience: Experience, index: int, **arrays: NDArray[np.f
         prompt=cast("t.Tokens", experience.queries[index]),
         completion=experience.responses[index],
         mask=experience.row_mask(index),
-        **{name: experience.row(numbers, index) for name, numbers in arrays.items()},  # type: ignore[arg-type]  # a mask is not among them
+        **{name: experience.row(numbers, index) for name, numbers in arrays.items()},
     )
