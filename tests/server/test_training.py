@@ -6,7 +6,17 @@ import pytest
 from server.fakes import logprobs, values
 from server.harness import array, floats, mask, pair, refused
 
-from onebase.server.jobs import AdamW, ForwardBackwardJob, OptimStepJob, PpoLoss
+from onebase.server.jobs import (
+    AdamW,
+    CrossEntropyLoss,
+    CustomLoss,
+    DpoLoss,
+    ForwardBackwardJob,
+    ImportanceSamplingLoss,
+    OptimStepJob,
+    PpoLoss,
+    ValueLoss,
+)
 from onebase.v1 import adapters_pb2, sessions_pb2, training_pb2
 
 
@@ -57,6 +67,7 @@ def test_a_pass_with_everything_given(live, session):
         assert getattr(first, name).tolist() == expected
     uid = live.uid("p1")
     np.testing.assert_array_equal(array(response.logprobs[1]), logprobs(uid, second.tokens, 1))
+    np.testing.assert_array_equal(array(response.entropy[1]), -logprobs(uid, second.tokens, 1))
     np.testing.assert_array_equal(array(response.values[0]), values(uid, first.tokens, 2))
     assert (response.adapter.name, response.adapter.version, response.pending_gradients) == ("p1", 0, 1)
     assert dict(response.metrics) == {"loss/total": 0.5}
@@ -108,6 +119,147 @@ def test_without_a_value_loss_no_head_and_no_values_are_needed(live, session):
     request.sequences[0].ClearField("returns")
     live.training.ForwardBackward(request)
     assert live.worker.executed[-1].rows[0].returns is None
+
+
+def bare(**arrays):
+    return training_pb2.TrainingSequence(
+        sequence=pair((9, 8), (7, 6)), **{name: floats(*numbers) for name, numbers in arrays.items()}
+    )
+
+
+PPO_ARRAYS = {"old_logprobs": (-1, -2), "advantages": (1, -1), "old_values": (0.5, 1), "returns": (2, 3)}
+IMPORTANCE_ARRAYS = {name: PPO_ARRAYS[name] for name in ("old_logprobs", "advantages")}
+VALUE_ARRAYS = {name: PPO_ARRAYS[name] for name in ("old_values", "returns")}
+REFERENCE = {"reference_logprobs": (-3, -4)}
+GRADIENTS = {"logprob_gradients": (1, 2), "value_gradients": (3, 4), "entropy_gradients": (5, 6)}
+
+LOSSES = [
+    ({"importance_sampling": {}}, ImportanceSamplingLoss(), IMPORTANCE_ARRAYS),
+    ({"cross_entropy": {}}, CrossEntropyLoss(), {}),
+    ({"dpo": {}}, DpoLoss(0.1, 0.0), REFERENCE),
+    ({"dpo": {"beta": 0.5, "label_smoothing": 0.25}}, DpoLoss(0.5, 0.25), REFERENCE),
+    ({"custom": {}}, CustomLoss(), GRADIENTS),
+    ({"value": {}}, ValueLoss(0.2), VALUE_ARRAYS),
+    ({"value": {"cliprange_value": 0.5}}, ValueLoss(0.5), VALUE_ARRAYS),
+    (
+        {"ppo": {"cliprange_high": 0.5, "kl_coef": 0.25, "entropy_coef": 0.125}},
+        PpoLoss(cliprange_high=0.5, kl_coef=0.25, entropy_coef=0.125),
+        {**PPO_ARRAYS, **REFERENCE},
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "loss", "arrays"), LOSSES, ids=lambda case: str(case)[:40])
+def test_every_loss_is_read_with_its_arrays(live, session, given, loss, arrays):
+    rows = [bare(**arrays, weights=(0.5, -2)), bare(**arrays)]
+    live.training.ForwardBackward(training_pb2.ForwardBackwardRequest(session_id=session, sequences=rows, **given))
+    job = live.worker.executed[-1]
+    assert job.loss == loss
+    first, second = job.rows
+    for name in (*PPO_ARRAYS, *REFERENCE, *GRADIENTS):
+        found = getattr(first, name)
+        assert (None if found is None else tuple(found)) == arrays.get(name), name
+    assert (first.weights.tolist(), second.weights) == ([0.5, -2], None)
+
+
+@pytest.mark.parametrize(("given", "loss", "arrays"), LOSSES, ids=lambda case: str(case)[:40])
+def test_an_array_that_a_loss_does_not_use_is_refused(live, session, given, loss, arrays):
+    for name in {*PPO_ARRAYS, *REFERENCE, *GRADIENTS} - set(arrays):
+        rows = [bare(**arrays), bare(**arrays, **{name: (1, 2)})]
+        request = training_pb2.ForwardBackwardRequest(session_id=session, sequences=rows, **given)
+        refusal = refused(live.training.ForwardBackward, request)
+        assert (refusal.code, refusal.reason, refusal.field) == (
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "UNUSED_FIELD",
+            f"sequences[1].{name}",
+        )
+        assert type(loss).__name__ in refusal.message
+
+
+@pytest.mark.parametrize(("given", "loss", "arrays"), LOSSES, ids=lambda case: str(case)[:40])
+def test_an_array_that_a_loss_needs_is_required(live, session, given, loss, arrays):
+    missing = [] if isinstance(loss, CustomLoss) else list(arrays)
+    for name in missing:
+        rows = [bare(**arrays), bare(**{other: arrays[other] for other in arrays if other != name})]
+        request = training_pb2.ForwardBackwardRequest(session_id=session, sequences=rows, **given)
+        refusal = refused(live.training.ForwardBackward, request)
+        assert (refusal.reason, refusal.field) == ("REQUIRED", f"sequences[1].{name}")
+        assert "2 numbers" in refusal.message
+
+
+def test_the_reference_of_ppo_needs_a_coefficient(live, session):
+    refusal = refused(live.training.ForwardBackward, forward_backward(session, [bare(**PPO_ARRAYS, **REFERENCE)]))
+    assert (refusal.reason, refusal.field) == ("UNUSED_FIELD", "sequences[0].reference_logprobs")
+    assert "ppo.kl_coef" in refusal.message
+
+
+def custom(session, *rows, **more):
+    return training_pb2.ForwardBackwardRequest(session_id=session, sequences=rows, custom={}, **more)
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_a_custom_loss_needs_one_of_its_derivatives(live, session, name):
+    live.training.ForwardBackward(custom(session, bare(**{name: (1, 2)})))
+    job = live.worker.executed[-1]
+    assert job.count == 1
+    assert (job.needs_values, job.needs_entropy_gradient) == (name == "value_gradients", name == "entropy_gradients")
+    refusal = refused(live.training.ForwardBackward, custom(session, bare(**{name: (1, 2)}), bare()))
+    assert (refusal.reason, refusal.field) == ("REQUIRED", "sequences[1].logprob_gradients")
+
+
+def test_derivatives_by_values_and_the_value_loss_need_a_head(live, session):
+    live.adapters.CreateAdapter(adapters_pb2.CreateAdapterRequest(session_id=session, name="headless"))
+    rows = [bare(logprob_gradients=(1, 2)), bare(value_gradients=(1, 2))]
+    live.training.ForwardBackward(custom(session, *rows[:1], adapter="headless"))
+    values_alone = training_pb2.ForwardBackwardRequest(
+        session_id=session, adapter="headless", sequences=[bare(**VALUE_ARRAYS)], value={}
+    )
+    for request, field in (
+        (custom(session, *rows, adapter="headless"), "sequences[1].value_gradients"),
+        (values_alone, "value"),
+    ):
+        refusal = refused(live.training.ForwardBackward, request)
+        assert (refusal.code, refusal.reason, refusal.field) == (
+            grpc.StatusCode.FAILED_PRECONDITION,
+            "NO_VALUE_HEAD",
+            field,
+        )
+
+
+def test_a_chosen_sequence_needs_its_rejected_one(live, session):
+    request = training_pb2.ForwardBackwardRequest(session_id=session, sequences=[bare(**REFERENCE)] * 3, dpo={})
+    refusal = refused(live.training.ForwardBackward, request)
+    assert (refusal.code, refusal.reason, refusal.field) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "UNPAIRED",
+        "sequences[2]",
+    )
+    assert "3 sequences" in refusal.message
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ({"ppo": {"cliprange_high": 0}}, "ppo.cliprange_high"),
+        ({"ppo": {"kl_coef": -1}}, "ppo.kl_coef"),
+        ({"ppo": {"entropy_coef": -0.5}}, "ppo.entropy_coef"),
+        ({"dpo": {"beta": 0}}, "dpo.beta"),
+        ({"dpo": {"label_smoothing": 0.5}}, "dpo.label_smoothing"),
+        ({"dpo": {"label_smoothing": -0.1}}, "dpo.label_smoothing"),
+        ({"value": {"cliprange_value": -1}}, "value.cliprange_value"),
+    ],
+    ids=str,
+)
+def test_settings_out_of_their_range_are_refused(live, session, given, field):
+    request = training_pb2.ForwardBackwardRequest(session_id=session, sequences=[bare()] * 2, **given)
+    refusal = refused(live.training.ForwardBackward, request)
+    assert (refusal.code, refusal.reason, refusal.field) == (grpc.StatusCode.INVALID_ARGUMENT, "OUT_OF_RANGE", field)
+
+
+def test_a_loss_must_be_named(live, session):
+    request = training_pb2.ForwardBackwardRequest(session_id=session, sequences=[bare()])
+    refusal = refused(live.training.ForwardBackward, request)
+    assert (refusal.reason, refusal.field) == ("REQUIRED", "loss")
 
 
 @pytest.mark.parametrize("method", ["ForwardBackward", "OptimStep"])

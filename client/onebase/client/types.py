@@ -329,12 +329,12 @@ class ForwardBackward:
     """loss/total and the loss's other numbers, for PPO under TRL's names without "ppo/": policy/approxkl, …"""
     logprobs: tuple[Floats, ...]
     """[t] per sequence; none from a ValueLoss."""
-    entropy: tuple[Floats, ...]
-    """[t] per sequence, nats; none from a ValueLoss."""
     values: tuple[Floats, ...]
     """[t] per sequence; none without a value head."""
     ratio_threshold_exceeded: bool
     pending_gradients: int
+    entropy: tuple[Floats, ...] = ()
+    """[t] per sequence, nats; none from a ValueLoss."""
 
 
 @dataclass(frozen=True)

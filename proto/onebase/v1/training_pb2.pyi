@@ -21,7 +21,10 @@ DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
 @typing.final
 class TrainingSequence(google.protobuf.message.Message):
-    """A sequence to train on; t is its number of completion tokens. Arrays are DTYPE_FLOAT32 of shape [t]."""
+    """A sequence to train on; t is its number of completion tokens. Arrays are DTYPE_FLOAT32 of shape [t]. Each loss says
+    which it needs (REQUIRED where one is missing); one that it does not use is refused as UNUSED_FIELD. All take a mask
+    and weights.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -66,7 +69,9 @@ class TrainingSequence(google.protobuf.message.Message):
 
     @property
     def weights(self) -> onebase.v1.types_pb2.Tensor:
-        """What each token that counts weighs in the loss's sum; unset is 1."""
+        """What each token's term weighs in the loss's sum, or, for dpo, in its sequence's sum of logprobs; unset is 1. The
+        denominator counts tokens, whatever they weigh.
+        """
 
     @property
     def logprob_gradients(self) -> onebase.v1.types_pb2.Tensor:
@@ -106,6 +111,9 @@ class PpoLoss(google.protobuf.message.Message):
 
       mean max(-A·ratio, -A·clip(ratio, 1 ± cliprange))
       + vf_coef · 0.5 · mean max((v - R)², (clip(v, v_old ± cliprange_value) - R)²)
+
+    It needs old_logprobs, advantages, old_values and returns; without a vf_coef the last two only make statistics, and
+    may be left out. With a kl_coef it needs reference_logprobs.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -161,7 +169,7 @@ Global___PpoLoss: typing_extensions.TypeAlias = PpoLoss
 
 @typing.final
 class ImportanceSamplingLoss(google.protobuf.message.Message):
-    """The policy gradient with importance sampling, -A·ratio, not clipped: old_logprobs and advantages."""
+    """The policy gradient with importance sampling, -A·ratio, not clipped. It needs old_logprobs and advantages."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -173,7 +181,7 @@ Global___ImportanceSamplingLoss: typing_extensions.TypeAlias = ImportanceSamplin
 
 @typing.final
 class CrossEntropyLoss(google.protobuf.message.Message):
-    """The negative logprob of every token that counts: supervised fine-tuning."""
+    """The negative logprob of every token that counts: supervised fine-tuning. It needs no array."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -187,7 +195,8 @@ Global___CrossEntropyLoss: typing_extensions.TypeAlias = CrossEntropyLoss
 class DpoLoss(google.protobuf.message.Message):
     """Direct preference optimization (Rafailov et al. 2023):
     -log sigmoid(beta · ((chosen - its reference) - (rejected - its reference)))
-    of each pair's summed logprobs. Sequences come in pairs, chosen then rejected, with reference_logprobs.
+    of each pair's summed logprobs. Sequences come in pairs, chosen then rejected (UNPAIRED if one is left over), with
+    reference_logprobs.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -197,7 +206,9 @@ class DpoLoss(google.protobuf.message.Message):
     beta: builtins.float
     """How strongly to hold to the reference; unset is 0.1."""
     label_smoothing: builtins.float
-    """Share of the pairs that may be labelled the wrong way round, in [0, 0.5)."""
+    """Share of the pairs that may be labelled the wrong way round, in [0, 0.5): the loss has so much of the pair the other
+    way round in it (Mitchell 2023).
+    """
     def __init__(
         self,
         *,
@@ -212,7 +223,9 @@ Global___DpoLoss: typing_extensions.TypeAlias = DpoLoss
 
 @typing.final
 class CustomLoss(google.protobuf.message.Message):
-    """A loss that lives in the client: its derivatives by logprob, value and entropy, at the version it expects."""
+    """A loss that lives in the client: its derivatives by logprob, value and entropy, at the version it expects. It needs
+    at least one of logprob_gradients, value_gradients (with a value head) and entropy_gradients of each sequence.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -224,7 +237,9 @@ Global___CustomLoss: typing_extensions.TypeAlias = CustomLoss
 
 @typing.final
 class ValueLoss(google.protobuf.message.Message):
-    """The clipped value loss alone, 0.5 · max((v - R)², (clip(v, v_old ± cliprange_value) - R)²): for a critic."""
+    """The clipped value loss alone, 0.5 · max((v - R)², (clip(v, v_old ± cliprange_value) - R)²): for a critic. It needs
+    old_values and returns, and no logits: the response has neither logprobs nor entropies.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -367,14 +382,18 @@ class ForwardBackwardResponse(google.protobuf.message.Message):
 
     @property
     def metrics(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
-        """Numbers under TRL's names without the "ppo/" prefix: loss/policy, loss/value, loss/total, policy/entropy,
-        policy/approxkl, policy/policykl, policy/clipfrac, policy/advantages_mean, policy/ratio, returns/mean,
-        returns/var, val/vpred, val/error, val/clipfrac, val/mean, val/var.
+        """loss/total, and the loss's other numbers under TRL's names without the "ppo/" prefix. ppo: loss/policy, loss/value,
+        policy/entropy, policy/approxkl, policy/policykl, policy/clipfrac, policy/advantages_mean, policy/ratio,
+        returns/mean, returns/var, val/vpred, val/error, val/clipfrac, val/mean, val/var; with a kl_coef policy/kl.
+        importance_sampling: loss/policy, policy/{entropy,approxkl,policykl,ratio}. cross_entropy: loss/cross_entropy,
+        perplexity, policy/entropy. dpo: loss/dpo, rewards/{chosen,rejected,margins,accuracies}, logps/{chosen,rejected},
+        policy/entropy. value: loss/value, returns/…, val/…. custom: loss/total is Σ derivative · number; policy/entropy.
+        loss/… are divided by the denominator and weighted, the others are means over the tokens (or pairs) that count.
         """
 
     @property
     def logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[onebase.v1.types_pb2.Tensor]:
-        """Logprobs under the current version, one DTYPE_FLOAT32 array of shape [t] per sequence."""
+        """Logprobs under the current version, one DTYPE_FLOAT32 array of shape [t] per sequence; none with the value loss."""
 
     @property
     def values(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[onebase.v1.types_pb2.Tensor]:
@@ -382,7 +401,7 @@ class ForwardBackwardResponse(google.protobuf.message.Message):
 
     @property
     def entropy(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[onebase.v1.types_pb2.Tensor]:
-        """Entropies under the current version in nats, one DTYPE_FLOAT32 array of shape [t] per sequence."""
+        """Entropies under the current version in nats, like logprobs."""
 
     def __init__(
         self,

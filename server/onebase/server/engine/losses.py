@@ -64,6 +64,8 @@ class Then:
         lengths = tuple(len(row.tokens) - row.start for row in rows)
 
         def flat(arrays: Sequence[Floats | None], absent: float = 0.0) -> torch.Tensor:
+            if all(array is None for array in arrays):
+                return torch.full((sum(lengths),), absent, device=device)
             parts = [
                 np.full(length, absent, dtype=np.float32) if array is None else array.astype(np.float32)
                 for array, length in zip(arrays, lengths, strict=True)
