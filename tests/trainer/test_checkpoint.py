@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from onebase.trainer import checkpoint
-from onebase.trainer.checkpoint import STATE_FILE, TrainerState, load_state, save_state, write_json
+from onebase.trainer.checkpoint import STATE_FILE, AdapterMark, TrainerState, load_state, save_state, write_json
 from onebase.trainer.evaluation import Evaluation
 from onebase.trainer.parsing import ConfigError
 
@@ -28,9 +28,8 @@ def make_state(**changes):
         "before": before,
         "latest": None,
         "session_id": "secret",
-        "adapter_path": "/root/p/checkpoint-000007",
-        "adapter_version": 28,
-        "adapter_create_time": 1763798675.123456,
+        "adapter": AdapterMark("/root/p/checkpoint-000007", 28, 1763798675.123456),
+        "critic": AdapterMark("", 27, 1763798675.5),
     }
     return TrainerState(**fields | changes)
 

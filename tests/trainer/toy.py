@@ -158,12 +158,13 @@ class ToySession:
 
     # ------------------------------------------------------------------------------------------- adapters
 
-    def create_adapter(self, name, lora=None, *, value_head=True, seed=0):
+    def create_adapter(self, name, lora=None, *, kind="policy", value_head=True, init_from="", seed=0):
         if name in self.server.adapters:
             raise AlreadyExistsError(name)
-        adapter = ToyAdapter(name, create_time=float(next(self.server.clock)), value_head=value_head)
+        adapter = ToyAdapter(name, create_time=float(next(self.server.clock)), kind=kind, value_head=value_head)
         self.server.adapters[name] = adapter
         self.server.calls.append(("create_adapter", {"name": name, "lora": lora, "seed": seed}))
+        self.server.begun_from = init_from
         return adapter.facts()
 
     def save_adapter(self, path, *, name="", with_optimizer=False, overwrite=False):
@@ -237,11 +238,14 @@ class ToySession:
         append_eos=None,
         pooling=None,
         ppo_adapter_name="",
+        critic="",
     ):
         rewards = None if rewards is None else {term.key: term.weight for term in rewards}
         self.server.calls.append(("score", {"rewards": rewards, "outputs": tuple(outputs), "append_eos": append_eos}))
         self.server.pooling = pooling
         adapter = self._adapter(ppo_adapter_name)
+        teller = self._adapter(critic)
+        assert "values" not in outputs or teller.value_head
         policy, base = log_softmax(self._logits(adapter)), log_softmax(self.server.reference)
         scores = []
         for sequence in sequences:
@@ -253,7 +257,7 @@ class ToySession:
                     reference_logprobs=base[before, tokens].astype(np.float32)
                     if "reference_logprobs" in outputs
                     else None,
-                    values=adapter.weights[before, VOCABULARY].astype(np.float32) if "values" in outputs else None,
+                    values=teller.weights[before, VOCABULARY].astype(np.float32) if "values" in outputs else None,
                     entropy=None,
                     scores=raw,
                     reward=sum((rewards or {})[name] * score for name, score in raw.items()),
@@ -285,7 +289,12 @@ class ToySession:
         target = self._adapter(adapter)
         self._check_version(target, expected_version)
         batch = ToyBatch(self, target, sequences)
-        kinds = {t.PpoLoss: batch.ppo, t.CustomLoss: batch.custom, t.CrossEntropyLoss: batch.cross_entropy}
+        kinds = {
+            t.PpoLoss: batch.ppo,
+            t.CustomLoss: batch.custom,
+            t.CrossEntropyLoss: batch.cross_entropy,
+            t.ValueLoss: batch.value_alone,
+        }
         count = denominator or (1 if isinstance(loss, t.CustomLoss) else batch.mask.sum())
         metrics = kinds[type(loss)](loss, count)
         target.pending += 1
@@ -294,7 +303,7 @@ class ToySession:
         )
         return t.ForwardBackward(
             adapter=self._version(target),
-            metrics={"policy/entropy": batch.entropy, **metrics},
+            metrics=metrics if target.kind == "critic" else {"policy/entropy": batch.entropy, **metrics},
             logprobs=(),
             entropy=(),
             values=(),
@@ -405,7 +414,7 @@ class ToyBatch:
             total += loss.kl_coef * ((np.exp(difference) - difference - 1) * self.weights).sum() / count
             d_logprob = d_logprob + loss.kl_coef * (1 - np.exp(difference))
         value, d_value = self.value(loss, count) if loss.vf_coef else ({"loss/value": 0.0}, 0.0)
-        self.backward(d_logprob * self.weights / count, d_value * self.weights / count)
+        self.backward(d_logprob * self.weights / count, loss.vf_coef * d_value * self.weights / count)
         return metrics | {
             "loss/policy": float(policy_loss),
             "loss/total": float(total + loss.vf_coef * value["loss/value"]),
@@ -431,7 +440,13 @@ class ToyBatch:
             "val/mean": self.mean(old_values),
             "val/var": self.mean((old_values - self.mean(old_values)) ** 2),
         }
-        return metrics, loss.vf_coef * np.where(free >= clipped, self.values - returns, 0.0)
+        return metrics, np.where(free >= clipped, self.values - returns, 0.0)
+
+    def value_alone(self, loss, count):
+        assert self.target.kind == "critic"
+        metrics, d_value = self.value(loss, count)
+        self.backward(np.zeros(len(self.tokens)), d_value * self.weights / count)
+        return metrics | {"loss/total": metrics["loss/value"]}
 
 
 def log_softmax(logits):

@@ -29,7 +29,8 @@ class RecordedSession:
     def start(self, step):
         self.step, self.passes = step, iter(step["passes"])
 
-    def score(self, sequences, *, rewards, reference, outputs, ppo_adapter_name):
+    def score(self, sequences, *, rewards, reference, outputs, ppo_adapter_name, critic):
+        assert critic == ""
         assert set(outputs) == {"logprobs", "reference_logprobs", "values"}
         assert [list(sequence.completion) for sequence in sequences] == self.step["responses"]
         return [

@@ -5,6 +5,7 @@ Numpy only: the model, its gradients and its optimizer are the server's.
 
 from onebase.trainer.algorithms import GrpoStepper, PpoStepper, ReinforcePpStepper, RlooStepper, SftStepper
 from onebase.trainer.config import (
+    CriticConfig,
     EvalConfig,
     GenerationConfig,
     LogConfig,
@@ -20,6 +21,7 @@ from onebase.trainer.parsing import ConfigError
 
 __all__ = [
     "ConfigError",
+    "CriticConfig",
     "EvalConfig",
     "GenerationConfig",
     "GrpoConfig",

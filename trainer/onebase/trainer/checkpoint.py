@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,27 @@ from onebase.trainer.evaluation import Evaluation
 from onebase.trainer.parsing import ConfigError
 
 STATE_FILE = "trainer_state.json"
+
+
+@dataclass(frozen=True)
+class AdapterMark:
+    """An adapter at one moment, and where it was saved."""
+
+    path: str
+    """Where the server saved it with its optimizer; "" if it could not."""
+    version: int
+    """Its version at this moment."""
+    create_time: float
+    """With the version: tells this adapter from another of the same name."""
+
+    def is_on_server(self, adapter: Adapter | None) -> bool:
+        """Whether the server's adapter is, untouched, the one of this moment."""
+        return (
+            adapter is not None
+            and adapter.version == self.version
+            and adapter.create_time == self.create_time
+            and adapter.pending_gradients == 0
+        )
 
 
 @dataclass(frozen=True)
@@ -41,21 +62,10 @@ class TrainerState:
     """The newest evaluation."""
     session_id: str
     """The session, to take up again while it lives. A secret."""
-    adapter_path: str
-    """Where the server saved the adapter and its optimizer; "" if it could not."""
-    adapter_version: int
-    """The adapter's version at this moment."""
-    adapter_create_time: float
-    """With the version: tells this adapter from another of the same name."""
-
-    def is_on_server(self, adapter: Adapter | None) -> bool:
-        """Whether the server's adapter is, untouched, the one of this moment."""
-        return (
-            adapter is not None
-            and adapter.version == self.adapter_version
-            and adapter.create_time == self.adapter_create_time
-            and adapter.pending_gradients == 0
-        )
+    adapter: AdapterMark
+    """The policy."""
+    critic: AdapterMark | None
+    """PPO's critic, if it is an adapter of its own."""
 
 
 def save_state(directory: Path, state: TrainerState) -> None:
@@ -63,6 +73,8 @@ def save_state(directory: Path, state: TrainerState) -> None:
     data = {field.name: getattr(state, field.name) for field in fields(state)}
     for name in ("before", "latest"):
         data[name] = None if data[name] is None else data[name].as_json()
+    for name in ("adapter", "critic"):
+        data[name] = None if data[name] is None else asdict(data[name])
     write_json(directory / STATE_FILE, data)
 
 
@@ -79,6 +91,8 @@ def load_state(directory: Path) -> TrainerState | None:
         data = json.loads(path.read_text(encoding="utf-8"))
         for name in ("before", "latest"):
             data[name] = None if data[name] is None else Evaluation.from_json(data[name])
+        data["adapter"] = AdapterMark(**data["adapter"])
+        data["critic"] = None if data["critic"] is None else AdapterMark(**data["critic"])
         return TrainerState(**data)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError("resume", f"{path} is not a trainer's state ({error}); use resume: never") from error

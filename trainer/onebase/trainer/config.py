@@ -44,6 +44,26 @@ class PolicyConfig:
 
 
 @dataclass(frozen=True)
+class CriticConfig(PolicyConfig):
+    """PPO's critic as an adapter of its own, and how to make it if it is not on the server."""
+
+    name: str = "critic_1"
+    """Its name."""
+    create: bool = True
+    """Make it if it is not there; otherwise that is an error."""
+    init_from: str = ""
+    """A reward adapter that it begins as a copy of, its LoRA shape and its score head included; empty begins as the
+    base with a fresh value head, in the shape given here."""
+    learning_rate: float | None = None
+    """AdamW's learning rate; none is the policy's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.learning_rate is not None:
+            require_at_least(self, "learning_rate", 0)
+
+
+@dataclass(frozen=True)
 class PromptsConfig:
     """Where prompts come from."""
 
@@ -150,6 +170,8 @@ class TrainConfig:
     """Address of the onebase server."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """The policy."""
+    critic: CriticConfig | None = None
+    """PPO's critic as an adapter of its own; without one it is the policy's value head."""
     reference: str = "base"
     """What the KL penalty holds to: "base" or a frozen adapter's name."""
     eval_prompts: PromptsConfig | None = None
@@ -206,6 +228,9 @@ class TrainConfig:
         names = [term.adapter if term.label is None else f"{term.adapter}[{term.label}]" for term in self.rewards]
         for name in names:
             require(names.count(name) == 1, "rewards", f"{name!r} is named {names.count(name)} times; add its weights")
+        if self.critic is not None:
+            require(self.algorithm == "ppo", "critic", f"is PPO's, and {self.algorithm} has none; leave it out")
+            require(self.critic.name != self.policy.name, "critic.name", f"{self.critic.name!r} is the policy's name")
         require(math.isfinite(self.reward_function_weight), "reward_function_weight", "is not a finite number")
 
     @property

@@ -82,7 +82,14 @@ def make_learner(
     stepper: PolicyStepper[Any]
     match config.algorithm:
         case "ppo":
-            stepper = PpoStepper(session, config.ppo, reference=config.reference, rng=rng)
+            stepper = PpoStepper(
+                session,
+                config.ppo,
+                reference=config.reference,
+                critic=config.critic.name if config.critic else "",
+                critic_learning_rate=config.critic.learning_rate if config.critic else None,
+                rng=rng,
+            )
         case "grpo":
             longest = config.generation.max_new_tokens
             stepper = GrpoStepper(session, config.grpo, max_new_tokens=longest, reference=config.reference, rng=rng)
@@ -104,7 +111,10 @@ class Reinforcement:
         self._session = session
         self._judge = judge
         self._stepper = stepper
+        self._critic = config.critic.name if config.critic else ""
         brought = BROUGHT_BY_COMPLETIONS if exact else ()
+        if self._critic:
+            brought = tuple(output for output in brought if output != "values")  # the policy's head has no part
         self._brought = tuple(output for output in stepper.outputs if output in brought)
         self._asked = tuple(output for output in stepper.outputs if output not in brought)
         self.rows_per_step = stepper.config.batch_size // stepper.config.completions_per_prompt
@@ -126,7 +136,7 @@ class Reinforcement:
             outputs=self._brought,
         )
         generated = watch.lap()
-        judged = self._judge(self._session, rollout, self._asked)
+        judged = self._judge(self._session, rollout, self._asked, critic=self._critic)
         forward = watch.lap()
         experience = read_experience(
             rollout.prompts,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from onebase.client.errors import FailedPreconditionError
-from onebase.trainer.attach import attach, find
-from onebase.trainer.checkpoint import STATE_FILE, TrainerState, load_state, save_state, write_json
+from onebase.trainer.attach import attach, attach_critic, find
+from onebase.trainer.checkpoint import STATE_FILE, AdapterMark, TrainerState, load_state, save_state, write_json
 from onebase.trainer.config import TrainConfig
 from onebase.trainer.display import Display, make_display
 from onebase.trainer.evaluation import Evaluation, evaluate
@@ -57,9 +58,13 @@ def train(
         interrupt = stack.enter_context(Interrupt())
         shown = stack.enter_context(display or make_display(f"onebase train {config.policy.name}"))
         client = client or stack.enter_context(_connect(config.server))
-        session, origin = attach(client, config.policy, state, value_head=config.algorithm == "ppo")
+        session, origin = attach(
+            client, config.policy, state, value_head=config.algorithm == "ppo" and config.critic is None
+        )
         stack.enter_context(session)
         shown.note(origin)
+        if config.critic is not None:
+            shown.note(attach_critic(client, session, config.critic, state))
         for name in (SUMMARY_FILE,) if state else (SUMMARY_FILE, STATE_FILE):  # of a run that this one replaces
             (config.output_path / name).unlink(missing_ok=True)
         log = RunLog(config.output_path, last_step=state.step if state else None, tensorboard=config.log.tensorboard)
@@ -149,25 +154,15 @@ class Run:
         return evaluate(self._session, self._judge, self._eval_rows, self._config)
 
     def _checkpoint(self, *, must: bool) -> None:
-        """Saves the adapter with its optimizer, then this run's state.
+        """Saves the policy, and the critic if there is one, with their optimizers, then this run's state.
 
         Without `must`, a server that has no place to save to is put up with: the state alone can go on while the
-        adapter stays on the server as it is.
+        adapters stay on the server as they are.
         """
         config = self._config
-        self._saved_path = ""
-        try:
-            self._saved_path = self._session.save_adapter(
-                f"{config.run_name}/checkpoint-{self._steps_done:06d}",
-                name=config.policy.name,
-                with_optimizer=True,
-                overwrite=True,
-            ).path
-        except FailedPreconditionError as error:
-            if must:
-                raise
-            self._reporter.note(f"the adapter stays on the server, unsaved: {error}")
-        adapter = find(self._client, config.policy.name)
+        policy = self._mark(config.policy.name, "", must=must)
+        critic = self._mark(config.critic.name, "-critic", must=must) if config.critic else None
+        self._saved_path = policy.path
         save_state(
             config.output_path,
             TrainerState(
@@ -181,23 +176,39 @@ class Run:
                 before=self._before,
                 latest=self._latest,
                 session_id=self._session.id,
-                adapter_path=self._saved_path,
-                adapter_version=self._learner.version or 0,
-                adapter_create_time=adapter.create_time if adapter else 0.0,
+                adapter=replace(policy, version=self._learner.version or 0),
+                critic=critic,
             ),
         )
         self._saved_step = self._steps_done
 
+    def _mark(self, name: str, suffix: str, *, must: bool) -> AdapterMark:
+        """Saves an adapter; its mark."""
+        path = ""
+        try:
+            path = self._session.save_adapter(
+                f"{self._config.run_name}/checkpoint-{self._steps_done:06d}{suffix}",
+                name=name,
+                with_optimizer=True,
+                overwrite=True,
+            ).path
+        except FailedPreconditionError as error:
+            if must:
+                raise
+            self._reporter.note(f"the adapter stays on the server, unsaved: {error}")
+        adapter = find(self._client, name)
+        return AdapterMark(path, adapter.version if adapter else 0, adapter.create_time if adapter else 0.0)
+
     def restore(self, state: TrainerState) -> None:
         """Stands where `state` was saved."""
         self._rng.bit_generator.state = dict(state.rng)
-        self._learner.restore(state.learner, state.adapter_version)
+        self._learner.restore(state.learner, state.adapter.version)
         self._steps_done = self._saved_step = state.step
         self._prompts_taken = state.prompts_taken
         self._kl = state.kl
         self._before = state.before
         self._latest = state.latest
-        self._saved_path = state.adapter_path
+        self._saved_path = state.adapter.path
 
 
 def _due(step: int, every: int) -> bool:
@@ -224,6 +235,12 @@ def _state_to_resume(config: TrainConfig) -> TrainerState | None:
         raise ConfigError(
             "algorithm",
             f"{directory} holds a run of {state.algorithm}, not of {config.algorithm}; "
+            "set another output_dir, or resume: never",
+        )
+    if state is not None and (state.critic is None) != (config.critic is None):
+        raise ConfigError(
+            "critic",
+            f"{directory} holds a run {'without' if state.critic is None else 'with'} one; "
             "set another output_dir, or resume: never",
         )
     return state

@@ -5,7 +5,7 @@ Deviations from TRL: max_grad_norm clips every optimizer step, not only the firs
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
@@ -42,10 +42,24 @@ class PpoStepper(PolicyStepper[PpoConfig]):
         *,
         reference: str = "base",
         adapter: str = "",
+        critic: str = "",
+        critic_learning_rate: float | None = None,
         rng: np.random.Generator | None = None,
     ) -> None:
-        """Begins with the initial KL coefficient. See PolicyStepper."""
+        """Begins with the initial KL coefficient. See PolicyStepper.
+
+        Args:
+            session: holds the lease of the policy, and of the critic if there is one.
+            config: PPO's settings.
+            reference: "base" or a frozen adapter.
+            adapter: the policy; "" is the session's active adapter.
+            critic: an adapter that tells the values and learns them; "" is the policy's own value head.
+            critic_learning_rate: the critic's; None is the policy's.
+            rng: draws the minibatches; without one, a generator of seed 0.
+        """
         super().__init__(session, config or PpoConfig(), reference=reference, adapter=adapter, rng=rng)
+        self._critic = critic
+        self._critic_learning_rate = self.config.learning_rate if critic_learning_rate is None else critic_learning_rate
         self.kl_coef = self.config.init_kl_coef
         self.moments = RunningMoments()
 
@@ -97,29 +111,51 @@ class PpoStepper(PolicyStepper[PpoConfig]):
 
     def _train(self, experience: Experience, estimate: Advantages) -> list[Metrics]:
         config = self.config
-        loss = t.PpoLoss(config.cliprange, config.cliprange_value, config.vf_coef, config.ratio_threshold)
+        vf_coef = 0.0 if self._critic else config.vf_coef
+        loss = t.PpoLoss(config.cliprange, config.cliprange_value, vf_coef, config.ratio_threshold)
+        of_policy = {"old_logprobs": experience.logprobs, "advantages": estimate.advantages}
+        of_values = {"old_values": estimate.values, "returns": estimate.returns}
+        rows = range(len(experience.responses))
+        values = [training_sequence(experience, index, **of_values) for index in rows] if self._critic else []
         batch = [
-            training_sequence(
-                experience,
-                index,
-                old_logprobs=experience.logprobs,
-                old_values=estimate.values,
-                advantages=estimate.advantages,
-                returns=estimate.returns,
-            )
-            for index in range(len(experience.responses))
+            training_sequence(experience, index, **of_policy, **({} if self._critic else of_values)) for index in rows
         ]
 
         def one_pass(chosen: NDArray[np.int64], version: int) -> Metrics:
             # Each loss is the mean over its own tokens, divided by the passes that accumulate, as accelerate does.
             accumulated = config.gradient_accumulation_steps
             denominator = None if accumulated == 1 else float(accumulated * experience.lengths[chosen].sum())
-            return self._forward_backward([batch[index] for index in chosen], loss, version, denominator)
+            metrics = self._forward_backward([batch[index] for index in chosen], loss, version, denominator)
+            if self._critic:
+                return self._with_critic(metrics, [values[index] for index in chosen], denominator)
+            return metrics
 
         def too_far(last: Metrics) -> bool:
             return config.early_stopping and last["policy/policykl"] > 1.5 * config.target_kl
 
         return self._optimize(experience, config.ppo_epochs, one_pass, enough=too_far)
+
+    def _with_critic(
+        self, metrics: Metrics, minibatch: Sequence[t.TrainingSequence], denominator: float | None
+    ) -> Metrics:
+        """Adds the value loss to the critic's gradients; the policy's metrics with the critic's among them.
+
+        vf_coef has no part in the critic's gradients, which nothing else is added to.
+        """
+        loss = t.ValueLoss(self.config.cliprange_value)
+        result = self._session.forward_backward(minibatch, loss, adapter=self._critic, denominator=denominator)
+        of_critic = self._undivided(result.metrics)
+        total = metrics["loss/policy"] + self.config.vf_coef * of_critic["loss/value"]
+        return {**metrics, **of_critic, "loss/total": total}
+
+    def _optim_step(self, version: int) -> int:
+        if self._critic:
+            self._session.optim_step(
+                t.AdamW(learning_rate=self._critic_learning_rate),
+                max_grad_norm=self.config.max_grad_norm or 0.0,
+                adapter=self._critic,
+            )
+        return super()._optim_step(version)
 
     def _scale(self, scores: Array) -> tuple[Array, RunningMoments]:
         moments = self.moments

@@ -65,6 +65,7 @@ class PolicyStepper(ABC, Generic[Config]):
         self._reference = reference
         self._adapter = adapter
         self._rng = rng or np.random.default_rng(0)
+        self._critic = ""
 
     @property
     @abstractmethod
@@ -127,6 +128,7 @@ class PolicyStepper(ABC, Generic[Config]):
             reference=self._reference,
             outputs=self.outputs,
             ppo_adapter_name=self._adapter,
+            critic=self._critic,
         )
 
     # ------------------------------------------------------------------------------------------- for the algorithms
@@ -162,10 +164,11 @@ class PolicyStepper(ABC, Generic[Config]):
         result = self._session.forward_backward(
             minibatch, loss, adapter=self._adapter, denominator=denominator, expected_version=version
         )
+        return self._undivided(result.metrics)
+
+    def _undivided(self, metrics: Metrics) -> Metrics:
         accumulated = self.config.gradient_accumulation_steps
-        return {
-            name: value * accumulated if name.startswith("loss/") else value for name, value in result.metrics.items()
-        }
+        return {name: value * accumulated if name.startswith("loss/") else value for name, value in metrics.items()}
 
     def _optim_step(self, version: int) -> int:
         stepped = self._session.optim_step(
