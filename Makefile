@@ -20,6 +20,10 @@ help:  ## show what there is
 demo: .venv/.installed  ## all three stages: a base, a reward model, and two policies trained at once
 	$(BIN)/python examples/sentiment/demo.py
 
+.PHONY: algorithms
+algorithms: .venv/.installed  ## PPO, GRPO, RLOO and REINFORCE++ on the example, into docs/algorithms.json and .md
+	$(BIN)/python examples/sentiment/algorithms.py
+
 .PHONY: test
 test: check  ## everything: formatting, lint, types, import contracts, proto drift, and all tests
 
