@@ -69,7 +69,7 @@ class Outcome:
     """Step, mean reward and KL."""
 
 
-def run(root: Path, docs: Path, flags: Sequence[str], console: Console) -> list[str]:
+def run(root: Path, docs: Path, console: Console) -> list[str]:
     """Runs everything under `root`, writes to `docs`; returns what the results fall short of.
 
     Raises:
@@ -78,22 +78,32 @@ def run(root: Path, docs: Path, flags: Sequence[str], console: Console) -> list[
     began = time.monotonic()
     data, base, reward = demo_stages(root)
     paths = Paths(root / "algorithms", base.output, reward.output, data.output)
-    outcomes: dict[str, Outcome] = {}
     with Children(paths.root / "logs") as children:
         for stage in (data, base, reward):
             run_stage(stage, children, console)
-        clear(paths)
-        server, address = serve(paths, "sentiment", children)
-        for algorithm, config in CONFIGS.items():
-            policy = paths.policy(config)
-            started = time.monotonic()
-            _wait(start_training(policy, address, paths, children, flags), children)
-            outcomes[algorithm] = read_outcome(algorithm, policy, flags, time.monotonic() - started)
-            console.print(line(algorithm, outcomes[algorithm]))
-        if code := children.stop(server):
-            raise server.failure(f"ended with exit code {code} when it was told to stop")
+        outcomes = train_all(paths, children, console)
     write(docs, outcomes, time.monotonic() - began)
     return shortcomings(outcomes)
+
+
+def train_all(paths: Paths, children: Children, console: Console, flags: Sequence[str] = ()) -> dict[str, Outcome]:
+    """Trains by each algorithm in turn on one server, with flags over the configurations; outcomes by algorithm.
+
+    Raises:
+        ChildFailed: a process ended with an error.
+    """
+    clear(paths)
+    server, address = serve(paths, "sentiment", children)
+    outcomes: dict[str, Outcome] = {}
+    for algorithm, config in CONFIGS.items():
+        policy = paths.policy(config)
+        started = time.monotonic()
+        _wait(start_training(policy, address, paths, children, flags), children)
+        outcomes[algorithm] = read_outcome(algorithm, policy, time.monotonic() - started)
+        console.print(line(algorithm, outcomes[algorithm]), soft_wrap=True)
+    if code := children.stop(server):
+        raise server.failure(f"ended with exit code {code} when it was told to stop")
+    return outcomes
 
 
 def _wait(child: Child, children: Children) -> None:
@@ -103,15 +113,13 @@ def _wait(child: Child, children: Children) -> None:
     children.check()
 
 
-def read_outcome(algorithm: str, policy: Policy, flags: Sequence[str], seconds: float) -> Outcome:
-    """Reads what a training left."""
+def read_outcome(algorithm: str, policy: Policy, seconds: float) -> Outcome:
+    """Reads what a training left, which took so many seconds."""
     summary = json.loads((policy.run / "summary.json").read_text(encoding="utf-8"))
     settings = yaml.safe_load(policy.config.read_text(encoding="utf-8"))
-    section = dict(settings[algorithm])
+    section = settings[algorithm]
     steps = [row for row in read_jsonl(policy.run / "metrics.jsonl") if row["step"] > 0]
     batch = section["batch_size"]
-    for flag, value in zip(flags[::2], flags[1::2], strict=True):
-        section |= {flag.removeprefix(f"--{algorithm}."): yaml.safe_load(value)} if algorithm in flag else {}
     return Outcome(
         reward_before=summary["reward_before"],
         reward_after=summary["reward_after"],
@@ -201,14 +209,12 @@ def _terminated(_number: int, _frame: FrameType | None) -> None:
 def main(
     output: Annotated[Path, typer.Option(help="Where everything is kept.")] = Path(".demo"),
     docs: Annotated[Path, typer.Option(help="Where the numbers, the plot and the table go.")] = DOCS,
-    steps: Annotated[int, typer.Option(help="Steps of each training.", min=1)] = 30,
 ) -> None:
     """Trains the same policy by each algorithm, and compares."""
     console = Console(highlight=False)
     signal.signal(signal.SIGTERM, _terminated)
-    flags = ["--steps", str(steps), "--log.tensorboard", "false"]
     try:
-        missed = run(output, docs, flags, console)
+        missed = run(output, docs, console)
     except ChildFailed as error:
         console.print(f"[bold red]A process failed:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from None
