@@ -302,11 +302,3 @@ def test_logits_are_those_of_the_peft_model(client_of: Connect, base: str) -> No
         assert_close(result.logits, logits, "logits")
         normalized = torch.log_softmax(torch.from_numpy(result.logits.copy()), dim=-1).numpy()
         np.testing.assert_allclose(result.logprobs, normalized[np.arange(len(completion)), completion], atol=1e-6)
-
-
-def test_logits_that_fit_in_no_message_are_refused(client: Client) -> None:
-    limit, vocabulary = client.info().limits.max_message_bytes, client.info().base.vocab_size
-    count = limit // (4 * vocabulary * 100) + 1
-    with pytest.raises(InvalidArgumentError, match=f"{100 * count} completion tokens over {vocabulary} ids") as refused:
-        client.logprob([Sequence([5], [6] * 100)] * count, adapter="policy", logits=True)
-    assert refused.value.field == "return_logits"
