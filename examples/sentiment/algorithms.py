@@ -98,7 +98,7 @@ def train_all(paths: Paths, children: Children, console: Console, flags: Sequenc
     for algorithm, config in CONFIGS.items():
         policy = paths.policy(config)
         started = time.monotonic()
-        _wait(start_training(policy, address, paths, children, flags), children)
+        _wait(policy, start_training(policy, address, paths, children, flags), children)
         outcomes[algorithm] = read_outcome(algorithm, policy, time.monotonic() - started)
         console.print(line(algorithm, outcomes[algorithm]), soft_wrap=True)
     if code := children.stop(server):
@@ -106,11 +106,13 @@ def train_all(paths: Paths, children: Children, console: Console, flags: Sequenc
     return outcomes
 
 
-def _wait(child: Child, children: Children) -> None:
+def _wait(policy: Policy, child: Child, children: Children) -> None:
     while child.running:
         children.check()
         time.sleep(0.2)
     children.check()
+    if not (policy.run / "summary.json").exists():
+        raise child.failure("was interrupted before its last step")
 
 
 def read_outcome(algorithm: str, policy: Policy, seconds: float) -> Outcome:

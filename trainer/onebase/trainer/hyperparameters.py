@@ -39,7 +39,7 @@ class Optimization:
 
 
 @dataclass(frozen=True)
-class Reinforcement(Optimization):
+class OnPolicy(Optimization):
     """What all algorithms have that learn from their own completions."""
 
     gradient_accumulation_steps: int = 1
@@ -64,7 +64,7 @@ class Reinforcement(Optimization):
 
 
 @dataclass(frozen=True)
-class PpoConfig(Reinforcement):
+class PpoConfig(OnPolicy):
     """PPO (Schulman et al. 2017) with a KL penalty to a reference (Ziegler et al. 2019), as TRL 0.11.4 has it."""
 
     learning_rate: float = 1.41e-5
@@ -128,7 +128,7 @@ class PpoConfig(Reinforcement):
 
 
 @dataclass(frozen=True)
-class Clipped(Reinforcement):
+class Clipped(OnPolicy):
     """What GRPO, RLOO and REINFORCE++ share: several passes over a batch, with PPO's clip and no critic."""
 
     num_iterations: int = 1

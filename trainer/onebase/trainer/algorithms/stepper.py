@@ -11,14 +11,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from onebase.client import types as t
 from onebase.trainer.algorithms.experience import Experience, check_batch, numbers_of, read_experience
-from onebase.trainer.hyperparameters import Reinforcement
+from onebase.trainer.hyperparameters import OnPolicy
 from onebase.trainer.stats import Stats, kl_stats, length_stats, pass_stats
 from onebase.trainer.timing import Stopwatch
 
 if TYPE_CHECKING:
     from onebase.client import Session
 
-Config = TypeVar("Config", bound=Reinforcement)
+Config = TypeVar("Config", bound=OnPolicy)
 
 Metrics: TypeAlias = Mapping[str, float]
 """What one forward and backward pass gave."""
