@@ -20,6 +20,10 @@ help:  ## show what there is
 demo: .venv/.installed  ## all three stages: a base, a reward model, and two policies trained at once
 	$(BIN)/python examples/sentiment/demo.py
 
+.PHONY: algorithms
+algorithms: .venv/.installed  ## PPO, GRPO, RLOO and REINFORCE++ on the example, into docs/algorithms.json and .md
+	$(BIN)/python examples/sentiment/algorithms.py
+
 .PHONY: test
 test: check  ## everything: formatting, lint, types, import contracts, drift of what is generated, and all tests
 
@@ -97,8 +101,9 @@ api: .venv/.installed  ## list the public API anew, after a change that is meant
 	touch $@
 
 .PHONY: oracle
-oracle: .venv-oracle/.installed  ## remake the fixtures with TRL 0.11.4 and PEFT, in an environment of their own
+oracle: .venv-oracle/.installed .venv/.installed  ## remake the fixtures with TRL 0.11.4, today's TRL, and PEFT
 	$(ORACLE_BIN)/python tests/oracle/generate.py
+	$(BIN)/python tests/oracle/generate_trainers.py
 
 .PHONY: matrix
 matrix: .venv/.installed  ## every architecture against transformers and PEFT, into docs/architectures.md

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("onebase.client", "onebase.client.aio", "onebase.trainer")
+PACKAGES = ("onebase.client", "onebase.client.aio", "onebase.client.trl", "onebase.trainer")
 LIST = Path(__file__).parents[1] / "tests" / "client" / "public_api.txt"
 PROTOCOLS = {"__enter__", "__iter__", "__next__", "__aenter__", "__aiter__", "__anext__", "__await__"}
 """Special methods that a program calls without their names: `with`, `for`, `await`."""

@@ -114,10 +114,10 @@ def train_policies(
     Raises:
         ChildFailed: a process ended with an error.
     """
-    _clear(paths)
+    clear(paths)
     adapter = policies[0].adapter
-    server, address = _serve(paths, adapter, children)
-    trainings = [_train(policy, address, paths, children, flags) for policy in policies]
+    server, address = serve(paths, adapter, children)
+    trainings = [start_training(policy, address, paths, children, flags) for policy in policies]
     ask = [
         sys.executable,
         str(HERE / "interactive.py"),
@@ -137,14 +137,16 @@ def train_policies(
     return status
 
 
-def _clear(paths: Paths) -> None:
+def clear(paths: Paths) -> None:
+    """Removes what an earlier run under this root left."""
     for directory in ("runs", "adapters"):
         shutil.rmtree(paths.root / directory, ignore_errors=True)
     for file in (paths.questions, paths.root / "port"):
         file.unlink(missing_ok=True)
 
 
-def _serve(paths: Paths, adapter: str, children: Children) -> tuple[Child, str]:
+def serve(paths: Paths, adapter: str, children: Children) -> tuple[Child, str]:
+    """Starts a server of the base with the reward adapter; returns it and its address once it answers."""
     port_file = paths.root / "port"
     command = [*ONEBASE, "serve", str(paths.base), "--reward", f"{adapter}={paths.reward}"]
     command += ["--root", str(paths.root / "adapters"), "--port", "0", "--port-file", str(port_file), "--threads", "1"]
@@ -152,7 +154,8 @@ def _serve(paths: Paths, adapter: str, children: Children) -> tuple[Child, str]:
     return child, f"127.0.0.1:{wait_for_file(port_file, child, children, START_SECONDS)}"
 
 
-def _train(policy: Policy, address: str, paths: Paths, children: Children, flags: Sequence[str]) -> Child:
+def start_training(policy: Policy, address: str, paths: Paths, children: Children, flags: Sequence[str]) -> Child:
+    """Starts a training, with flags over its configuration."""
     command = [*ONEBASE, "train", str(policy.config), "--server", address, "--output_dir", str(policy.run)]
     command += ["--prompts.path", str(paths.data / "prompts.jsonl")]
     command += ["--eval_prompts.path", str(paths.data / "prompts_heldout.jsonl")]

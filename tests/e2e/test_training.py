@@ -132,3 +132,36 @@ def test_a_config_error_is_one_line(config: Path, tmp_path: Path) -> None:
     assert process.returncode == 1
     assert b"learning_rate" in errors
     assert b"Traceback" not in errors
+
+
+VARIANTS = {
+    "grpo": "--algorithm grpo --grpo.batch_size 8 --grpo.mini_batch_size 4 --grpo.num_generations 4 "
+    "--grpo.num_iterations 2 --grpo.beta 0.05 --grpo.learning_rate 0.01",
+    "rloo": "--algorithm rloo --rloo.batch_size 8 --rloo.mini_batch_size 4 --rloo.num_generations 4 "
+    "--rloo.num_iterations 2 --rloo.learning_rate 0.01",
+    "ppo with a critic": "--critic.name c --critic.init_from reward",
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_other_trainings_too_end_as_undisturbed_ones(config: Path, tmp_path: Path, variant: str) -> None:
+    """Trainer and server are killed after a checkpoint; of the adapters, a critic among them, only files are left."""
+    flags = VARIANTS[variant].split()
+    serve = ("--reward", f"reward={FIXTURES / 'reward'}", "--threads", "1", "--root", str(tmp_path))
+    with start_server(FIXTURES / "base", *serve) as server:
+        finish(train(config, server.address, "p", tmp_path / "undisturbed", *flags))
+    with start_server(FIXTURES / "base", *serve) as server:
+        process = train(config, server.address, "p", tmp_path / "run", *flags, "--steps", "600")
+        wait_for_state(tmp_path / "run", 2)
+        process.kill()
+        process.communicate(timeout=60)
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text(encoding="utf-8"))
+    assert (state["critic"] is not None) == ("critic" in variant)
+    steps = max(STEPS, state["step"] + 2)
+    with start_server(FIXTURES / "base", *serve) as server:
+        finish(train(config, server.address, "p", tmp_path / "run", *flags, "--steps", str(steps)))
+    found, wanted = numbers(tmp_path / "run"), numbers(tmp_path / "undisturbed")
+    for line in (*found, *wanted):
+        for key in [key for key in line if key.startswith("eval/")]:
+            del line[key]
+    assert found[:STEPS] == wanted

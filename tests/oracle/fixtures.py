@@ -91,3 +91,20 @@ def assert_same_weights(actual: Weights, expected: Weights) -> None:
     assert sorted(actual) == sorted(expected)
     for name, tensor in expected.items():
         assert_close(actual[name], tensor, name)
+
+
+class RecordedOrders(np.random.Generator):
+    """Hands out TRL's minibatch orders in turn."""
+
+    def __init__(self, steps: list[dict[str, Any]]) -> None:
+        super().__init__(np.random.PCG64(0))
+        self._orders = [order for step in steps for order in step["permutations"]]
+
+    @property
+    def left(self) -> int:
+        return len(self._orders)
+
+    def permutation(self, size: int) -> NDArray[np.int64]:  # type: ignore[override]
+        order = np.array(self._orders.pop(0))
+        assert len(order) == size
+        return order

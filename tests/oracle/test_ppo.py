@@ -17,6 +17,7 @@ import pytest
 from numpy.typing import NDArray
 from oracle.fixtures import (
     FIXTURES,
+    RecordedOrders,
     assert_close,
     assert_rows_close,
     assert_same_weights,
@@ -28,8 +29,8 @@ from oracle.fixtures import (
 from onebase.client import Client, Session
 from onebase.client.types import AdamW, PpoLoss, TrainingSequence
 from onebase.trainer.advantages import advantages_and_returns, pad, token_rewards
-from onebase.trainer.config import PpoConfig
-from onebase.trainer.stepper import PpoStepper
+from onebase.trainer.algorithms import PpoStepper
+from onebase.trainer.hyperparameters import PpoConfig
 
 SCENARIOS = sorted(path.stem for path in FIXTURES.glob("ppo_*.json"))
 
@@ -134,23 +135,6 @@ def test_token_rewards_advantages_and_returns_are_trls(scenario: str) -> None:
         )
         _assert_padded(estimate.advantages, batch["advantages"], "advantages")
         _assert_padded(estimate.returns, batch["returns"], "returns")
-
-
-class RecordedOrders(np.random.Generator):
-    """Hands out TRL's minibatch orders in turn."""
-
-    def __init__(self, steps: list[dict[str, Any]]) -> None:
-        super().__init__(np.random.PCG64(0))
-        self._orders = [order for step in steps for order in step["permutations"]]
-
-    @property
-    def left(self) -> int:
-        return len(self._orders)
-
-    def permutation(self, size: int) -> NDArray[np.int64]:  # type: ignore[override]
-        order = np.array(self._orders.pop(0))
-        assert len(order) == size
-        return order
 
 
 def _training_sequence(step: dict[str, Any], index: int) -> TrainingSequence:

@@ -6,9 +6,8 @@ from trainer.toy import ToyAdapter, ToyServer
 
 from onebase.client.types import LoraSpec
 from onebase.trainer.attach import attach
-from onebase.trainer.checkpoint import TrainerState
+from onebase.trainer.checkpoint import AdapterMark, TrainerState
 from onebase.trainer.config import PolicyConfig
-from onebase.trainer.control import RunningMoments
 from onebase.trainer.parsing import ConfigError
 
 POLICY = PolicyConfig(name="p", rank=4, alpha=8, target_modules=("q_proj",), use_rslora=True, seed=9)
@@ -18,24 +17,23 @@ def calls(server, kind):
     return [call for name, call in server.calls if name == kind]
 
 
-def state_of(server, session, **changes):
+def state_of(server, session, path=""):
     adapter = server.adapters["p"]
     fields = {
         "policy": "p",
         "step": 3,
         "prompts_taken": 0,
         "rng": {},
-        "kl_coef": 0.2,
-        "moments": RunningMoments(),
+        "algorithm": "ppo",
+        "learner": {},
         "kl": None,
         "before": None,
         "latest": None,
         "session_id": session.id,
-        "adapter_path": "",
-        "adapter_version": adapter.version,
-        "adapter_create_time": adapter.create_time,
+        "adapter": AdapterMark(path, adapter.version, adapter.create_time),
+        "critic": None,
     }
-    return TrainerState(**fields | changes)
+    return TrainerState(**fields)
 
 
 def test_a_policy_that_is_not_there_is_made_with_a_value_head():
@@ -99,13 +97,13 @@ def test_a_policy_that_is_not_as_it_was_left_is_read_from_its_checkpoint(change)
     first, _ = attach(server.client(), POLICY, None)
     server.adapters["p"].weights += 1.5
     path = first.save_adapter("p/3", name="p", with_optimizer=True).path
-    state = state_of(server, first, adapter_path=path)
+    state = state_of(server, first, path=path)
     if change == "trained":
         server.adapters["p"].version += 1
     elif change == "gradients":
         server.adapters["p"].pending = 1
     elif change == "made anew":
-        server.adapters["p"] = ToyAdapter("p", create_time=99.0, version=state.adapter_version)
+        server.adapters["p"] = ToyAdapter("p", create_time=99.0, version=state.adapter.version)
     else:
         server.restart()
     session, origin = attach(server.client(), POLICY, state)

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from onebase.trainer import checkpoint
-from onebase.trainer.checkpoint import STATE_FILE, TrainerState, load_state, save_state, write_json
-from onebase.trainer.control import RunningMoments
+from onebase.trainer.checkpoint import STATE_FILE, AdapterMark, TrainerState, load_state, save_state, write_json
 from onebase.trainer.evaluation import Evaluation
 from onebase.trainer.parsing import ConfigError
 
@@ -23,15 +22,14 @@ def make_state(**changes):
         "step": 7,
         "prompts_taken": 56,
         "rng": rng.bit_generator.state,
-        "kl_coef": 0.1 + 0.2,
-        "moments": RunningMoments(1 / 3, 2.0, 4.0, 8.0),
+        "algorithm": "ppo",
+        "learner": {"kl_coef": 0.1 + 0.2, "moments": {"mean": 1 / 3, "count": 8.0}},
         "kl": 0.7,
         "before": before,
         "latest": None,
         "session_id": "secret",
-        "adapter_path": "/root/p/checkpoint-000007",
-        "adapter_version": 28,
-        "adapter_create_time": 1763798675.123456,
+        "adapter": AdapterMark("/root/p/checkpoint-000007", 28, 1763798675.123456),
+        "critic": AdapterMark("", 27, 1763798675.5),
     }
     return TrainerState(**fields | changes)
 
@@ -80,7 +78,7 @@ def test_what_is_renamed_was_synced_first(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"moments": {}}', '{"moments": {"me": 1}}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"before": null, "latest": null, "me": 1}', '{"before": {"me": 1}}'])
 def test_a_file_that_is_no_state_is_refused_with_the_way_out(tmp_path, text):
     (tmp_path / STATE_FILE).write_text(text)
     with pytest.raises(ConfigError, match=r"resume: .*trainer_state\.json is not a trainer's state .*resume: never"):

@@ -10,7 +10,7 @@ from trainer.toy import ToyServer
 from typer.testing import CliRunner
 
 from onebase.client.cli import app
-from onebase.trainer import load_config, ppo
+from onebase.trainer import load_config, loop
 from onebase.trainer.commands import EXAMPLE
 
 
@@ -75,7 +75,7 @@ def test_what_cannot_be_used_is_said_in_one_line(onebase, config_file, arguments
 
 def test_a_run_trains_and_ends_with_what_came_of_it(onebase, config_file, tmp_path, monkeypatch):
     server = ToyServer()
-    monkeypatch.setattr(ppo, "_connect", lambda address: server.client())
+    monkeypatch.setattr(loop, "_connect", lambda address: server.client())
     result = onebase(config_file, "--steps", "3")
     assert result.exit_code == 0
     assert "step 3/3" in result.output
@@ -86,7 +86,7 @@ def test_a_run_trains_and_ends_with_what_came_of_it(onebase, config_file, tmp_pa
 
 def test_what_the_server_refuses_is_said_in_one_line(onebase, config_file, monkeypatch):
     server = ToyServer()
-    monkeypatch.setattr(ppo, "_connect", lambda address: server.client())
+    monkeypatch.setattr(loop, "_connect", lambda address: server.client())
     result = onebase(config_file, "--rewards.0.adapter", "nobody")
     assert result.exit_code == 1
     assert result.stderr == "error: no adapter 'nobody'\n"

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from onebase.trainer.commands import EXAMPLE
-from onebase.trainer.config import PpoConfig, RewardTerm, TrainConfig
+from onebase.trainer.config import RewardTerm, TrainConfig
+from onebase.trainer.hyperparameters import GrpoConfig, PpoConfig, RlooConfig
 from onebase.trainer.loading import load_config
 from onebase.trainer.parsing import ConfigError, split_arguments
 
@@ -53,6 +54,13 @@ def test_ppo_has_the_names_and_the_defaults_of_trl():
         "score_clip": None,
         "whiten_rewards": False,
     }
+
+
+def test_the_others_have_the_defaults_of_trl():
+    grpo, rloo = GrpoConfig(), RlooConfig()
+    assert (grpo.num_generations, grpo.beta, grpo.epsilon, grpo.scale_rewards) == (8, 0.0, 0.2, "group")
+    assert (grpo.loss_type, grpo.num_iterations, grpo.learning_rate, grpo.max_grad_norm) == ("dapo", 1, 1e-6, 1.0)
+    assert (rloo.num_generations, rloo.beta, rloo.epsilon, rloo.normalize_advantages) == (2, 0.05, 0.2, False)
 
 
 def test_a_minimal_file_is_enough(config_file):
@@ -108,6 +116,22 @@ def test_flags_win_over_the_file(config_file):
         ("ppo.target", "0", "ppo.target: 0.0 is not above 0"),
         ("ppo.score_clip", "-1", "ppo.score_clip: -1.0 is not above 0"),
         ("ppo.max_grad_norm", "0", "ppo.max_grad_norm: 0.0 is not above 0"),
+        ("algorithm", "gpro", "algorithm: 'gpro' is not one of ppo, grpo, rloo, reinforce_pp, sft"),
+        ("grpo.num_generations", "1", "grpo.num_generations: 1 is not 2 or more"),
+        ("grpo.num_generations", "7", "grpo.num_generations: 7 does not divide batch_size = 128"),
+        ("grpo.scale_rewards", "all", "grpo.scale_rewards: 'all' is not one of group, batch, none"),
+        ("grpo.loss_type", "ppo", "grpo.loss_type: 'ppo' is not one of grpo, bnpo, dr_grpo, dapo"),
+        ("grpo.epsilon", "0", "grpo.epsilon: 0.0 is not above 0"),
+        ("grpo.beta", "-1", "grpo.beta: -1.0 is not 0 or more"),
+        ("grpo.gradient_accumulation_steps", "0", "grpo.gradient_accumulation_steps: 0 is not 1 or more"),
+        ("rloo.num_generations", "3", "rloo.num_generations: 3 does not divide batch_size = 128"),
+        ("rloo.num_iterations", "0", "rloo.num_iterations: 0 is not 1 or more"),
+        ("reinforce_pp.gamma", "2", "reinforce_pp.gamma: 2.0 is not in"),
+        ("reinforce_pp.score_clip", "0", "reinforce_pp.score_clip: 0.0 is not above 0"),
+        ("sft.epochs", "0", "sft.epochs: 0 is not 1 or more"),
+        ("sft.batch_size", "20", "sft.batch_size: 20 is not a multiple of mini_batch_size = 32"),
+        ("sft.completion_column", "''", "sft.completion_column: is empty"),
+        ("sft.num_generations", "2", "sft.num_generations: unknown key"),
         ("policy.rank", "0", "policy.rank: 0 is not 1 or more"),
         ("policy.name", "base", "policy.name: 'base' is the base model"),
         ("generation.temperature", "0", "generation.temperature: 0.0 is not above 0"),

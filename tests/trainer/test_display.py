@@ -13,6 +13,7 @@ def report(step=2, **changes):
         "step": step,
         "steps": 4,
         "reward": 0.5,
+        "loss": None,
         "kl": 1.25,
         "kl_coef": 0.2,
         "entropy": 3.0,

@@ -1,4 +1,4 @@
-"""A server in memory with a policy small enough to differentiate by hand, so that PPO's loop can be seen to learn.
+"""A server in memory with a policy small enough to differentiate by hand, so that the loop can be seen to learn.
 
 The policy is a table of logits, one row per previous token, added to the reference's; the value is a number per
 previous token. Gradients, Adam and the clipped losses are real. Letters are tokens: "a" is 1, "b" is 2, and so on; 0
@@ -158,12 +158,13 @@ class ToySession:
 
     # ------------------------------------------------------------------------------------------- adapters
 
-    def create_adapter(self, name, lora=None, *, value_head=True, seed=0):
+    def create_adapter(self, name, lora=None, *, kind="policy", value_head=True, init_from="", seed=0):
         if name in self.server.adapters:
             raise AlreadyExistsError(name)
-        adapter = ToyAdapter(name, create_time=float(next(self.server.clock)), value_head=value_head)
+        adapter = ToyAdapter(name, create_time=float(next(self.server.clock)), kind=kind, value_head=value_head)
         self.server.adapters[name] = adapter
         self.server.calls.append(("create_adapter", {"name": name, "lora": lora, "seed": seed}))
+        self.server.begun_from = init_from
         return adapter.facts()
 
     def save_adapter(self, path, *, name="", with_optimizer=False, overwrite=False):
@@ -192,9 +193,11 @@ class ToySession:
 
     def generate(self, prompts, *, sampling, adapter="", logprobs=False, values=False):
         logits = self._logits(self._adapter(adapter))
+        assert self._adapter(adapter).value_head or not values
         completions = []
-        for index, prompt in enumerate(prompts):
-            rng = np.random.default_rng((sampling.seed, index))
+        for index, prompt in ((index, prompt) for index, prompt in enumerate(prompts) for _ in range(sampling.n)):
+            number = len(completions) - index * sampling.n
+            rng = np.random.default_rng((sampling.seed, index, number))
             ids = self._ids(prompt)
             tokens, before, reason = [], [], "length"
             while len(tokens) < sampling.max_new_tokens:
@@ -212,7 +215,7 @@ class ToySession:
             completions.append(
                 t.Completion(
                     prompt_index=index,
-                    completion_index=0,
+                    completion_index=number,
                     text=decode(tokens),
                     tokens=np.array(tokens, dtype=np.int32),
                     logprobs=log_softmax(logits)[before, tokens].astype(np.float32) if logprobs else None,
@@ -235,11 +238,14 @@ class ToySession:
         append_eos=None,
         pooling=None,
         ppo_adapter_name="",
+        critic="",
     ):
         rewards = None if rewards is None else {term.key: term.weight for term in rewards}
         self.server.calls.append(("score", {"rewards": rewards, "outputs": tuple(outputs), "append_eos": append_eos}))
         self.server.pooling = pooling
         adapter = self._adapter(ppo_adapter_name)
+        teller = self._adapter(critic)
+        assert "values" not in outputs or teller.value_head
         policy, base = log_softmax(self._logits(adapter)), log_softmax(self.server.reference)
         scores = []
         for sequence in sequences:
@@ -251,7 +257,7 @@ class ToySession:
                     reference_logprobs=base[before, tokens].astype(np.float32)
                     if "reference_logprobs" in outputs
                     else None,
-                    values=adapter.weights[before, VOCABULARY].astype(np.float32) if "values" in outputs else None,
+                    values=teller.weights[before, VOCABULARY].astype(np.float32) if "values" in outputs else None,
                     entropy=None,
                     scores=raw,
                     reward=sum((rewards or {})[name] * score for name, score in raw.items()),
@@ -263,64 +269,43 @@ class ToySession:
             )
         return scores
 
+    def logprob(self, sequences, *, adapter="", adapter_version=None):
+        target = self._adapter(adapter)
+        self._check_version(target, adapter_version)
+        self.server.calls.append(("logprob", {"sequences": sequences}))
+        table = log_softmax(self._logits(target))
+        answers = []
+        for sequence in sequences:
+            ids = self._ids(sequence.completion)
+            before, tokens = self._steps(t.Sequence(sequence.prompt, ids))
+            logprobs = table[before, tokens].astype(np.float32)
+            told = np.array(ids) if isinstance(sequence.completion, str) else None
+            answers.append(t.Logprobs(logprobs, None, None, told, self._version(target)))
+        return answers
+
     # ------------------------------------------------------------------------------------------- training
 
     def forward_backward(self, sequences, loss, *, adapter="", denominator=None, expected_version=None):
         target = self._adapter(adapter)
         self._check_version(target, expected_version)
-        rows = [self._steps(row) for row in sequences]
-        before, tokens = (np.concatenate(parts) for parts in zip(*rows, strict=True))
-        mask = np.concatenate([row.mask for row in sequences])
-        old_logprobs, old_values, advantages, returns = (
-            np.concatenate([getattr(row, name) for row in sequences]).astype(np.float64)
-            for name in ("old_logprobs", "old_values", "advantages", "returns")
-        )
-        count = denominator or mask.sum()
-        table = log_softmax(self._logits(target))
-        logprobs, values = table[before, tokens], target.weights[before, VOCABULARY]
-        ratio = np.exp(logprobs - old_logprobs)
-        clipped = np.clip(ratio, 1 - loss.cliprange, 1 + loss.cliprange)
-        policy_losses = np.maximum(-advantages * ratio, -advantages * clipped)
-        close = np.clip(values, old_values - loss.cliprange_value, old_values + loss.cliprange_value)
-        value_losses = np.maximum((values - returns) ** 2, (close - returns) ** 2)
-        policy_loss, value_loss = (policy_losses * mask).sum() / count, 0.5 * (value_losses * mask).sum() / count
-
-        d_logprob = np.where(-advantages * ratio >= -advantages * clipped, -advantages * ratio, 0.0) * mask / count
-        inside = (values - returns) ** 2 >= (close - returns) ** 2
-        d_value = loss.vf_coef * np.where(inside, values - returns, 0.0) * mask / count
-        np.add.at(target.gradients, (before, tokens), d_logprob)
-        np.subtract.at(target.gradients[:, :VOCABULARY], before, d_logprob[:, None] * np.exp(table[before]))
-        np.add.at(target.gradients[:, VOCABULARY], before, d_value)
+        batch = ToyBatch(self, target, sequences)
+        kinds = {
+            t.PpoLoss: batch.ppo,
+            t.CustomLoss: batch.custom,
+            t.CrossEntropyLoss: batch.cross_entropy,
+            t.ValueLoss: batch.value_alone,
+        }
+        count = denominator or (1 if isinstance(loss, t.CustomLoss) else batch.mask.sum())
+        metrics = kinds[type(loss)](loss, count)
         target.pending += 1
         self.server.calls.append(
             ("forward_backward", {"sequences": sequences, "denominator": denominator, "loss": loss})
         )
-
-        def mean(x):
-            return float((x * mask).sum() / mask.sum())
-
-        metrics = {
-            "loss/policy": float(policy_loss),
-            "loss/value": float(value_loss),
-            "loss/total": float(policy_loss + loss.vf_coef * value_loss),
-            "policy/entropy": mean(-(np.exp(table) * table).sum(axis=1)[before]),
-            "policy/approxkl": 0.5 * mean((logprobs - old_logprobs) ** 2),
-            "policy/policykl": mean(old_logprobs - logprobs),
-            "policy/clipfrac": mean(-advantages * clipped > -advantages * ratio),
-            "policy/advantages_mean": mean(advantages),
-            "policy/ratio": mean(ratio),
-            "returns/mean": mean(returns),
-            "returns/var": mean((returns - mean(returns)) ** 2),
-            "val/vpred": mean(values),
-            "val/error": mean((values - returns) ** 2),
-            "val/clipfrac": mean((close - returns) ** 2 > (values - returns) ** 2),
-            "val/mean": mean(old_values),
-            "val/var": mean((old_values - mean(old_values)) ** 2),
-        }
         return t.ForwardBackward(
             adapter=self._version(target),
-            metrics=metrics,
+            metrics=metrics if target.kind == "critic" else {"policy/entropy": batch.entropy, **metrics},
             logprobs=(),
+            entropy=(),
             values=(),
             ratio_threshold_exceeded=False,
             pending_gradients=target.pending,
@@ -357,7 +342,7 @@ class ToySession:
 
     def _steps(self, sequence):
         """Each completion token's predecessor, and the token."""
-        tokens = np.array(sequence.completion)
+        tokens = np.array(self._ids(sequence.completion))
         return np.array([self._ids(sequence.prompt)[-1], *tokens[:-1]]), tokens
 
     def _reward(self, name, tokens):
@@ -373,6 +358,95 @@ class ToySession:
     def _check_version(self, adapter, expected):
         if expected is not None and expected != adapter.version:
             raise AbortedError(f"{adapter.name} is at version {adapter.version}, not {expected}")
+
+
+class ToyBatch:
+    """The tokens of a forward and backward pass, end to end; its losses add their gradients to the adapter."""
+
+    def __init__(self, session, target, sequences):
+        self.target, self.sequences = target, sequences
+        rows = [session._steps(row) for row in sequences]
+        self.before, self.tokens = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+        lengths = [len(tokens) for _, tokens in rows]
+        masks = [np.ones(n, bool) if row.mask is None else row.mask for row, n in zip(sequences, lengths, strict=True)]
+        self.mask = np.concatenate(masks)
+        self.table = log_softmax(session._logits(target))
+        self.logprobs, self.values = self.table[self.before, self.tokens], target.weights[self.before, VOCABULARY]
+        self.weights = self.mask * (1.0 if sequences[0].weights is None else self.of("weights"))
+
+    def of(self, name):
+        return np.concatenate([getattr(row, name) for row in self.sequences]).astype(np.float64)
+
+    def mean(self, x):
+        return float((x * self.mask).sum() / self.mask.sum())
+
+    @property
+    def entropy(self):
+        return self.mean(-(np.exp(self.table) * self.table).sum(axis=1)[self.before])
+
+    def backward(self, d_logprob, d_value):
+        np.add.at(self.target.gradients, (self.before, self.tokens), d_logprob)
+        spread = d_logprob[:, None] * np.exp(self.table[self.before])
+        np.subtract.at(self.target.gradients[:, :VOCABULARY], self.before, spread)
+        np.add.at(self.target.gradients[:, VOCABULARY], self.before, d_value)
+
+    def cross_entropy(self, loss, count):
+        self.backward(-self.weights / count, np.zeros(len(self.tokens)))
+        return {"loss/total": float(-(self.logprobs * self.weights).sum() / count)}
+
+    def custom(self, loss, count):
+        assert self.sequences[0].advantages is None
+        gradients = self.of("logprob_gradients")
+        self.backward(gradients * self.weights / count, np.zeros(len(self.tokens)))
+        return {"loss/total": float((gradients * self.logprobs * self.weights).sum() / count)}
+
+    def ppo(self, loss, count):
+        old_logprobs, advantages = self.of("old_logprobs"), self.of("advantages")
+        high = loss.cliprange if loss.cliprange_high is None else loss.cliprange_high
+        ratio = np.exp(self.logprobs - old_logprobs)
+        free, clipped = -advantages * ratio, -advantages * np.clip(ratio, 1 - loss.cliprange, 1 + high)
+        policy_loss = (np.maximum(free, clipped) * self.weights).sum() / count
+        total, d_logprob = policy_loss, np.where(free >= clipped, free, 0.0)
+        metrics = {}
+        if loss.kl_coef:
+            difference = self.of("reference_logprobs") - self.logprobs
+            metrics["policy/kl"] = self.mean(np.exp(difference) - difference - 1)
+            total += loss.kl_coef * ((np.exp(difference) - difference - 1) * self.weights).sum() / count
+            d_logprob = d_logprob + loss.kl_coef * (1 - np.exp(difference))
+        value, d_value = self.value(loss, count) if loss.vf_coef else ({"loss/value": 0.0}, 0.0)
+        self.backward(d_logprob * self.weights / count, loss.vf_coef * d_value * self.weights / count)
+        return metrics | {
+            "loss/policy": float(policy_loss),
+            "loss/total": float(total + loss.vf_coef * value["loss/value"]),
+            "policy/approxkl": 0.5 * self.mean((self.logprobs - old_logprobs) ** 2),
+            "policy/policykl": self.mean(old_logprobs - self.logprobs),
+            "policy/clipfrac": self.mean(clipped > free),
+            "policy/advantages_mean": self.mean(advantages),
+            "policy/ratio": self.mean(ratio),
+            **value,
+        }
+
+    def value(self, loss, count):
+        old_values, returns = self.of("old_values"), self.of("returns")
+        close = np.clip(self.values, old_values - loss.cliprange_value, old_values + loss.cliprange_value)
+        free, clipped = (self.values - returns) ** 2, (close - returns) ** 2
+        metrics = {
+            "loss/value": float(0.5 * (np.maximum(free, clipped) * self.weights).sum() / count),
+            "returns/mean": self.mean(returns),
+            "returns/var": self.mean((returns - self.mean(returns)) ** 2),
+            "val/vpred": self.mean(self.values),
+            "val/error": self.mean(free),
+            "val/clipfrac": self.mean(clipped > free),
+            "val/mean": self.mean(old_values),
+            "val/var": self.mean((old_values - self.mean(old_values)) ** 2),
+        }
+        return metrics, np.where(free >= clipped, self.values - returns, 0.0)
+
+    def value_alone(self, loss, count):
+        assert self.target.kind == "critic"
+        metrics, d_value = self.value(loss, count)
+        self.backward(np.zeros(len(self.tokens)), d_value * self.weights / count)
+        return metrics | {"loss/total": metrics["loss/value"]}
 
 
 def log_softmax(logits):

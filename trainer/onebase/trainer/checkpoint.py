@@ -11,11 +11,31 @@ from pathlib import Path
 from typing import Any
 
 from onebase.client.types import Adapter
-from onebase.trainer.control import RunningMoments
 from onebase.trainer.evaluation import Evaluation
 from onebase.trainer.parsing import ConfigError
 
 STATE_FILE = "trainer_state.json"
+
+
+@dataclass(frozen=True)
+class AdapterMark:
+    """An adapter at one moment, and where it was saved."""
+
+    path: str
+    """Where the server saved it with its optimizer; "" if it could not."""
+    version: int
+    """Its version at this moment."""
+    create_time: float
+    """With the version: tells this adapter from another of the same name."""
+
+    def is_on_server(self, adapter: Adapter | None) -> bool:
+        """Whether the server's adapter is, untouched, the one of this moment."""
+        return (
+            adapter is not None
+            and adapter.version == self.version
+            and adapter.create_time == self.create_time
+            and adapter.pending_gradients == 0
+        )
 
 
 @dataclass(frozen=True)
@@ -30,41 +50,31 @@ class TrainerState:
     """Position in the prompts' order."""
     rng: Mapping[str, Any]
     """State of the generator of seeds and minibatches."""
-    kl_coef: float
-    """The next step's KL coefficient."""
-    moments: RunningMoments
-    """Running moments of the scores."""
+    algorithm: str
+    """What trains it."""
+    learner: Mapping[str, Any]
+    """What the algorithm keeps from step to step."""
     kl: float | None
-    """objective/kl of the last step."""
+    """objective/kl of the last step, if it had one."""
     before: Evaluation | None
     """The evaluation before the first step."""
     latest: Evaluation | None
     """The newest evaluation."""
     session_id: str
     """The session, to take up again while it lives. A secret."""
-    adapter_path: str
-    """Where the server saved the adapter and its optimizer; "" if it could not."""
-    adapter_version: int
-    """The adapter's version at this moment."""
-    adapter_create_time: float
-    """With the version: tells this adapter from another of the same name."""
-
-    def is_on_server(self, adapter: Adapter | None) -> bool:
-        """Whether the server's adapter is, untouched, the one of this moment."""
-        return (
-            adapter is not None
-            and adapter.version == self.adapter_version
-            and adapter.create_time == self.adapter_create_time
-            and adapter.pending_gradients == 0
-        )
+    adapter: AdapterMark
+    """The policy."""
+    critic: AdapterMark | None
+    """PPO's critic, if it is an adapter of its own."""
 
 
 def save_state(directory: Path, state: TrainerState) -> None:
     """Writes the state so that a crash leaves either the old one or the new one."""
     data = {field.name: getattr(state, field.name) for field in fields(state)}
-    data["moments"] = asdict(state.moments)
     for name in ("before", "latest"):
         data[name] = None if data[name] is None else data[name].as_json()
+    for name in ("adapter", "critic"):
+        data[name] = None if data[name] is None else asdict(data[name])
     write_json(directory / STATE_FILE, data)
 
 
@@ -79,9 +89,10 @@ def load_state(directory: Path) -> TrainerState | None:
         return None
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        data["moments"] = RunningMoments(**data["moments"])
         for name in ("before", "latest"):
             data[name] = None if data[name] is None else Evaluation.from_json(data[name])
+        data["adapter"] = AdapterMark(**data["adapter"])
+        data["critic"] = None if data["critic"] is None else AdapterMark(**data["critic"])
         return TrainerState(**data)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError("resume", f"{path} is not a trainer's state ({error}); use resume: never") from error

@@ -19,6 +19,7 @@ policy:                        # made, with a value head, if it is not there
   rank: 16
   alpha: 32
   target_modules: all-linear
+algorithm: ppo                 # ppo, grpo, rloo, reinforce_pp or sft
 reference: base                # or the name of a frozen adapter
 prompts:
   path: prompts.jsonl          # .jsonl .json .csv .parquet, directory, hub id
@@ -31,7 +32,7 @@ rewards:                       # adapters on the server, summed by weight
 # reward_function: my.py:f     # f(prompts, completions, **columns) -> numbers
 # reward_function_weight: 1.0
 # append_eos: true             # unset: as the reward adapters declare, or yes
-generation:                    # for PPO: no filters, temperature 1
+generation:                    # to train on: no filters, temperature 1
   max_new_tokens: 32
   temperature: 1.0
   top_k: 0
@@ -45,6 +46,7 @@ ppo:                           # names and defaults of TRL 0.11.4's PPOConfig
   init_kl_coef: 0.2
   adap_kl_ctrl: true
   target: 6
+# grpo: {num_generations: 8, beta: 0.05, learning_rate: 1e-5}
 steps: 100
 seed: 0
 output_dir: runs/policy_1      # metrics, samples, summary, TensorBoard, state
@@ -54,7 +56,7 @@ log: {tensorboard: true, samples: 2}
 """
 """A configuration with every part that a first run may want; no line too long for a terminal."""
 
-HELP = f"""Train a policy with PPO against a onebase server.
+HELP = f"""Train a policy with PPO, GRPO, RLOO, REINFORCE++ or SFT on a server.
 
 CONFIG is a YAML file. Any of its keys can be set by a flag of its dotted
 name, whose value is YAML:
@@ -87,7 +89,7 @@ def run(
     """Reads the settings, and trains."""
     import yaml
 
-    from onebase.trainer import loading, ppo
+    from onebase.trainer import loading, loop
     from onebase.trainer.parsing import ConfigError, plain, split_arguments
 
     try:
@@ -96,7 +98,7 @@ def run(
         if print_config:
             typer.echo(yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True), nl=False)
             return
-        summary = ppo.train(settings)
+        summary = loop.train(settings)
     except ConfigError as error:
         print_error(str(error))
         raise typer.Exit(1) from None

@@ -1,7 +1,4 @@
-"""Settings of a training run: frozen dataclasses, checked once.
-
-The `ppo` section has the names, the meanings and the defaults of TRL 0.11.4's PPOConfig.
-"""
+"""Settings of a training run: frozen dataclasses, checked once. Those of the algorithms are in `hyperparameters`."""
 
 from __future__ import annotations
 
@@ -10,84 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from onebase.trainer.parsing import require
-
-
-@dataclass(frozen=True)
-class PpoConfig:
-    """PPO (Schulman et al. 2017) with a KL penalty to a reference (Ziegler et al. 2019), as TRL 0.11.4 has it."""
-
-    learning_rate: float = 1.41e-5
-    """Adam's learning rate."""
-    adap_kl_ctrl: bool = True
-    """Adapt the KL coefficient towards `target`; otherwise it stays at init_kl_coef."""
-    init_kl_coef: float = 0.2
-    """KL coefficient at the beginning."""
-    kl_penalty: str = "kl"
-    """Penalty per token: "kl" is logp - ref_logp, "abs" its absolute value, "mse" half its square."""
-    target: float = 6.0
-    """KL per sequence, in nats, that the adaptive coefficient aims at."""
-    horizon: float = 10000.0
-    """Sequences over which the coefficient adapts."""
-    gamma: float = 1.0
-    """Discount per token."""
-    lam: float = 0.95
-    """Lambda of generalized advantage estimation (Schulman et al. 2015)."""
-    cliprange: float = 0.2
-    """Clip range of the probability ratio."""
-    cliprange_value: float = 0.2
-    """Clip range of the value."""
-    vf_coef: float = 0.1
-    """Weight of the value loss."""
-    batch_size: int = 128
-    """Completions per step."""
-    mini_batch_size: int = 128
-    """Completions per forward and backward pass."""
-    gradient_accumulation_steps: int = 1
-    """Passes per optimizer step; each loss is divided by this."""
-    ppo_epochs: int = 4
-    """Times that a step goes through its batch."""
-    max_grad_norm: float | None = None
-    """Clip every optimizer step's gradients to this global norm; none does not clip."""
-    early_stopping: bool = False
-    """Leave out a step's remaining epochs once the last pass's policy KL exceeds 1.5 times target_kl."""
-    target_kl: float = 1.0
-    """See early_stopping."""
-    ratio_threshold: float = 10.0
-    """A pass whose mean ratio exceeds this gives zero gradients."""
-    use_score_scaling: bool = False
-    """Divide scores by their running standard deviation."""
-    use_score_norm: bool = False
-    """With use_score_scaling: also subtract their running mean."""
-    score_clip: float | None = None
-    """Clip scores to plus and minus this."""
-    whiten_rewards: bool = False
-    """Scale token rewards to unit variance before the advantages."""
-
-    def __post_init__(self) -> None:
-        require(
-            self.kl_penalty != "full",
-            "kl_penalty",
-            "'full' is not supported: it needs whole distributions, which the server does not send; use kl, abs or mse",
-        )
-        choices = ("kl", "abs", "mse")
-        require(self.kl_penalty in choices, "kl_penalty", f"{self.kl_penalty!r} is not one of {', '.join(choices)}")
-        for key in ("batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs"):
-            _at_least(self, key, 1)
-        for key in ("learning_rate", "init_kl_coef", "vf_coef", "cliprange", "cliprange_value"):
-            _at_least(self, key, 0)
-        for key in ("target", "horizon", "target_kl", "ratio_threshold", "max_grad_norm", "score_clip"):
-            _above_zero(self, key)
-        for key in ("gamma", "lam"):
-            value = getattr(self, key)
-            require(0 <= value <= 1, key, f"{value} is not in [0, 1]")
-        optimized = self.mini_batch_size * self.gradient_accumulation_steps
-        require(
-            self.batch_size % optimized == 0,
-            "batch_size",
-            f"{self.batch_size} is not a multiple of mini_batch_size * gradient_accumulation_steps = "
-            f"{self.mini_batch_size} * {self.gradient_accumulation_steps} = {optimized}; set all three together",
-        )
+from onebase.trainer.hyperparameters import (
+    GrpoConfig,
+    Optimization,
+    PpoConfig,
+    ReinforcePpConfig,
+    RlooConfig,
+    SftConfig,
+)
+from onebase.trainer.parsing import require, require_above_zero, require_at_least
 
 
 @dataclass(frozen=True)
@@ -97,7 +25,7 @@ class PolicyConfig:
     name: str = "policy_1"
     """Its name: the session's active adapter."""
     create: bool = True
-    """Make it, with a value head, if it is not there; otherwise that is an error."""
+    """Make it, with a value head if PPO wants one, if it is not there; otherwise that is an error."""
     rank: int = 16
     """LoRA rank."""
     alpha: float = 32.0
@@ -112,7 +40,27 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         require(bool(self.name), "name", "is empty; name the policy to train")
         require(self.name != "base", "name", "'base' is the base model, which is not trained; name a policy")
-        _at_least(self, "rank", 1)
+        require_at_least(self, "rank", 1)
+
+
+@dataclass(frozen=True)
+class CriticConfig(PolicyConfig):
+    """PPO's critic as an adapter of its own, and how to make it if it is not on the server."""
+
+    name: str = "critic_1"
+    """Its name."""
+    create: bool = True
+    """Make it if it is not there; otherwise that is an error."""
+    init_from: str = ""
+    """A reward adapter that it begins as a copy of, its LoRA shape and its score head included; empty begins as the
+    base with a fresh value head, in the shape given here."""
+    learning_rate: float | None = None
+    """AdamW's learning rate; none is the policy's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.learning_rate is not None:
+            require_at_least(self, "learning_rate", 0)
 
 
 @dataclass(frozen=True)
@@ -130,7 +78,7 @@ class PromptsConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.path), "path", "is empty; name a file, a directory or a data set")
-        _at_least(self, "max_tokens", 0)
+        require_at_least(self, "max_tokens", 0)
 
 
 @dataclass(frozen=True)
@@ -151,7 +99,7 @@ class RewardTerm:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How completions are drawn. PPO wants them drawn from the policy itself: no filters, temperature 1."""
+    """How completions are drawn. They are to be drawn from the policy itself: no filters, temperature 1."""
 
     max_new_tokens: int = 32
     """Most tokens of a completion."""
@@ -169,10 +117,10 @@ class GenerationConfig:
     """Texts that end a completion."""
 
     def __post_init__(self) -> None:
-        _at_least(self, "max_new_tokens", 1)
-        _at_least(self, "min_new_tokens", 0)
-        _above_zero(self, "temperature")
-        _at_least(self, "top_k", 0)
+        require_at_least(self, "max_new_tokens", 1)
+        require_at_least(self, "min_new_tokens", 0)
+        require_above_zero(self, "temperature")
+        require_at_least(self, "top_k", 0)
         require(0 < self.top_p <= 1, "top_p", f"{self.top_p} is not in (0, 1]")
         require(0 <= self.min_p < 1, "min_p", f"{self.min_p} is not in [0, 1)")
         require(
@@ -194,9 +142,9 @@ class EvalConfig:
     """Seed of the completions."""
 
     def __post_init__(self) -> None:
-        _at_least(self, "every", 0)
-        _at_least(self, "samples", 0)
-        _at_least(self, "seed", 0)
+        require_at_least(self, "every", 0)
+        require_at_least(self, "samples", 0)
+        require_at_least(self, "seed", 0)
 
 
 @dataclass(frozen=True)
@@ -209,7 +157,7 @@ class LogConfig:
     """Completions of every step that go to samples.jsonl."""
 
     def __post_init__(self) -> None:
-        _at_least(self, "samples", 0)
+        require_at_least(self, "samples", 0)
 
 
 @dataclass(frozen=True)
@@ -222,6 +170,8 @@ class TrainConfig:
     """Address of the onebase server."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """The policy."""
+    critic: CriticConfig | None = None
+    """PPO's critic as an adapter of its own; without one it is the policy's value head."""
     reference: str = "base"
     """What the KL penalty holds to: "base" or a frozen adapter's name."""
     eval_prompts: PromptsConfig | None = None
@@ -242,8 +192,18 @@ class TrainConfig:
     adapter declares."""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     """Rollouts."""
+    algorithm: Literal["ppo", "grpo", "rloo", "reinforce_pp", "sft"] = "ppo"
+    """What trains the policy; the section of that name holds its settings."""
     ppo: PpoConfig = field(default_factory=PpoConfig)
     """PPO."""
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    """GRPO."""
+    rloo: RlooConfig = field(default_factory=RlooConfig)
+    """RLOO."""
+    reinforce_pp: ReinforcePpConfig = field(default_factory=ReinforcePpConfig)
+    """REINFORCE++."""
+    sft: SftConfig = field(default_factory=SftConfig)
+    """Supervised fine-tuning; its prompts' rows hold the completions too, and rewards are only for evaluation."""
     steps: int = 100
     """Steps to train: batches of batch_size completions."""
     seed: int = 0
@@ -259,16 +219,36 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for key in ("steps", "seed", "save_every"):
-            _at_least(self, key, 0)
+            require_at_least(self, key, 0)
         require(
-            bool(self.rewards) or self.reward_function is not None,
+            self.has_rewards or self.algorithm == "sft",
             "rewards",
             "is empty and there is no reward_function; name a reward adapter, as in [{adapter: NAME, weight: 1}]",
         )
         names = [term.adapter if term.label is None else f"{term.adapter}[{term.label}]" for term in self.rewards]
         for name in names:
             require(names.count(name) == 1, "rewards", f"{name!r} is named {names.count(name)} times; add its weights")
+        if self.critic is not None:
+            require(self.algorithm == "ppo", "critic", f"is PPO's, and {self.algorithm} has none; leave it out")
+            require(self.critic.name != self.policy.name, "critic.name", f"{self.critic.name!r} is the policy's name")
         require(math.isfinite(self.reward_function_weight), "reward_function_weight", "is not a finite number")
+
+    @property
+    def has_rewards(self) -> bool:
+        """Whether there is anything to judge completions by; without, nothing is evaluated."""
+        return bool(self.rewards) or self.reward_function is not None
+
+    @property
+    def optimization(self) -> Optimization:
+        """The section of the algorithm."""
+        section: Optimization = getattr(self, self.algorithm)
+        return section
+
+    def total_steps(self, rows: int) -> int:
+        """Steps to train on so many rows of prompts; an epoch's last batch is filled up from the next one."""
+        if self.algorithm == "sft" and self.sft.epochs is not None:
+            return math.ceil(rows * self.sft.epochs / self.sft.batch_size)
+        return self.steps
 
     @property
     def output_path(self) -> Path:
@@ -279,13 +259,3 @@ class TrainConfig:
     def run_name(self) -> str:
         """The last part of output_path; names the run's checkpoints on the server."""
         return self.output_path.name
-
-
-def _at_least(config: object, key: str, least: float) -> None:
-    value = getattr(config, key)
-    require(math.isfinite(value) and value >= least, key, f"{value} is not {least} or more")
-
-
-def _above_zero(config: object, key: str) -> None:
-    value = getattr(config, key)
-    require(value is None or (math.isfinite(value) and value > 0), key, f"{value} is not above 0")

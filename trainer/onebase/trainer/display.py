@@ -20,14 +20,16 @@ _TREND_WIDTH = 48
 
 @dataclass(frozen=True)
 class StepReport:
-    """What is worth seeing of one step."""
+    """What is worth seeing of one step; None is what an algorithm does not have."""
 
     step: int
     steps: int
-    reward: float
-    kl: float
-    kl_coef: float
-    entropy: float
+    reward: float | None
+    loss: float | None
+    """Where a loss says how well it goes."""
+    kl: float | None
+    kl_coef: float | None
+    entropy: float | None
     length: float
     """Mean tokens of a completion."""
     tokens_per_second: float
@@ -37,16 +39,20 @@ class StepReport:
     """Mean reward of an evaluation after this step, if there was one."""
     prompt: str
     completion: str
-    completion_reward: float
+    completion_reward: float | None
 
     def line(self) -> str:
         """The step in one line."""
-        evaluated = "" if self.evaluation is None else f"  eval {self.evaluation:+.4f}"
-        return (
-            f"step {self.step}/{self.steps}  reward {self.reward:+.4f}  kl {self.kl:.4f}  kl_coef {self.kl_coef:.4f}"
-            f"  entropy {self.entropy:.3f}  length {self.length:.1f}  {self.tokens_per_second:.0f} tokens/s"
-            f"  {self.seconds:.2f} s{evaluated}"
+        numbers = (
+            _named("reward", self.reward, "+.4f"),
+            _named("loss", self.loss, ".4f"),
+            _named("kl", self.kl, ".4f"),
+            _named("kl_coef", self.kl_coef, ".4f"),
+            _named("entropy", self.entropy, ".3f"),
+            f"length {self.length:.1f}  {self.tokens_per_second:.0f} tokens/s  {self.seconds:.2f} s",
+            _named("eval", self.evaluation, "+.4f"),
         )
+        return "  ".join((f"step {self.step}/{self.steps}", *filter(None, numbers)))
 
 
 class Display(Protocol):
@@ -106,7 +112,7 @@ class LiveDisplay:
 
     title: str
     console: Console
-    rewards: list[float] = field(default_factory=list)
+    trend: list[float] = field(default_factory=list)
     _live: Live | None = None
 
     def __enter__(self) -> LiveDisplay:
@@ -127,13 +133,15 @@ class LiveDisplay:
 
     def step(self, report: StepReport) -> None:
         """Draws the panel."""
-        self.rewards.append(report.reward)
+        followed = report.loss if report.reward is None else report.reward
+        if followed is not None:
+            self.trend.append(followed)
         if self._live is not None:
-            self._live.update(render(self.title, report, self.rewards), refresh=True)
+            self._live.update(render(self.title, report, self.trend), refresh=True)
 
 
-def render(title: str, report: StepReport, rewards: Sequence[float]) -> RenderableType:
-    """The panel: progress, numbers, the rewards' trend and a sample."""
+def render(title: str, report: StepReport, trend: Sequence[float]) -> RenderableType:
+    """The panel: progress, numbers, how the reward (or the loss) went from the first step on, and a sample."""
     progress = Table.grid(padding=(0, 1))
     progress.add_row(
         f"step {report.step}/{report.steps}",
@@ -141,18 +149,25 @@ def render(title: str, report: StepReport, rewards: Sequence[float]) -> Renderab
         f"{report.seconds:.2f} s/step",
     )
     numbers = Table.grid(padding=(0, 2))
-    change = report.reward - rewards[0]
-    numbers.add_row("reward", f"{report.reward:+.4f}", Text(sparkline(rewards)), f"{change:+.4f} since the first step")
-    numbers.add_row("kl", f"{report.kl:.4f}", f"coefficient {report.kl_coef:.4f}", f"entropy {report.entropy:.3f}")
+    if trend:
+        name, change = "loss" if report.reward is None else "reward", trend[-1] - trend[0]
+        numbers.add_row(name, f"{trend[-1]:+.4f}", Text(sparkline(trend)), f"{change:+.4f} since the first step")
+    if report.kl is not None:
+        numbers.add_row("kl", f"{report.kl:.4f}", _named("coefficient", report.kl_coef, ".4f"))
+    if report.entropy is not None:
+        numbers.add_row("entropy", f"{report.entropy:.3f}")
     numbers.add_row(
         "speed", f"{report.tokens_per_second:.0f}", "tokens/s", f"completions of {report.length:.1f} tokens"
     )
     if report.evaluation is not None:
         numbers.add_row("evaluation", f"{report.evaluation:+.4f}")
-    sample = Text.assemble(
-        (report.prompt, "dim"), " ", report.completion, (f"  {report.completion_reward:+.3f}", "bold"), overflow="fold"
-    )
+    worth = "" if report.completion_reward is None else f"  {report.completion_reward:+.3f}"
+    sample = Text.assemble((report.prompt, "dim"), " ", report.completion, (worth, "bold"), overflow="fold")
     return Panel(Group(progress, numbers, sample), title=title, expand=False)
+
+
+def _named(name: str, value: float | None, form: str) -> str:
+    return "" if value is None else f"{name} {value:{form}}"
 
 
 def sparkline(values: Sequence[float], width: int = _TREND_WIDTH) -> str:

@@ -25,7 +25,7 @@ class Evaluation:
     prompts: tuple[Prompt, ...]
     completions: tuple[str, ...]
     rewards: tuple[float, ...]
-    """The weighted sum that PPO maximizes."""
+    """The weighted sum that is maximized."""
     raw: Mapping[str, tuple[float, ...]]
     """The unweighted scores, by reward adapter."""
 
@@ -60,8 +60,8 @@ class Evaluation:
 
 
 def evaluate(session: Session, judge: Judge, rows: Sequence[PromptRow], config: TrainConfig) -> Evaluation | None:
-    """Evaluates the policy as it is now; None if the configuration wants no evaluation."""
-    chosen = rows[: config.eval.samples]
+    """Evaluates the policy as it is now; None if the configuration wants no evaluation, or has no rewards."""
+    chosen = rows[: config.eval.samples] if config.has_rewards else ()
     if not chosen:
         return None
     rollout = roll_out(session, chosen, config.generation, config.eval.seed)

@@ -6,6 +6,7 @@ Knows nothing of training: it reads dataclass fields and their annotations, and 
 from __future__ import annotations
 
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -28,6 +29,18 @@ def require(condition: bool, key: str, problem: str) -> None:
     """Raises ConfigError(key, problem) unless the condition holds."""
     if not condition:
         raise ConfigError(key, problem)
+
+
+def require_at_least(config: object, key: str, least: float) -> None:
+    """Raises ConfigError unless the attribute `key` is a finite number and not below `least`."""
+    value = getattr(config, key)
+    require(math.isfinite(value) and value >= least, key, f"{value} is not {least} or more")
+
+
+def require_above_zero(config: object, key: str) -> None:
+    """Raises ConfigError unless the attribute `key` is None, or a finite number above 0."""
+    value = getattr(config, key)
+    require(value is None or (math.isfinite(value) and value > 0), key, f"{value} is not above 0")
 
 
 def build(cls: type[T], data: object, where: str = "") -> T:

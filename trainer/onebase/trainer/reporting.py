@@ -9,19 +9,16 @@ from typing import Any
 
 from onebase.trainer.display import Display, StepReport
 from onebase.trainer.evaluation import Evaluation
+from onebase.trainer.learners import Learned
 from onebase.trainer.logs import RunLog
-from onebase.trainer.rewards import Judged
-from onebase.trainer.rollout import Rollout
-from onebase.trainer.stats import Stats, reward_stats, scalars
+from onebase.trainer.stats import scalars
 
 
 @dataclass(frozen=True)
 class StepResult:
     """Everything that one step made."""
 
-    rollout: Rollout
-    judged: Judged
-    stats: Stats
+    learned: Learned
     evaluation: Evaluation | None
     """The evaluation after the step, if there was one."""
     seconds: float
@@ -31,10 +28,11 @@ class StepResult:
 class Reporter:
     """Reports to a run's log and display."""
 
-    def __init__(self, log: RunLog, display: Display, steps: int, samples: int) -> None:
-        """Reports a run of `steps` steps, `samples` completions of each."""
+    def __init__(self, log: RunLog, display: Display, algorithm: str, steps: int, samples: int) -> None:
+        """Reports a run of `steps` steps of an algorithm, `samples` completions of each."""
         self._log = log
         self._display = display
+        self._algorithm = algorithm
         self._steps = steps
         self._samples = samples
 
@@ -49,37 +47,37 @@ class Reporter:
 
     def step(self, step: int, result: StepResult) -> None:
         """Reports a finished step."""
-        numbers = scalars(result.stats | reward_stats(result.judged.rewards))
-        numbers |= {f"reward/{name}": float(scores.mean()) for name, scores in result.judged.raw.items()}
+        numbers = scalars(result.learned.stats)
         if result.evaluation is not None:
             numbers |= evaluation_stats(result.evaluation)
         numbers["seconds"] = result.seconds
         self._log.metrics(step, numbers | {"adapter_version": result.adapter_version})
-        for index in range(min(self._samples, len(result.rollout.rows))):
-            self._log.sample(step, _sample(result, index))
+        for sample in result.learned.samples[: self._samples]:
+            self._log.sample(step, sample)
         self._display.step(self._view(step, result, numbers))
-        if numbers["objective/kl"] < -1:
+        if numbers.get("objective/kl", 0.0) < -1:
             self.note(
                 f"KL is {numbers['objective/kl']:.2f}, below zero: are completions drawn from the policy itself "
                 "(temperature 1, top_k 0, top_p 1, min_p 0)?"
             )
 
     def _view(self, step: int, result: StepResult, numbers: Mapping[str, float]) -> StepReport:
-        first = _sample(result, 0)
+        first = result.learned.samples[0]
         return StepReport(
             step=step,
             steps=self._steps,
-            reward=numbers["env/reward_mean"],
-            kl=numbers["objective/kl"],
-            kl_coef=numbers["objective/kl_coef"],
-            entropy=numbers["ppo/policy/entropy"],
+            reward=numbers.get("env/reward_mean"),
+            loss=numbers.get("sft/loss/total"),
+            kl=numbers.get("objective/kl"),
+            kl_coef=numbers.get("objective/kl_coef"),
+            entropy=numbers.get(f"{self._algorithm}/policy/entropy"),
             length=numbers["tokens/responses_len_mean"],
-            tokens_per_second=result.rollout.tokens / result.seconds,
+            tokens_per_second=result.learned.tokens / result.seconds,
             seconds=result.seconds,
             evaluation=None if result.evaluation is None else result.evaluation.mean,
             prompt=str(first["prompt"]),
-            completion=first["completion"],
-            completion_reward=first["reward"],
+            completion=str(first["completion"]),
+            completion_reward=first.get("reward"),
         )
 
 
@@ -100,7 +98,7 @@ def summarize(
 ) -> dict[str, Any]:
     """What summary.json holds.
 
-    `reward_*` is what PPO maximizes, the weighted sum; `scores_*` are the unweighted means by reward adapter. Both
+    `reward_*` is what is maximized, the weighted sum; `scores_*` are the unweighted means by reward adapter. Both
     are None without an evaluation.
     """
     return {
@@ -121,12 +119,3 @@ def _compare(before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
     columns = zip(before.prompts, before.completions, after.completions, before.rewards, after.rewards, strict=True)
     names = ("prompt", "before", "after", "reward_before", "reward_after")
     return [dict(zip(names, row, strict=True)) for row in columns]
-
-
-def _sample(result: StepResult, index: int) -> dict[str, Any]:
-    return {
-        "prompt": result.rollout.rows[index].prompt,
-        "completion": result.rollout.completions[index].text,
-        "reward": float(result.judged.rewards[index]),
-        "scores": {name: float(scores[index]) for name, scores in result.judged.raw.items()},
-    }

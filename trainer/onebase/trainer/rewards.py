@@ -39,7 +39,7 @@ class Judged:
     """A rollout's rewards."""
 
     rewards: NDArray[np.float64]  # [B]
-    """What PPO maximizes: the weighted sum."""
+    """What is maximized: the weighted sum."""
     raw: Mapping[str, NDArray[np.float64]]
     """The unweighted scores [B], by reward term ("adapter" or "adapter[label]"), and by "reward_function"."""
     scored: tuple[t.Score, ...]
@@ -62,8 +62,13 @@ class Judge:
         self._function = load_function(config.reward_function) if config.reward_function is not None else None
         self._function_weight = config.reward_function_weight
 
-    def __call__(self, session: Session, rollout: Rollout, outputs: tuple[t.ScoreOutput, ...] = ()) -> Judged:
-        """Judges a rollout; `outputs` come with the rewards, from the same pass over the base."""
+    def __call__(
+        self, session: Session, rollout: Rollout, outputs: tuple[t.ScoreOutput, ...] = (), *, critic: str = ""
+    ) -> Judged:
+        """Judges a rollout; `outputs` come with the rewards, from the same call.
+
+        Values are the critic's, if one is named.
+        """
         asked: tuple[t.ScoreOutput, ...] = (*outputs, "rewards") if self._terms else outputs
         scored: tuple[t.Score, ...] = ()
         if asked:
@@ -75,6 +80,7 @@ class Judge:
                     outputs=asked,
                     append_eos=self._append_eos(session),
                     pooling=self._pooling if self._terms else None,
+                    critic=critic,
                 )
             )
         rewards = np.zeros(len(rollout.rows))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from onebase.client import types as t
@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A batch of prompts and one completion of each, in the same order."""
+    """Completions, those of a prompt side by side, and the prompt of each."""
 
     rows: tuple[PromptRow, ...]
+    """The row of each completion's prompt."""
     completions: tuple[t.Completion, ...]
 
     @property
@@ -41,13 +42,6 @@ class Rollout:
         """Prompts with the tokens that followed them."""
         return [t.Sequence(prompt, tokens) for prompt, tokens in zip(self.prompts, self.responses, strict=True)]
 
-    def completed(self, scored: Sequence[t.Score]) -> list[t.Score]:
-        """Scores with the policy's logprobs, values and version as the completions brought them."""
-        return [
-            replace(score, logprobs=completion.logprobs, values=completion.values, policy=completion.adapter)
-            for score, completion in zip(scored, self.completions, strict=True)
-        ]
-
     @property
     def tokens(self) -> int:
         """Number of tokens that were written."""
@@ -55,14 +49,21 @@ class Rollout:
 
 
 def roll_out(
-    session: Session, rows: Sequence[PromptRow], generation: GenerationConfig, seed: int, *, numbers: bool = False
+    session: Session,
+    rows: Sequence[PromptRow],
+    generation: GenerationConfig,
+    seed: int,
+    *,
+    per_prompt: int = 1,
+    outputs: Sequence[t.ScoreOutput] = (),
 ) -> Rollout:
-    """Draws one completion of each prompt from the session's policy; the same seed draws the same ones.
+    """Draws `per_prompt` completions of each prompt from the session's policy; the same seed draws the same ones.
 
-    With `numbers`, each brings its logprobs and values.
+    Each brings its `outputs`, of which there are logprobs and values.
     """
     sampling = t.SamplingParams(
         max_new_tokens=generation.max_new_tokens,
+        n=per_prompt,
         min_new_tokens=generation.min_new_tokens,
         temperature=generation.temperature,
         top_k=generation.top_k,
@@ -72,5 +73,7 @@ def roll_out(
         seed=seed,
     )
     prompts = [row.prompt for row in rows]
-    completions = session.generate(prompts, sampling=sampling, logprobs=numbers, values=numbers)
-    return Rollout(tuple(rows), tuple(completions))
+    completions = session.generate(
+        prompts, sampling=sampling, logprobs="logprobs" in outputs, values="values" in outputs
+    )
+    return Rollout(tuple(row for row in rows for _ in range(per_prompt)), tuple(completions))

@@ -1,4 +1,4 @@
-"""The numbers of a PPO step, under TRL 0.11.4's names and by its formulas.
+"""The numbers of a step: PPO's under TRL 0.11.4's names and by its formulas, the others' as far as they have them.
 
 Deviations: `ppo/policy/ratio` is the mean over tokens, not the list of all ratios, padding included;
 `objective/logprobs`, `objective/ref_logprobs` and `ppo/policy/advantages` hold completion tokens only.
@@ -27,13 +27,10 @@ def rollout_stats(
     scores: Array, logprobs: Array, reference_logprobs: Array, rewards: TokenRewards, mask: Mask, kl_coef: float
 ) -> Stats:
     """objective/* and the scores' part of ppo/*. `scores` is [B], after scaling and clipping; the rest [B, T]."""
-    kls = (rewards.kls * mask).sum(axis=1)
     return {
-        "objective/kl": float(kls.mean()),
-        "objective/kl_dist": kls,
+        **kl_stats(rewards.kls * mask, kl_coef),
         "objective/logprobs": logprobs,
         "objective/ref_logprobs": reference_logprobs,
-        "objective/kl_coef": kl_coef,
         "objective/entropy": float((-logprobs * mask).sum(axis=1).mean()),
         "ppo/mean_non_score_reward": masked_mean(rewards.non_score, mask),
         "ppo/mean_scores": float(scores.mean()),
@@ -41,10 +38,22 @@ def rollout_stats(
     }
 
 
+def kl_stats(kls: Array, kl_coef: float) -> Stats:
+    """objective/kl*: the KL of each sequence to the reference, of logprob differences [B, T]."""
+    of_sequences = kls.sum(axis=1)
+    return {
+        "objective/kl": float(of_sequences.mean()),
+        "objective/kl_dist": of_sequences,
+        "objective/kl_coef": kl_coef,
+    }
+
+
 def length_stats(query_lengths: Sequence[int], response_lengths: Sequence[int]) -> Stats:
-    """tokens/*: how long queries and responses are, in tokens."""
+    """tokens/*: how long queries and responses are, in tokens; nothing of those that are not known."""
     stats: Stats = {}
     for name, lengths in (("queries", query_lengths), ("responses", response_lengths)):
+        if not len(lengths):
+            continue
         values = np.asarray(lengths, dtype=np.float64)
         stats[f"tokens/{name}_len_mean"] = float(values.mean())
         stats[f"tokens/{name}_len_std"] = standard_deviation(values)
@@ -52,9 +61,14 @@ def length_stats(query_lengths: Sequence[int], response_lengths: Sequence[int]) 
     return stats
 
 
+def pass_stats(algorithm: str, passes: Sequence[Mapping[str, float]]) -> Stats:
+    """The metrics of all forward and backward passes, averaged, under the algorithm's name."""
+    return {f"{algorithm}/{name}": float(np.mean([one[name] for one in passes])) for name in sorted(passes[0])}
+
+
 def training_stats(passes: Sequence[Mapping[str, float]], advantages: Array, mask: Mask) -> Stats:
     """ppo/*: the metrics of all forward and backward passes, averaged, and the advantages that went in."""
-    stats: Stats = {f"ppo/{name}": float(np.mean([metrics[name] for metrics in passes])) for name in sorted(passes[0])}
+    stats = pass_stats("ppo", passes)
     stats["ppo/policy/advantages"] = advantages[mask]
     error, variance = np.float64(stats["ppo/val/error"]), np.float64(stats["ppo/returns/var"])
     with np.errstate(divide="ignore", invalid="ignore"):  # returns that are all equal have nothing to explain

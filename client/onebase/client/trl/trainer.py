@@ -21,7 +21,7 @@ from onebase.client.trl.generation import read_generation
 from onebase.client.trl.model import AutoModelForCausalLMWithValueHead
 
 if TYPE_CHECKING:
-    from onebase.trainer.stepper import PpoStepper
+    from onebase.trainer.algorithms import PpoStepper
 
 COLUMNS = ("input_ids", "attention_mask", "label", "query", "response")
 """Columns of a data set that a batch keeps."""
@@ -311,8 +311,8 @@ class PPOTrainer:
         return stats
 
     def _new_stepper(self) -> PpoStepper:
-        from onebase.trainer.config import PpoConfig
-        from onebase.trainer.stepper import PpoStepper
+        from onebase.trainer.algorithms import PpoStepper
+        from onebase.trainer.hyperparameters import PpoConfig
 
         names = {one.name for one in fields(PpoConfig)}
         return PpoStepper(

@@ -286,7 +286,7 @@ def test_checkpoints_are_made_every_so_many_steps_and_at_the_end(config, server)
     assert sorted(server.checkpoints) == ["/root/run/checkpoint-000004", "/root/run/checkpoint-000006"]
     assert all(with_optimizer for _, with_optimizer in server.checkpoints.values())
     state = load_state(config.output_path)
-    assert (state.step, state.adapter_path) == (6, "/root/run/checkpoint-000006")
+    assert (state.step, state.adapter.path) == (6, "/root/run/checkpoint-000006")
 
 
 def test_a_server_that_cannot_save_is_put_up_with_unless_saving_was_asked_for(config, tmp_path):

@@ -14,7 +14,7 @@ from onebase.client.errors import AbortedError
 from onebase.trainer import PpoConfig, PpoStepper
 from onebase.trainer.stats import reward_stats
 
-TRL = json.loads((Path(__file__).parent / "fixtures" / "trl_steps.json").read_text())
+TRL = json.loads((Path(__file__).parents[1] / "fixtures" / "trl_steps.json").read_text())
 CASES = TRL["cases"]
 
 
@@ -29,7 +29,8 @@ class RecordedSession:
     def start(self, step):
         self.step, self.passes = step, iter(step["passes"])
 
-    def score(self, sequences, *, rewards, reference, outputs, ppo_adapter_name):
+    def score(self, sequences, *, rewards, reference, outputs, ppo_adapter_name, critic):
+        assert critic == ""
         assert set(outputs) == {"logprobs", "reference_logprobs", "values"}
         assert [list(sequence.completion) for sequence in sequences] == self.step["responses"]
         return [
@@ -75,7 +76,7 @@ class RecordedSession:
             name: value / accumulated if name.startswith("loss/") else value
             for name, value in recorded["metrics"].items()
         }
-        return t.ForwardBackward(t.AdapterVersion("policy_1", self.version), metrics, (), (), False, 1)
+        return t.ForwardBackward(t.AdapterVersion("policy_1", self.version), metrics, (), (), (), False, 1)
 
     def optim_step(self, adamw, *, max_grad_norm, adapter, expected_version):
         assert adamw == t.AdamW(learning_rate=self.config.learning_rate)

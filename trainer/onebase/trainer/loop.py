@@ -1,27 +1,27 @@
-"""The training loop: draw completions, judge them, make a PPO step; evaluations and checkpoints on the way."""
+"""The training loop, the same for every algorithm: take rows, learn from them; evaluations and checkpoints."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from onebase.client.errors import FailedPreconditionError
-from onebase.trainer.attach import attach, find
-from onebase.trainer.checkpoint import STATE_FILE, TrainerState, load_state, save_state, write_json
+from onebase.trainer.attach import attach, attach_critic, find
+from onebase.trainer.checkpoint import STATE_FILE, AdapterMark, TrainerState, load_state, save_state, write_json
 from onebase.trainer.config import TrainConfig
 from onebase.trainer.display import Display, make_display
 from onebase.trainer.evaluation import Evaluation, evaluate
 from onebase.trainer.interrupt import Interrupt
+from onebase.trainer.learners import make_learner
 from onebase.trainer.logs import SUMMARY_FILE, RunLog
 from onebase.trainer.parsing import ConfigError
 from onebase.trainer.prompts import PromptOrder, PromptRow, load_prompts
 from onebase.trainer.reporting import Reporter, StepResult, summarize
 from onebase.trainer.rewards import Judge
-from onebase.trainer.rollout import roll_out
-from onebase.trainer.stepper import PPO_OUTPUTS, REFERENCE_OUTPUTS, PpoStepper
 from onebase.trainer.timing import Stopwatch
 
 if TYPE_CHECKING:
@@ -58,13 +58,18 @@ def train(
         interrupt = stack.enter_context(Interrupt())
         shown = stack.enter_context(display or make_display(f"onebase train {config.policy.name}"))
         client = client or stack.enter_context(_connect(config.server))
-        session, origin = attach(client, config.policy, state)
+        session, origin = attach(
+            client, config.policy, state, value_head=config.algorithm == "ppo" and config.critic is None
+        )
         stack.enter_context(session)
         shown.note(origin)
+        if config.critic is not None:
+            shown.note(attach_critic(client, session, config.critic, state))
         for name in (SUMMARY_FILE,) if state else (SUMMARY_FILE, STATE_FILE):  # of a run that this one replaces
             (config.output_path / name).unlink(missing_ok=True)
         log = RunLog(config.output_path, last_step=state.step if state else None, tensorboard=config.log.tensorboard)
-        reporter = Reporter(stack.enter_context(log), shown, config.steps, config.log.samples)
+        steps = config.total_steps(len(rows))
+        reporter = Reporter(stack.enter_context(log), shown, config.algorithm, steps, config.log.samples)
         run = Run(config, client, session, judge, reporter, rows, eval_rows)
         if state is not None:
             run.restore(state)
@@ -88,16 +93,16 @@ class Run:
         self._config = config
         self._client = client
         self._session = session
-        self._exact = client.info().base.exact  # then a completion's numbers are those that Score would give
         self._judge = judge
         self._reporter = reporter
         self._prompts = PromptOrder(rows, config.seed)
         self._eval_rows = eval_rows
+        self._steps = config.total_steps(len(rows))
         self._rng = np.random.default_rng(config.seed)
-        self._stepper = PpoStepper(session, config.ppo, reference=config.reference, rng=self._rng)
+        self._learner = make_learner(config, session, client.info().base, judge, self._rng)
         self._steps_done = 0
         self._prompts_taken = 0
-        self._kl: float | None = None  # objective/kl of the last step
+        self._kl: float | None = None  # objective/kl of the last step, if it had one
         self._before: Evaluation | None = None
         self._latest: Evaluation | None = None
         self._saved_step = 0  # the step of the newest checkpoint
@@ -110,13 +115,13 @@ class Run:
             self._before = self._latest = self._evaluate()
             if self._before is not None:
                 self._reporter.before(self._before)
-        while self._steps_done < config.steps and not stop():
+        while self._steps_done < self._steps and not stop():
             self._step()
             if _due(self._steps_done, config.save_every):
                 self._checkpoint(must=True)
         if self._saved_step < self._steps_done:
             self._checkpoint(must=config.save_every > 0)
-        if self._steps_done < config.steps:
+        if self._steps_done < self._steps:
             self._reporter.note(f"interrupted after step {self._steps_done}; resume: auto goes on from there")
             return None
         summary = summarize(
@@ -124,64 +129,40 @@ class Run:
             self._latest,
             kl=self._kl,
             steps=self._steps_done,
-            adapter_version=self._stepper.version or 0,
+            adapter_version=self._learner.version or 0,
             path=self._saved_path,
         )
         write_json(config.output_path / SUMMARY_FILE, summary)
         return summary
 
     def _step(self) -> None:
-        """One batch: completions drawn, judged, trained on and reported."""
-        config = self._config
-        watch = Stopwatch()
-        rows = self._prompts.take(self._prompts_taken, config.ppo.batch_size)
-        seed = int(self._rng.integers(2**63))
-        rollout = roll_out(self._session, rows, config.generation, seed, numbers=self._exact)
-        generated = watch.lap()
-        judged = self._judge(self._session, rollout, REFERENCE_OUTPUTS if self._exact else PPO_OUTPUTS)
-        forward = watch.lap()
-        stats = self._stepper.update(
-            rollout.prompts,
-            rollout.responses,
-            rollout.completed(judged.scored) if self._exact else judged.scored,
-            judged.rewards,
-            query_lengths=[completion.prompt_tokens for completion in rollout.completions],
-        )
-        updated = watch.lap()
-        stats |= {"time/generate": generated, "time/ppo/forward_pass": forward, "time/ppo/total": forward + updated}
+        """One batch: learned from, and reported."""
+        config, watch = self._config, Stopwatch()
+        rows = self._prompts.take(self._prompts_taken, self._learner.rows_per_step)
+        learned = self._learner.learn(rows, int(self._rng.integers(2**63)))
+        seconds = watch.lap()
         self._steps_done += 1
         self._prompts_taken += len(rows)
-        self._kl = cast("float", stats["objective/kl"])
+        self._kl = cast("float | None", learned.stats.get("objective/kl"))
         evaluation = None
-        if self._steps_done == config.steps or _due(self._steps_done, config.eval.every):
+        if self._steps_done == self._steps or _due(self._steps_done, config.eval.every):
             evaluation = self._latest = self._evaluate()
-        version = self._stepper.version or 0
-        result = StepResult(rollout, judged, stats, evaluation, generated + forward + updated, version)
+        result = StepResult(learned, evaluation, seconds, self._learner.version or 0)
         self._reporter.step(self._steps_done, result)
 
     def _evaluate(self) -> Evaluation | None:
         return evaluate(self._session, self._judge, self._eval_rows, self._config)
 
     def _checkpoint(self, *, must: bool) -> None:
-        """Saves the adapter with its optimizer, then this run's state.
+        """Saves the policy, and the critic if there is one, with their optimizers, then this run's state.
 
         Without `must`, a server that has no place to save to is put up with: the state alone can go on while the
-        adapter stays on the server as it is.
+        adapters stay on the server as they are.
         """
         config = self._config
-        self._saved_path = ""
-        try:
-            self._saved_path = self._session.save_adapter(
-                f"{config.run_name}/checkpoint-{self._steps_done:06d}",
-                name=config.policy.name,
-                with_optimizer=True,
-                overwrite=True,
-            ).path
-        except FailedPreconditionError as error:
-            if must:
-                raise
-            self._reporter.note(f"the adapter stays on the server, unsaved: {error}")
-        adapter = find(self._client, config.policy.name)
+        policy = self._mark(config.policy.name, "", must=must)
+        critic = self._mark(config.critic.name, "-critic", must=must) if config.critic else None
+        self._saved_path = policy.path
         save_state(
             config.output_path,
             TrainerState(
@@ -189,31 +170,45 @@ class Run:
                 step=self._steps_done,
                 prompts_taken=self._prompts_taken,
                 rng=self._rng.bit_generator.state,
-                kl_coef=self._stepper.kl_coef,
-                moments=self._stepper.moments,
+                algorithm=config.algorithm,
+                learner=self._learner.state(),
                 kl=self._kl,
                 before=self._before,
                 latest=self._latest,
                 session_id=self._session.id,
-                adapter_path=self._saved_path,
-                adapter_version=self._stepper.version or 0,
-                adapter_create_time=adapter.create_time if adapter else 0.0,
+                adapter=replace(policy, version=self._learner.version or 0),
+                critic=critic,
             ),
         )
         self._saved_step = self._steps_done
 
+    def _mark(self, name: str, suffix: str, *, must: bool) -> AdapterMark:
+        """Saves an adapter; its mark."""
+        path = ""
+        try:
+            path = self._session.save_adapter(
+                f"{self._config.run_name}/checkpoint-{self._steps_done:06d}{suffix}",
+                name=name,
+                with_optimizer=True,
+                overwrite=True,
+            ).path
+        except FailedPreconditionError as error:
+            if must:
+                raise
+            self._reporter.note(f"the adapter stays on the server, unsaved: {error}")
+        adapter = find(self._client, name)
+        return AdapterMark(path, adapter.version if adapter else 0, adapter.create_time if adapter else 0.0)
+
     def restore(self, state: TrainerState) -> None:
         """Stands where `state` was saved."""
         self._rng.bit_generator.state = dict(state.rng)
-        self._stepper.kl_coef = state.kl_coef
-        self._stepper.moments = state.moments
-        self._stepper.version = state.adapter_version
+        self._learner.restore(state.learner, state.adapter.version)
         self._steps_done = self._saved_step = state.step
         self._prompts_taken = state.prompts_taken
         self._kl = state.kl
         self._before = state.before
         self._latest = state.latest
-        self._saved_path = state.adapter_path
+        self._saved_path = state.adapter.path
 
 
 def _due(step: int, every: int) -> bool:
@@ -234,6 +229,18 @@ def _state_to_resume(config: TrainConfig) -> TrainerState | None:
         raise ConfigError(
             "policy.name",
             f"{directory} holds a run of {state.policy!r}, not of {config.policy.name!r}; "
+            "set another output_dir, or resume: never",
+        )
+    if state is not None and state.algorithm != config.algorithm:
+        raise ConfigError(
+            "algorithm",
+            f"{directory} holds a run of {state.algorithm}, not of {config.algorithm}; "
+            "set another output_dir, or resume: never",
+        )
+    if state is not None and (state.critic is None) != (config.critic is None):
+        raise ConfigError(
+            "critic",
+            f"{directory} holds a run {'without' if state.critic is None else 'with'} one; "
             "set another output_dir, or resume: never",
         )
     return state
