@@ -69,6 +69,8 @@ def line(name: str, value: Any) -> str:
         return f"property {name}: {_written(inspect.signature(value.fget).return_annotation)}"  # type: ignore[arg-type]
     if inspect.isclass(value):
         return f"class {name}{'' if value.__name__.removeprefix('Async') in HANDED_OUT else _signature(value)}"
+    if isinstance(value, classmethod):
+        return f"classmethod {line(name, value.__func__)}"
     if inspect.isfunction(value):
         return f"{'async def' if inspect.iscoroutinefunction(value) else 'def'} {name}{_signature(value)}"
     return f"{name} = {value!r}"
