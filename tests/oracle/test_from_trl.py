@@ -28,7 +28,7 @@ from peft import LoraConfig
 from support import environment
 from transformers import AutoTokenizer
 
-from onebase.client import Client
+from onebase.client import Client, connect
 from onebase.client.errors import AlreadyExistsError, OnebaseError
 from onebase.client.trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 
@@ -229,3 +229,20 @@ def test_log_stats_adds_the_rewards(model: AutoModelForCausalLMWithValueHead) ->
     logs = trainer.log_stats({"objective/kl": 1.0}, {"query": [], "response": []}, [torch.tensor(1.0), 3.0])
     assert logs["env/reward_mean"] == 2.0
     assert_close(logs["env/reward_std"], 2**0.5)
+
+
+def test_a_model_is_served_here_in_int8_for_as_long_as_the_script_runs() -> None:
+    with AutoModelForCausalLMWithValueHead.from_pretrained(
+        FIXTURES / "base", peft_config=FIXTURES / "policy", reward_adapter=FIXTURES / "reward", load_in_8bit=True
+    ) as model:
+        base = model.client.info().base
+        assert (base.quantization, base.device) == ("int8", "cpu")
+        scores = model.compute_reward_score(**padded())
+        with pytest.raises(ValueError, match="which has: reward-"):  # named by what is in it, so it is loaded once
+            AutoModelForCausalLMWithValueHead.from_pretrained(model.client, reward_adapter="other")
+        address = model.client._transport.target
+    exact = np.concatenate(expected_scores("base")["rewards"]["reward"]["trl_token_scores"])
+    found = scores[..., 0][padded()["attention_mask"].bool()].numpy()
+    assert 1e-4 < np.abs(found - exact).max() < 0.3 * np.abs(exact).max()  # rounded, and still this reward model
+    with pytest.raises(OnebaseError):
+        connect(address, wait=1.0)
