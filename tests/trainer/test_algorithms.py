@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 from rich.console import Console
-from trainer.toy import GOOD, ToyAdapter, ToyServer, encode, without_times
+from trainer.toy import GOOD, ToyAdapter, ToyClient, ToyServer, encode, without_times
 
 from onebase.trainer import (
     ConfigError,
@@ -204,6 +204,18 @@ def test_sft_takes_token_ids_as_they_are_and_needs_no_rewards(config, tmp_path):
         [*row.completion] for kind, c in server.calls if kind == "forward_backward" for row in c["sequences"]
     ]
     assert sorted(map(tuple, completions)) == [(2, 0)] * 3 + [(4, 0)] * 3
+
+
+def test_a_base_without_an_end_of_sequence_is_told_of(config, monkeypatch):
+    server, info = ToyServer(), ToyClient.info
+    base = dataclasses.replace(server.client().info().base, eos_token_ids=())
+    monkeypatch.setattr(ToyClient, "info", lambda client: dataclasses.replace(info(client), base=base))
+    config = by("sft", config, steps=1, eval=EvalConfig(samples=0))
+    with pytest.raises(ConfigError, match=r"sft\.append_eos: is true, but the base has no end-of-sequence token"):
+        run(config, server)
+    run(dataclasses.replace(config, sft=dataclasses.replace(SFT, append_eos=False)), server)
+    batch = next(call for kind, call in server.calls if kind == "forward_backward")
+    assert [list(row.completion) for row in batch["sequences"]] == [[GOOD, GOOD]] * 2
 
 
 def test_epochs_set_the_number_of_steps(config):

@@ -16,6 +16,7 @@ from onebase.trainer.algorithms import DpoStepper, GrpoStepper, PpoStepper, Rein
 from onebase.trainer.algorithms.experience import numbers_of, read_experience
 from onebase.trainer.algorithms.stepper import PolicyStepper
 from onebase.trainer.config import TrainConfig
+from onebase.trainer.hyperparameters import Given
 from onebase.trainer.parsing import ConfigError
 from onebase.trainer.prompts import PromptRow
 from onebase.trainer.rewards import Judge, Judged
@@ -78,10 +79,10 @@ def make_learner(
         rng: draws minibatches.
     """
     if config.algorithm == "sft":
-        return Imitation(SftStepper(session, config.sft, eos=base.eos_token_ids[0]))
+        return Imitation(SftStepper(session, config.sft, eos=_end(config.sft, base, "sft")))
     if config.algorithm == "dpo":
-        reference, eos = config.reference, base.eos_token_ids[0]
-        return Imitation(DpoStepper(session, config.dpo, eos=eos, reference=reference))
+        end = _end(config.dpo, base, "dpo")
+        return Imitation(DpoStepper(session, config.dpo, eos=end, reference=config.reference))
     stepper: PolicyStepper[Any]
     match config.algorithm:
         case "ppo":
@@ -220,6 +221,15 @@ def completion_of(row: PromptRow, column: str, key: str) -> str | list[int]:
             f"the row of prompt {row.prompt!r} holds {completion!r}, which is neither a text nor a list of token ids",
         )
     return cast("str | list[int]", completion)
+
+
+def _end(section: Given, base: t.BaseModel, where: str) -> int | None:
+    """The token that ends completions, if one is wanted."""
+    if not section.append_eos:
+        return None
+    if not base.eos_token_ids:
+        raise ConfigError(f"{where}.append_eos", "is true, but the base has no end-of-sequence token; set it to false")
+    return base.eos_token_ids[0]
 
 
 def _judged_samples(rollout: Rollout, judged: Judged) -> list[Mapping[str, Any]]:

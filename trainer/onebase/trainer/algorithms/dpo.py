@@ -36,7 +36,7 @@ class DpoStepper:
         session: Session,
         config: DpoConfig | None = None,
         *,
-        eos: int,
+        eos: int | None,
         reference: str = "base",
         adapter: str = "",
     ) -> None:
@@ -45,7 +45,7 @@ class DpoStepper:
         Args:
             session: holds the lease of the policy.
             config: the settings.
-            eos: id of the end-of-sequence token.
+            eos: id of the end-of-sequence token; None where there is none to append.
             reference: "base" or a frozen adapter.
             adapter: the policy; "" is the session's active adapter.
         """

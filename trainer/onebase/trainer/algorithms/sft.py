@@ -30,13 +30,15 @@ class SftStepper:
 
     name = "sft"
 
-    def __init__(self, session: Session, config: SftConfig | None = None, *, eos: int, adapter: str = "") -> None:
+    def __init__(
+        self, session: Session, config: SftConfig | None = None, *, eos: int | None, adapter: str = ""
+    ) -> None:
         """Stands before the first step.
 
         Args:
             session: holds the lease of the policy.
             config: the settings.
-            eos: id of the end-of-sequence token.
+            eos: id of the end-of-sequence token; None where there is none to append.
             adapter: the policy; "" is the session's active adapter.
         """
         self.config = config or SftConfig()
