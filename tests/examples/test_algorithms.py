@@ -36,7 +36,7 @@ ONE = Outcome(
 OUTCOMES = dict.fromkeys(CONFIGS, ONE)
 
 
-@pytest.mark.parametrize("name", ["grpo", "rloo", "reinforce_pp", "sft", "policy_1", "policy_2"])
+@pytest.mark.parametrize("name", ["grpo", "rloo", "reinforce_pp", "sft", "dpo", "policy_1", "policy_2"])
 def test_every_configuration_can_be_used(name: str) -> None:
     config = load_config(EXAMPLE / f"{name}.yaml")
     assert config.algorithm == ("ppo" if name.startswith("policy") else name)

@@ -1,4 +1,4 @@
-"""TRL's current GRPOTrainer, RLOOTrainer and SFTTrainer, run unmodified on fixed completions and scores, and watched.
+"""TRL's current trainers (GRPO, RLOO, SFT, DPO), run unmodified on fixed completions and scores, and watched.
 
 Run by `make oracle` after generate.py, whose base and policy they train, in the environment of the tests: that is where
 the current TRL is.
@@ -304,6 +304,57 @@ def _train_on_rows(name: str, accumulated: int, dtype: torch.dtype) -> tuple[dic
     return record, get_peft_model_state_dict(trainer.model)
 
 
+def dpo_oracle(name: str, accumulated: int) -> None:
+    """Three steps of DPOTrainer on four prompts with two completions each, likewise."""
+    record, weights = _train_on_pairs(name, accumulated, torch.float32)
+    _, control = _train_on_pairs(name, accumulated, torch.float64)
+    _write(name, record, weights, control)
+
+
+def _train_on_pairs(name: str, accumulated: int, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
+    generator = random.Random(name)
+    pairs = list(zip(RESPONSE_LENGTHS[::2], RESPONSE_LENGTHS[1::2], strict=True))
+    rows = [[random_ids(generator, length) for length in (3, *lengths)] for lengths in pairs]
+    model, tokenizer = policy(dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        mini_batch_size = len(rows) // accumulated
+        config = trl.DPOConfig(
+            output_dir=folder,
+            per_device_train_batch_size=mini_batch_size,
+            gradient_accumulation_steps=accumulated,
+            max_steps=3,
+            beta=0.3,
+            **{**COMMON, "max_grad_norm": 1.0},
+        )
+        columns = [
+            {"prompt": words(prompt) + " ", "chosen": words(chosen), "rejected": words(rejected)}
+            for prompt, chosen, rejected in rows
+        ]
+        trainer = trl.DPOTrainer(
+            model=model, args=config, train_dataset=Dataset.from_list(columns), processing_class=tokenizer
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.model.delete_adapter("ref")  # a copy of the policy: without it the reference is the base
+        trainer.train()
+    logs = [log for log in trainer.state.log_history if "grad_norm" in log]
+    record = {
+        "trl": trl.__version__,
+        "config": {
+            "batch_size": len(rows),
+            "mini_batch_size": mini_batch_size,
+            "learning_rate": config.learning_rate,
+            "max_grad_norm": config.max_grad_norm,
+            "beta": config.beta,
+        },
+        "prompts": [words(row[0]) for row in rows],
+        "chosen": [words(row[1]) for row in rows],
+        "rejected": [words(row[2]) for row in rows],
+        "losses": [log["loss"] for log in logs],
+        "grad_norms": [log["grad_norm"] for log in logs],
+    }
+    return record, get_peft_model_state_dict(trainer.model)
+
+
 def _write(name: str, record: dict[str, Any], weights: dict[str, Any], control: dict[str, Any]) -> None:
     differences = {key: float((weights[key] - control[key]).abs().max() / weights[key].abs().max()) for key in weights}
     worst = max(differences, key=differences.__getitem__)
@@ -325,6 +376,8 @@ def main() -> None:
             group_oracle(algorithm, scenario)
     sft_oracle("sft_steps", accumulated=1)
     sft_oracle("sft_accumulated", accumulated=2)
+    dpo_oracle("dpo_steps", accumulated=1)
+    dpo_oracle("dpo_accumulated", accumulated=2)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""GRPO, RLOO and SFT are TRL's current trainers': advantages, losses, statistics, and the weights afterwards.
+"""GRPO, RLOO, SFT and DPO are TRL's current trainers': advantages, losses, statistics, and the weights afterwards.
 
 The fixtures were made so that TRL in float32 agrees with itself in float64 to 2e-6 of every tensor.
 """
@@ -22,10 +22,19 @@ from oracle.fixtures import (
 from safetensors.numpy import load_file
 
 from onebase.client import Client, Session
-from onebase.trainer import GrpoConfig, GrpoStepper, RlooConfig, RlooStepper, SftConfig, SftStepper
+from onebase.trainer import (
+    DpoConfig,
+    DpoStepper,
+    GrpoConfig,
+    GrpoStepper,
+    RlooConfig,
+    RlooStepper,
+    SftConfig,
+    SftStepper,
+)
 
-GRPO, RLOO, SFT = (
-    sorted(path.stem for path in FIXTURES.glob(f"{algorithm}_*.json")) for algorithm in ("grpo", "rloo", "sft")
+GRPO, RLOO, SFT, DPO = (
+    sorted(path.stem for path in FIXTURES.glob(f"{algorithm}_*.json")) for algorithm in ("grpo", "rloo", "sft", "dpo")
 )
 EOS = 2
 
@@ -89,6 +98,17 @@ def test_sft_is_trls(session: Session, root: Path, scenario: str, given: str) ->
         assert_close(stats["sft/loss/total"], loss, "loss")
         assert_close(stats["sft/grad_norm"], norm, "grad_norm")
     _assert_weights(session, root / f"saved-{scenario}-{given}", scenario)
+
+
+@pytest.mark.parametrize("scenario", DPO)
+def test_dpo_is_trls(session: Session, root: Path, scenario: str) -> None:
+    record = replay(scenario)
+    stepper = DpoStepper(session, DpoConfig(**record["config"]), eos=EOS)
+    for loss, norm in zip(record["losses"], record["grad_norms"], strict=True):
+        stats = stepper.step(record["prompts"], record["chosen"], record["rejected"])
+        assert_close(stats["dpo/loss/total"], loss, "loss")
+        assert_close(stats["dpo/grad_norm"], norm, "grad_norm")
+    _assert_weights(session, root / f"saved-{scenario}", scenario)
 
 
 def _assert_weights(session: Session, path: Path, scenario: str) -> None:

@@ -7,10 +7,11 @@ import json
 import numpy as np
 import pytest
 from rich.console import Console
-from trainer.toy import GOOD, ToyAdapter, ToyServer, encode, without_times
+from trainer.toy import GOOD, ToyAdapter, ToyClient, ToyServer, encode, without_times
 
 from onebase.trainer import (
     ConfigError,
+    DpoConfig,
     EvalConfig,
     GenerationConfig,
     GrpoConfig,
@@ -40,13 +41,15 @@ ON_POLICY = {
     ),
 }
 SFT = SftConfig(learning_rate=0.1, batch_size=4, mini_batch_size=2)
-WITHOUT_HEAD = ("grpo", "rloo", "reinforce_pp", "sft")
+DPO = DpoConfig(learning_rate=0.1, batch_size=4, mini_batch_size=2)
+SECTIONS = {**ON_POLICY, "sft": SFT, "dpo": DPO}
+WITHOUT_HEAD = ("grpo", "rloo", "reinforce_pp", "sft", "dpo")
 
 
 @pytest.fixture
 def config(tmp_path):
     prompts = tmp_path / "prompts.jsonl"
-    rows = [{"prompt": text, "completion": "cc"} for text in "abcde"]
+    rows = [{"prompt": text, "completion": "cc", "chosen": "cc", "rejected": "bdd"} for text in "abcde"]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return TrainConfig(
         prompts=PromptsConfig(str(prompts)),
@@ -60,8 +63,7 @@ def config(tmp_path):
 
 
 def by(algorithm, config, **changes):
-    section = SFT if algorithm == "sft" else ON_POLICY[algorithm]
-    return dataclasses.replace(config, algorithm=algorithm, **{algorithm: section}, **changes)
+    return dataclasses.replace(config, algorithm=algorithm, **{algorithm: SECTIONS[algorithm]}, **changes)
 
 
 def run(config, server, **options):
@@ -90,7 +92,7 @@ def test_the_policy_learns_what_is_rewarded(config, algorithm):
     assert "kl_coef 0.0100" in shown
 
 
-@pytest.mark.parametrize("algorithm", [*ON_POLICY, "sft"])
+@pytest.mark.parametrize("algorithm", SECTIONS)
 @pytest.mark.parametrize("meanwhile", ["nothing", "server restarted"])
 def test_a_resumed_run_is_the_run_that_was_never_interrupted(config, tmp_path, algorithm, meanwhile):
     undisturbed = by(algorithm, config, output_dir=str(tmp_path / "undisturbed"))
@@ -169,7 +171,7 @@ def test_another_algorithms_run_is_not_gone_on_with(config):
         run(by("grpo", config, steps=2), server)
 
 
-# ------------------------------------------------------------------------------------------------------------ SFT
+# ---------------------------------------------------------------------------------------------------- SFT and DPO
 
 
 def test_sft_learns_the_rows_completions_and_their_end(config):
@@ -204,11 +206,47 @@ def test_sft_takes_token_ids_as_they_are_and_needs_no_rewards(config, tmp_path):
     assert sorted(map(tuple, completions)) == [(2, 0)] * 3 + [(4, 0)] * 3
 
 
+def test_a_base_without_an_end_of_sequence_is_told_of(config, monkeypatch):
+    server, info = ToyServer(), ToyClient.info
+    base = dataclasses.replace(server.client().info().base, eos_token_ids=())
+    monkeypatch.setattr(ToyClient, "info", lambda client: dataclasses.replace(info(client), base=base))
+    config = by("sft", config, steps=1, eval=EvalConfig(samples=0))
+    with pytest.raises(ConfigError, match=r"sft\.append_eos: is true, but the base has no end-of-sequence token"):
+        run(config, server)
+    run(dataclasses.replace(config, sft=dataclasses.replace(SFT, append_eos=False)), server)
+    batch = next(call for kind, call in server.calls if kind == "forward_backward")
+    assert [list(row.completion) for row in batch["sequences"]] == [[GOOD, GOOD]] * 2
+
+
 def test_epochs_set_the_number_of_steps(config):
     section = dataclasses.replace(SFT, epochs=2)  # five rows, four to a step
     summary, shown = run(dataclasses.replace(config, algorithm="sft", sft=section, steps=99), ToyServer())
     assert summary["steps"] == 3
     assert "step 3/3" in shown
+
+
+def test_dpo_prefers_what_is_chosen(config):
+    server = ToyServer()
+    summary, shown = run(by("dpo", config, steps=30), server)
+    losses = [line["dpo/loss/total"] for line in lines(config) if line["step"]]
+    assert losses[0] == pytest.approx(np.log(2), rel=1e-5)  # policy and reference begin alike
+    assert losses[-1] < 0.3
+    assert summary["reward_after"] > summary["reward_before"] + 0.2
+    assert "loss " in shown
+    batch = next(call for kind, call in server.calls if kind == "forward_backward")
+    assert [len(row.completion) for row in batch["sequences"]] == [3, 4] * 2  # chosen, then rejected, ended both
+    assert batch["denominator"] == 4.0  # the pairs of both passes
+    assert server.adapters["policy_1"].version == 30
+
+
+@pytest.mark.parametrize("column", ["chosen", "rejected"])
+def test_dpo_names_the_column_that_is_missing(config, tmp_path, column):
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    del row[column]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    config = by("dpo", config, prompts=PromptsConfig(str(tmp_path / "rows.jsonl")), eval=EvalConfig(samples=0))
+    with pytest.raises(ConfigError, match=rf"dpo\.{column}_column: no column '{column}'"):
+        run(config, ToyServer())
 
 
 @pytest.mark.parametrize(

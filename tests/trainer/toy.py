@@ -294,6 +294,7 @@ class ToySession:
             t.CustomLoss: batch.custom,
             t.CrossEntropyLoss: batch.cross_entropy,
             t.ValueLoss: batch.value_alone,
+            t.DpoLoss: batch.dpo,
         }
         count = denominator or (1 if isinstance(loss, t.CustomLoss) else batch.mask.sum())
         metrics = kinds[type(loss)](loss, count)
@@ -393,6 +394,16 @@ class ToyBatch:
     def cross_entropy(self, loss, count):
         self.backward(-self.weights / count, np.zeros(len(self.tokens)))
         return {"loss/total": float(-(self.logprobs * self.weights).sum() / count)}
+
+    def dpo(self, loss, count):
+        lengths = [len(row.completion) for row in self.sequences]
+        rows = np.repeat(np.arange(len(lengths)), lengths)
+        margins = np.bincount(rows, self.logprobs - self.of("reference_logprobs"))
+        differences = margins[::2] - margins[1::2]
+        d_margin = -loss.beta / (1 + np.exp(loss.beta * differences))
+        signs = np.where(rows % 2 == 0, 1.0, -1.0)
+        self.backward(d_margin[rows // 2] * signs / count, np.zeros(len(self.tokens)))
+        return {"loss/total": float(np.logaddexp(0, -loss.beta * differences).sum() / count)}
 
     def custom(self, loss, count):
         assert self.sequences[0].advantages is None

@@ -3,7 +3,7 @@
 Numpy only: the model, its gradients and its optimizer are the server's.
 """
 
-from onebase.trainer.algorithms import GrpoStepper, PpoStepper, ReinforcePpStepper, RlooStepper, SftStepper
+from onebase.trainer.algorithms import DpoStepper, GrpoStepper, PpoStepper, ReinforcePpStepper, RlooStepper, SftStepper
 from onebase.trainer.config import (
     CriticConfig,
     EvalConfig,
@@ -14,7 +14,7 @@ from onebase.trainer.config import (
     RewardTerm,
     TrainConfig,
 )
-from onebase.trainer.hyperparameters import GrpoConfig, PpoConfig, ReinforcePpConfig, RlooConfig, SftConfig
+from onebase.trainer.hyperparameters import DpoConfig, GrpoConfig, PpoConfig, ReinforcePpConfig, RlooConfig, SftConfig
 from onebase.trainer.loading import load_config
 from onebase.trainer.loop import train
 from onebase.trainer.parsing import ConfigError
@@ -22,6 +22,8 @@ from onebase.trainer.parsing import ConfigError
 __all__ = [
     "ConfigError",
     "CriticConfig",
+    "DpoConfig",
+    "DpoStepper",
     "EvalConfig",
     "GenerationConfig",
     "GrpoConfig",

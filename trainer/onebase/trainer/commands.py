@@ -19,7 +19,7 @@ policy:                        # made, with a value head, if it is not there
   rank: 16
   alpha: 32
   target_modules: all-linear
-algorithm: ppo                 # ppo, grpo, rloo, reinforce_pp or sft
+algorithm: ppo                 # ppo, grpo, rloo, reinforce_pp, sft, dpo
 reference: base                # or the name of a frozen adapter
 prompts:
   path: prompts.jsonl          # .jsonl .json .csv .parquet, directory, hub id
@@ -56,7 +56,7 @@ log: {tensorboard: true, samples: 2}
 """
 """A configuration with every part that a first run may want; no line too long for a terminal."""
 
-HELP = f"""Train a policy with PPO, GRPO, RLOO, REINFORCE++ or SFT on a server.
+HELP = f"""Train a policy with PPO, GRPO, RLOO, REINFORCE++, SFT or DPO.
 
 CONFIG is a YAML file. Any of its keys can be set by a flag of its dotted
 name, whose value is YAML:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from onebase.trainer.hyperparameters import (
+    DpoConfig,
+    Given,
     GrpoConfig,
     Optimization,
     PpoConfig,
@@ -192,7 +194,7 @@ class TrainConfig:
     adapter declares."""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     """Rollouts."""
-    algorithm: Literal["ppo", "grpo", "rloo", "reinforce_pp", "sft"] = "ppo"
+    algorithm: Literal["ppo", "grpo", "rloo", "reinforce_pp", "sft", "dpo"] = "ppo"
     """What trains the policy; the section of that name holds its settings."""
     ppo: PpoConfig = field(default_factory=PpoConfig)
     """PPO."""
@@ -204,6 +206,8 @@ class TrainConfig:
     """REINFORCE++."""
     sft: SftConfig = field(default_factory=SftConfig)
     """Supervised fine-tuning; its prompts' rows hold the completions too, and rewards are only for evaluation."""
+    dpo: DpoConfig = field(default_factory=DpoConfig)
+    """DPO; its prompts' rows hold both completions, and rewards are only for evaluation."""
     steps: int = 100
     """Steps to train: batches of batch_size completions."""
     seed: int = 0
@@ -221,7 +225,7 @@ class TrainConfig:
         for key in ("steps", "seed", "save_every"):
             require_at_least(self, key, 0)
         require(
-            self.has_rewards or self.algorithm == "sft",
+            self.has_rewards or isinstance(self.optimization, Given),
             "rewards",
             "is empty and there is no reward_function; name a reward adapter, as in [{adapter: NAME, weight: 1}]",
         )
@@ -246,8 +250,9 @@ class TrainConfig:
 
     def total_steps(self, rows: int) -> int:
         """Steps to train on so many rows of prompts; an epoch's last batch is filled up from the next one."""
-        if self.algorithm == "sft" and self.sft.epochs is not None:
-            return math.ceil(rows * self.sft.epochs / self.sft.batch_size)
+        section = self.optimization
+        if isinstance(section, Given) and section.epochs is not None:
+            return math.ceil(rows * section.epochs / section.batch_size)
         return self.steps
 
     @property

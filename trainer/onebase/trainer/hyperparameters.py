@@ -211,17 +211,13 @@ class ReinforcePpConfig(Clipped):
 
 
 @dataclass(frozen=True)
-class SftConfig(Optimization):
-    """Supervised fine-tuning: the mean negative logprob of the completions that come with the prompts."""
+class Given(Optimization):
+    """What SFT and DPO share: completions that come with the prompts."""
 
-    learning_rate: float = 2e-4
-    """AdamW's learning rate."""
     batch_size: int = 32
     """Rows per optimizer step."""
     mini_batch_size: int = 32
     """Rows per forward and backward pass."""
-    completion_column: str = "completion"
-    """The prompts' column that holds the completions: texts, or lists of token ids."""
     append_eos: bool = True
     """Put the end-of-sequence token behind completions that do not end with it."""
     epochs: int | None = None
@@ -229,9 +225,55 @@ class SftConfig(Optimization):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(bool(self.completion_column), "completion_column", "is empty; name the column of the completions")
         if self.epochs is not None:
             require_at_least(self, "epochs", 1)
+        for key in self.columns:
+            require(bool(getattr(self, key)), key, "is empty; name the column of these completions")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The keys that name the prompts' columns with completions."""
+        return ()
+
+
+@dataclass(frozen=True)
+class SftConfig(Given):
+    """Supervised fine-tuning: the mean negative logprob of the completions that come with the prompts."""
+
+    learning_rate: float = 2e-4
+    """AdamW's learning rate."""
+    completion_column: str = "completion"
+    """The prompts' column that holds the completions: texts, or lists of token ids."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The keys that name the prompts' columns with completions."""
+        return ("completion_column",)
+
+
+@dataclass(frozen=True)
+class DpoConfig(Given):
+    """DPO (Rafailov et al. 2023): of two completions that come with a prompt, the chosen one becomes the likelier."""
+
+    beta: float = 0.1
+    """How strongly to hold to the reference."""
+    label_smoothing: float = 0.0
+    """Share of the pairs that may be labelled the wrong way round, in [0, 0.5)."""
+    chosen_column: str = "chosen"
+    """The prompts' column that holds the preferred completions: texts, or lists of token ids."""
+    rejected_column: str = "rejected"
+    """The column that holds the others."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.beta > 0, "beta", f"{self.beta} is not above 0")
+        smoothing = self.label_smoothing
+        require(0 <= smoothing < 0.5, "label_smoothing", f"{smoothing} is not in [0, 0.5)")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The keys that name the prompts' columns with completions."""
+        return ("chosen_column", "rejected_column")
 
 
 def _require_groups(batch_size: int, num_generations: int) -> None:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 
 from onebase.client import types as t
-from onebase.trainer.algorithms import GrpoStepper, PpoStepper, ReinforcePpStepper, RlooStepper, SftStepper
+from onebase.trainer.algorithms import DpoStepper, GrpoStepper, PpoStepper, ReinforcePpStepper, RlooStepper, SftStepper
 from onebase.trainer.algorithms.experience import numbers_of, read_experience
 from onebase.trainer.algorithms.stepper import PolicyStepper
 from onebase.trainer.config import TrainConfig
+from onebase.trainer.hyperparameters import Given
 from onebase.trainer.parsing import ConfigError
 from onebase.trainer.prompts import PromptRow
 from onebase.trainer.rewards import Judge, Judged
@@ -78,7 +79,10 @@ def make_learner(
         rng: draws minibatches.
     """
     if config.algorithm == "sft":
-        return Imitation(SftStepper(session, config.sft, eos=base.eos_token_ids[0]))
+        return Imitation(SftStepper(session, config.sft, eos=_end(config.sft, base, "sft")))
+    if config.algorithm == "dpo":
+        end = _end(config.dpo, base, "dpo")
+        return Imitation(DpoStepper(session, config.dpo, eos=end, reference=config.reference))
     stepper: PolicyStepper[Any]
     match config.algorithm:
         case "ppo":
@@ -169,7 +173,7 @@ class Reinforcement:
 class Imitation:
     """Learns from completions that the rows of prompts bring."""
 
-    def __init__(self, stepper: SftStepper) -> None:
+    def __init__(self, stepper: SftStepper | DpoStepper) -> None:
         self._stepper = stepper
         self.rows_per_step = stepper.config.batch_size
 
@@ -180,12 +184,12 @@ class Imitation:
 
     def learn(self, rows: Sequence[PromptRow], _seed: int, /) -> Learned:
         """Trains on the rows; nothing is drawn, so the seed has no part in it."""
-        completions = [self._completion(row) for row in rows]
-        stats = self._stepper.step([row.prompt for row in rows], completions)
+        columns = [[self._completion(row, key) for row in rows] for key in self._stepper.config.columns]
+        stats = self._stepper.step([row.prompt for row in rows], *columns)
         samples = [
-            {"prompt": row.prompt, "completion": completion} for row, completion in zip(rows, completions, strict=True)
+            {"prompt": row.prompt, "completion": completion} for row, completion in zip(rows, columns[0], strict=True)
         ]
-        tokens = round(cast("float", stats["tokens/responses_len_mean"]) * len(rows))
+        tokens = round(cast("float", stats["tokens/responses_len_mean"]) * len(rows) * len(columns))
         return Learned(stats, samples, tokens)
 
     def state(self) -> dict[str, Any]:
@@ -197,28 +201,35 @@ class Imitation:
         self._stepper.restore(state)
         self._stepper.version = version
 
-    def _completion(self, row: PromptRow) -> str | list[int]:
-        return completion_of(row, self._stepper.config.completion_column)
+    def _completion(self, row: PromptRow, key: str) -> str | list[int]:
+        return completion_of(row, getattr(self._stepper.config, key), f"{self._stepper.name}.{key}")
 
 
-def completion_of(row: PromptRow, column: str) -> str | list[int]:
-    """The completion that a row brings.
+def completion_of(row: PromptRow, column: str, key: str) -> str | list[int]:
+    """The completion that a row brings in a column, which the setting `key` names.
 
     Raises:
         ConfigError: it brings none.
     """
     if column not in row.columns:
-        raise ConfigError(
-            "sft.completion_column", f"no column {column!r}; there are {', '.join(row.columns) or 'none'}"
-        )
+        raise ConfigError(key, f"no column {column!r}; there are {', '.join(row.columns) or 'none'}")
     completion = row.columns[column]
     is_tokens = isinstance(completion, list) and all(type(token) is int for token in completion)
     if not completion or not (isinstance(completion, str) or is_tokens):
         raise ConfigError(
-            "sft.completion_column",
+            key,
             f"the row of prompt {row.prompt!r} holds {completion!r}, which is neither a text nor a list of token ids",
         )
     return cast("str | list[int]", completion)
+
+
+def _end(section: Given, base: t.BaseModel, where: str) -> int | None:
+    """The token that ends completions, if one is wanted."""
+    if not section.append_eos:
+        return None
+    if not base.eos_token_ids:
+        raise ConfigError(f"{where}.append_eos", "is true, but the base has no end-of-sequence token; set it to false")
+    return base.eos_token_ids[0]
 
 
 def _judged_samples(rollout: Rollout, judged: Judged) -> list[Mapping[str, Any]]:

@@ -67,7 +67,7 @@ class Reporter:
             step=step,
             steps=self._steps,
             reward=numbers.get("env/reward_mean"),
-            loss=numbers.get("sft/loss/total"),
+            loss=None if "env/reward_mean" in numbers else numbers[f"{self._algorithm}/loss/total"],
             kl=numbers.get("objective/kl"),
             kl_coef=numbers.get("objective/kl_coef"),
             entropy=numbers.get(f"{self._algorithm}/policy/entropy"),

@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
-
 from onebase.client import types as t
+from onebase.trainer.algorithms.completions import check_count, token_ids
 from onebase.trainer.hyperparameters import SftConfig
 from onebase.trainer.stats import Stats, length_stats, pass_stats
 from onebase.trainer.timing import Stopwatch
@@ -31,13 +30,15 @@ class SftStepper:
 
     name = "sft"
 
-    def __init__(self, session: Session, config: SftConfig | None = None, *, eos: int, adapter: str = "") -> None:
+    def __init__(
+        self, session: Session, config: SftConfig | None = None, *, eos: int | None, adapter: str = ""
+    ) -> None:
         """Stands before the first step.
 
         Args:
             session: holds the lease of the policy.
             config: the settings.
-            eos: id of the end-of-sequence token.
+            eos: id of the end-of-sequence token; None where there is none to append.
             adapter: the policy; "" is the session's active adapter.
         """
         self.config = config or SftConfig()
@@ -93,20 +94,9 @@ class SftStepper:
         )
 
     def _rows(self, prompts: Sequence[t.Content], completions: Sequence[t.Content]) -> list[t.TrainingSequence]:
-        """The completions as token ids: the server, which has the tokenizer, tells those of texts."""
-        for name, given in (("prompts", prompts), ("completions", completions)):
-            if len(given) != self.config.batch_size:
-                raise ValueError(f"{name} holds {len(given)}, but batch_size is {self.config.batch_size}")
-        for index, completion in enumerate(completions):
-            if len(completion) == 0:
-                raise ValueError(f"completions[{index}] is empty; there is nothing to learn from it")
-        texts = [index for index, completion in enumerate(completions) if isinstance(completion, str)]
-        tokens = [np.array([] if isinstance(completion, str) else completion, int) for completion in completions]
-        if texts:
-            asked = [t.Sequence(prompts[index], completions[index]) for index in texts]
-            for index, answer in zip(texts, self._session.logprob(asked, adapter=self._adapter), strict=True):
-                tokens[index] = np.asarray(answer.completion_tokens, int)
-        if self.config.append_eos:
-            tokens = [row if row[-1] == self._eos else np.append(row, self._eos) for row in tokens]
+        check_count("prompts", prompts, self.config.batch_size)
+        check_count("completions", completions, self.config.batch_size)
+        eos = self._eos if self.config.append_eos else None
+        tokens = token_ids(self._session, prompts, completions, adapter=self._adapter, eos=eos)
         # A text goes over the wire as it is, with the tokenizer's own special tokens in front.
         return [t.TrainingSequence(cast("t.Tokens", prompt), row) for prompt, row in zip(prompts, tokens, strict=True)]
