@@ -4,7 +4,7 @@ import importlib
 import sys
 
 # PEFT imports bitsandbytes where it finds it, for layers that we do not take from it, and with it comes a third of the
-# seconds that a server needs to start. What is None here is not found; `quantized` imports bitsandbytes where it is needed.
+# seconds that a server needs to start. What is None here is not found; `quantized` imports it where it is needed.
 if "bitsandbytes" not in sys.modules:
     sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
     importlib.import_module("peft")
