@@ -6,6 +6,8 @@ BIN := .venv/bin
 PROTO_BIN := .venv-proto/bin
 ORACLE_BIN := .venv-oracle/bin
 
+PROCESSES ?= 2
+
 # Small matrices gain nothing from a second thread, and lose much where other programs share the cores.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -61,8 +63,8 @@ imports: .venv/.installed  ## who may import whom
 	$(BIN)/lint-imports
 
 .PHONY: pytest
-pytest: .venv/.installed  ## the tests alone
-	$(BIN)/pytest
+pytest: .venv/.installed  ## the tests alone, in two processes (make pytest PROCESSES=4 for more)
+	$(BIN)/pytest -n $(PROCESSES) --dist loadfile
 
 .venv-proto/.installed: proto/requirements.txt
 	test -x $(PROTO_BIN)/python || $(PYTHON) -m venv .venv-proto

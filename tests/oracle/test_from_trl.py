@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from numpy.typing import NDArray
 from oracle.fixtures import (
     FIXTURES,
@@ -30,7 +31,7 @@ from transformers import AutoTokenizer
 
 from onebase.client import Client, connect
 from onebase.client.errors import AlreadyExistsError, OnebaseError
-from onebase.client.trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+from onebase.client.trl import AutoModelForCausalLMWithValueHead, LengthSampler, PPOConfig, PPOTrainer
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "from_trl"
 
@@ -246,3 +247,43 @@ def test_a_model_is_served_here_in_int8_for_as_long_as_the_script_runs() -> None
     assert 1e-4 < np.abs(found - exact).max() < 0.3 * np.abs(exact).max()  # rounded, and still this reward model
     with pytest.raises(OnebaseError):
         connect(address, wait=1.0)
+
+
+def test_the_loop_of_trls_own_example_runs(model: AutoModelForCausalLMWithValueHead, root: Path) -> None:
+    """examples/scripts/ppo.py of TRL 0.11.4: a data set, its data loader, a pipeline's place taken by the reward."""
+    tokenizer = AutoTokenizer.from_pretrained(root / "base")
+    lines = (FIXTURES / "from_trl_prompts.txt").read_text().splitlines()
+    dataset = Dataset.from_dict({"text": lines})
+    dataset = dataset.map(lambda sample: {"input_ids": tokenizer.encode(sample["text"]), "query": sample["text"]})
+    dataset.set_format(type="torch")
+
+    def collator(data: list[dict[str, Any]]) -> dict[str, list[Any]]:
+        return {key: [row[key] for row in data] for key in data[0]}
+
+    config = PPOConfig(batch_size=8, mini_batch_size=8, ppo_epochs=1, learning_rate=1e-4)
+    trainer = PPOTrainer(config, model, None, tokenizer, dataset=dataset, data_collator=collator)
+    assert (trainer.accelerator.num_processes, trainer.accelerator.device) == (1, torch.device("cpu"))
+    kwargs = {"min_length": -1, "top_k": 0.0, "top_p": 1.0, "do_sample": True, "pad_token_id": tokenizer.eos_token_id}
+    sampler = LengthSampler(4, 9)
+    steps = 0
+    for batch in trainer.dataloader:
+        queries = batch["input_ids"]
+        responses, reference = trainer.generate(
+            queries, return_prompt=False, generate_ref_response=True, length_sampler=sampler, **kwargs
+        )
+        batch["response"] = tokenizer.batch_decode(responses)
+        batch["ref_response"] = tokenizer.batch_decode(reference)
+        assert all(1 <= len(response) < 9 for response in responses)
+        inputs = tokenizer.pad(
+            {"input_ids": [torch.cat(pair).tolist() for pair in zip(queries, responses, strict=True)]},
+            return_tensors="pt",
+        )
+        rewards = list(trainer.model.compute_reward_score(**inputs)[:, -1, 0])
+        batch["ref_rewards"] = rewards
+        stats = trainer.step(queries, responses, rewards)
+        columns = ["query", "response", "ref_response", "ref_rewards"]
+        logs = trainer.log_stats(stats, batch, rewards, columns_to_log=columns)
+        assert_close(logs["env/reward_mean"], float(torch.stack(rewards).mean()))
+        steps += 1
+    assert steps == len(lines) // 8
+    assert model.client.adapter("trl").version == steps
