@@ -60,7 +60,7 @@ def test_there_are_thousands_of_openings() -> None:
     assert len(prompts(0, 3000, held_out=False)) == 3000
 
 
-@settings(max_examples=10)
+@settings(max_examples=10, deadline=None)
 @given(SEEDS)
 def test_a_held_out_pair_shares_no_opinion_with_those_to_avoid(seed: int) -> None:
     seen = frozenset(pair[side] for pair in pairs(seed, 400, held_out=False) for side in ("chosen", "rejected"))

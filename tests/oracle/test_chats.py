@@ -65,7 +65,7 @@ class Reading:
 
     def reward(self, prompt: Any, completion: Any) -> list[int]:
         said = types_pb2.Sequence(prompt=content(prompt), completion=content(completion))
-        (row,) = asyncio.run(self._reader.reward_tokens([said], None))
+        (row,) = self._reader.reward_tokens(asyncio.run(self._reader.joined([said])), None)
         return row.tokens.tolist()
 
 

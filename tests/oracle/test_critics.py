@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 
 from onebase.client import Client, Session
 from onebase.client.errors import FailedPreconditionError
-from onebase.client.types import AdamW, PpoLoss, TrainingSequence
+from onebase.client.types import AdamW, TrainingSequence, ValueLoss
 
 pytestmark = PEFT_WARNINGS
 
@@ -70,14 +70,15 @@ def peft_values(base: str, path: str | Path) -> list[list[float]]:
 
 
 def train(session: Session, base: str, critic: str) -> None:
-    """An update that is large enough to see, of the value head and the LoRA; advantages are 0."""
+    """Two updates that are large enough to see, of the value head and the LoRA."""
     rows = []
     for sequence in sequences(base):
         numbers = np.linspace(-1, 1, len(sequence.completion), dtype=np.float32)
-        none = np.zeros_like(numbers)
-        rows.append(TrainingSequence(sequence.prompt, sequence.completion, none, none, none, numbers))
+        rows.append(
+            TrainingSequence(sequence.prompt, sequence.completion, old_values=np.zeros_like(numbers), returns=numbers)
+        )
     for _ in range(2):
-        session.forward_backward(rows, PpoLoss(vf_coef=1.0, cliprange_value=10.0, ratio_threshold=1e9), adapter=critic)
+        session.forward_backward(rows, ValueLoss(cliprange_value=10.0), adapter=critic)
         session.optim_step(AdamW(learning_rate=1e-2), adapter=critic)
 
 

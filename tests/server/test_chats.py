@@ -80,11 +80,13 @@ def test_a_completion_is_what_the_template_adds_for_it(live, completion, ids, to
     ],
 )
 def test_a_reward_reads_a_conversation_as_one(live, prompt, completion, append_eos, ids, appended):
-    request = S.RewardRequest(adapters=["r1"], sequences=[sequence(prompt, completion)], append_eos=append_eos)
+    request = S.RewardRequest(
+        rewards=[S.RewardTerm(adapter="r1")], sequences=[sequence(prompt, completion)], append_eos=append_eos
+    )
     (result,) = live.inference.Reward(request).results
 
     assert rows(live) == [ids]
-    assert (result.tokens, result.eos_appended) == (len(ids), appended)
+    assert (list(result.tokens), list(result.eos_appended)) == ([len(ids)], [appended])
 
 
 def test_score_reads_the_policys_cut_and_the_rewards_whole(live, session):
@@ -148,9 +150,9 @@ def test_what_is_wrong_with_a_conversation_is_named(live, prompt, completion, re
 
 def test_a_reward_needs_both_as_conversations_too(live):
     said = [sequence(text_of("x"), ANSWER)]
-    assert refused(live.inference.Reward, S.RewardRequest(adapters=["r1"], sequences=said)).reason == (
-        "CHAT_WITHOUT_PROMPT"
-    )
+    assert refused(
+        live.inference.Reward, S.RewardRequest(rewards=[S.RewardTerm(adapter="r1")], sequences=said)
+    ).reason == ("CHAT_WITHOUT_PROMPT")
 
 
 def test_without_a_chat_template_conversations_are_refused_with_the_way_out():

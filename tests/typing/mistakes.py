@@ -9,7 +9,7 @@ def sync(client: onebase.Client, session: onebase.Session) -> None:
     session.generate("a", sampling={"n": 2})  # not SamplingParams
     session.reward("a")  # not a sequence
     session.score(Sequence("a", "b"), outputs=["logprob"])  # no such output
-    client.load_adapter("a", "b", kind="critic")  # no such kind
+    client.load_adapter("a", "b", kind="judge")  # no such kind
     SamplingParams(n=1).n = 2  # frozen
     client.score(Sequence("a", "b"))  # only a session scores
     client.reward(Sequence("a", "b"))[0].score + "x"  # a number
