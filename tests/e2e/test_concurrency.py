@@ -156,13 +156,17 @@ def test_each_answer_equals_the_one_it_gets_alone(server: RunningServer, client:
     with client.open_session(label="alone") as session:
         answers = {seed: plain(ask(seed).run(session)) for seed in range(60)}
     assert {ask(seed).name for seed in answers} == {"generate", "stream", "logprob", "reference", "reward", "score"}
-    for name in TRAINEES:  # what the trainings give alone; then the policies begin again
-        with client.open_session(name) as session:
-            session.save_adapter(f"fresh/{name}", overwrite=True)
-    alone = {name: train(client, name, seed) for seed, name in enumerate(TRAINEES)}
     for name in TRAINEES:
-        with client.open_session(name) as session:
-            session.load_adapter(name, f"fresh/{name}", replace=True)
+        client.save_adapter(name, f"fresh/{name}", overwrite=True)
+
+    def begin_again() -> None:  # without the moments of a training before
+        for name in TRAINEES:
+            with client.open_session(name) as session:
+                session.load_adapter(name, f"fresh/{name}", replace=True)
+
+    begin_again()
+    alone = {name: train(client, name, seed) for seed, name in enumerate(TRAINEES)}
+    begin_again()
 
     def trained(name: str, seed: int) -> Any:
         with connect(server.address) as own:
