@@ -117,7 +117,7 @@ class FakeWorker:
 
     def submit(self, job):
         with self._wake:
-            if self._draining:
+            if self._draining and not isinstance(job, jobs.SaveAdapterJob):
                 raise Unavailable("DRAINING", "the server drains")
             if job.work is not jobs.Work.ADMIN and len(self._pending) >= self.room:
                 raise ResourceExhausted("QUEUE_FULL", "the queue is full", retry_after=0.25)
@@ -128,6 +128,13 @@ class FakeWorker:
     def status(self):
         counts = {jobs.Work.SCORE: sum(job.work is jobs.Work.SCORE for job in self._pending)}
         return jobs.WorkerStatus(counts, {jobs.Work.TRAIN: 4}, 1.5, 2.5, 3.5, len(self.executed), 4096, 5, 32)
+
+    def drain(self, seconds):
+        until = time.monotonic() + seconds
+        with self._wake:
+            self._draining = True
+            self._wake.notify_all()
+            self._wake.wait_for(lambda: not self._pending, timeout=max(0.0, until - time.monotonic()))
 
     def stop(self, drain_seconds):
         until = time.monotonic() + drain_seconds

@@ -158,7 +158,10 @@ class Store:
     def sessions(self) -> list[SessionRow]:
         """The sessions."""
         rows = self._db.execute("SELECT session, queue, label, ttl, active, leases FROM sessions ORDER BY session")
-        return [SessionRow(*row[:5], leases=tuple(json.loads(row[5]))) for row in rows]
+        return [
+            SessionRow(session, queue, label, ttl, active, tuple(json.loads(leases)))
+            for session, queue, label, ttl, active, leases in rows
+        ]
 
     # ------------------------------------------------------------------------------------------------- writing
 

@@ -8,13 +8,14 @@ Deviations from TRL: max_grad_norm clips every optimizer step, not only the firs
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from onebase.client import types as t
+from onebase.client.errors import FailedPreconditionError
 from onebase.trainer.advantages import Advantages, Array, Mask, advantages_and_returns, pad, token_rewards
 from onebase.trainer.config import PpoConfig
 from onebase.trainer.control import RunningMoments, adapt_kl_coef, scale_scores
@@ -29,6 +30,13 @@ PPO_OUTPUTS: tuple[t.ScoreOutput, ...] = ("logprobs", "reference_logprobs", "val
 
 REFERENCE_OUTPUTS: tuple[t.ScoreOutput, ...] = ("reference_logprobs",)
 """The same, where an exact server gave the policy's numbers with the completions."""
+
+
+GRADIENTS_LOST = "GRADIENTS_LOST"
+"""The reason that a server gives when it does not have the gradients any more that a call builds upon."""
+
+Minibatch = Sequence[t.TrainingSequence]
+Result = TypeVar("Result")
 
 
 class PpoStepper:
@@ -153,36 +161,63 @@ class PpoStepper:
     def _optimize(self, batch: Sequence[t.TrainingSequence], version: int) -> list[Mapping[str, float]]:
         """Goes through the batch ppo_epochs times in minibatches; returns the metrics of every pass."""
         config = self.config
-        loss = t.PpoLoss(config.cliprange, config.cliprange_value, config.vf_coef, config.ratio_threshold)
         accumulate = config.gradient_accumulation_steps
         passes: list[Mapping[str, float]] = []
+        pending: list[Minibatch] = []  # whose gradients wait for an optimizer step
         for _ in range(config.ppo_epochs):
             order = self._rng.permutation(len(batch))
             for start in range(0, len(batch), config.mini_batch_size):
                 minibatch = [batch[index] for index in order[start : start + config.mini_batch_size]]
-                result = self._session.forward_backward(
-                    minibatch,
-                    loss,
-                    adapter=self._adapter,
-                    denominator=_denominator(minibatch, accumulate),
-                    expected_version=version,
-                )
+                result = self._forward_backward(minibatch, pending, version)
+                pending.append(minibatch)
                 passes.append(_undivided(result.metrics, accumulate))
                 if len(passes) % accumulate == 0:
-                    version = self._optim_step(version)
+                    version = self._optim_step(pending, version)
+                    pending = []
             if config.early_stopping and passes[-1]["policy/policykl"] > 1.5 * config.target_kl:
                 break
         self.version = version
         return passes
 
-    def _optim_step(self, version: int) -> int:
-        stepped = self._session.optim_step(
-            t.AdamW(learning_rate=self.config.learning_rate),
-            max_grad_norm=self.config.max_grad_norm or 0.0,
-            adapter=self._adapter,
-            expected_version=version,
-        )
-        return stepped.adapter.version
+    def _forward_backward(self, minibatch: Minibatch, pending: Sequence[Minibatch], version: int) -> t.ForwardBackward:
+        """One pass, behind those that are pending."""
+        config = self.config
+        loss = t.PpoLoss(config.cliprange, config.cliprange_value, config.vf_coef, config.ratio_threshold)
+
+        def call() -> t.ForwardBackward:
+            return self._session.forward_backward(
+                minibatch,
+                loss,
+                adapter=self._adapter,
+                denominator=_denominator(minibatch, config.gradient_accumulation_steps),
+                expected_version=version,
+                expected_pending=len(pending),
+            )
+
+        return self._with_gradients(call, pending, version)
+
+    def _optim_step(self, pending: Sequence[Minibatch], version: int) -> int:
+        def call() -> t.OptimStep:
+            return self._session.optim_step(
+                t.AdamW(learning_rate=self.config.learning_rate),
+                max_grad_norm=self.config.max_grad_norm or 0.0,
+                adapter=self._adapter,
+                expected_version=version,
+                expected_pending=len(pending),
+            )
+
+        return self._with_gradients(call, pending, version).adapter.version
+
+    def _with_gradients(self, call: Callable[[], Result], pending: Sequence[Minibatch], version: int) -> Result:
+        """Makes a call that needs the pending gradients; makes those again where a restarted server has lost them."""
+        while True:
+            try:
+                return call()
+            except FailedPreconditionError as error:
+                if error.reason != GRADIENTS_LOST or not pending:
+                    raise
+            for index, minibatch in enumerate(pending):
+                self._forward_backward(minibatch, pending[:index], version)
 
     def _scale(self, scores: Array) -> tuple[Array, RunningMoments]:
         moments = self.moments
