@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
 import uuid
@@ -122,6 +123,9 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+_FULL = re.compile(rf"(os error|code:) {errno.ENOSPC}\b")
+"""What safetensors says of a full disk, for which it has no error of its own."""
+
 _SWAP = threading.Lock()
 """Held while a directory takes its place: several are written at once, perhaps to one path."""
 
@@ -165,7 +169,7 @@ def write_directory(path: Path, fill: Callable[[Path], object], manifest: Mappin
         shutil.rmtree(fresh, ignore_errors=True)
         if old.exists() and not path.exists():
             old.rename(path)
-        if isinstance(error, SafetensorError) and "code: 28," in str(error):  # it tells no errno but in words
+        if isinstance(error, SafetensorError) and _FULL.search(str(error)):
             raise disk_full(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from error
         if isinstance(error, OSError):
             raise disk_full(error) from error
