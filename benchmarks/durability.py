@@ -32,7 +32,7 @@ WAYS = {
     "--durability checkpoint": ("--durability", "checkpoint"),
     "--durability step": ("--durability", "step"),
 }
-ROUNDS, STEPS, WARM = 5, 20, 5
+ROUNDS, STEPS, WARM = 5, 8, 2
 
 
 def make_base(path: Path) -> None:

@@ -211,11 +211,11 @@ class Server:
         self.edge.gate.state = State.DRAINING
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         await asyncio.to_thread(self._worker.drain, drain_seconds)
+        if self._sweeper is not None:
+            self._sweeper.cancel()
         await self.edge.keeper.close()
         await asyncio.to_thread(self._worker.stop, 0.0)
         await self._server.stop(_LAST_ANSWERS_SECONDS)
-        if self._sweeper is not None:
-            self._sweeper.cancel()
         self.edge.texts.close()
 
     def _is_there(self, name: str, kind: AdapterKind) -> bool:

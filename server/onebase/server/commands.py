@@ -115,7 +115,8 @@ Durability = Annotated[
     str,
     typer.Option(
         help="checkpoint or step. checkpoint: an adapter is saved as the options below say, when its lease ends and "
-        "when the server stops. step: each OptimStep is on the disk before it is answered.",
+        "when the server stops. step: each OptimStep is on the disk before it is answered, which took 30 ms more for "
+        "a checkpoint of 2 MiB (docs/durability.md).",
         rich_help_panel=_STATE,
     ),
 ]
