@@ -35,17 +35,22 @@ class RunningServer:
 
 
 @contextmanager
-def start_server(model: Path | str, *flags: str, wait: float = 120.0) -> Iterator[RunningServer]:
-    """Runs `onebase serve MODEL FLAGS` on a free port until the block ends.
+def start_server(
+    model: Path | str, *flags: str, wait: float = 120.0, port: int = 0, failpoints: str = ""
+) -> Iterator[RunningServer]:
+    """Runs `onebase serve MODEL FLAGS` until the block ends, on a free port if none is given.
+
+    With `failpoints` it fails as `onebase.server.failpoints` says.
 
     Raises:
         RuntimeError: it ended or did not serve in time; the message holds its log.
     """
     with tempfile.TemporaryDirectory() as folder:
         port_file, log = Path(folder, "port"), Path(folder, "log")
-        command = [*ONEBASE, "serve", str(model), *flags, "--port", "0", "--port-file", str(port_file)]
+        command = [*ONEBASE, "serve", str(model), *flags, "--port", str(port), "--port-file", str(port_file)]
+        env = {**environment(), "ONEBASE_FAILPOINTS": failpoints}
         with log.open("wb") as out:
-            process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment())
+            process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env)
         try:
             until = time.monotonic() + wait
             while not (port_file.exists() and port_file.read_text().strip()):

@@ -50,6 +50,8 @@ class FakeServer:
     gradients: int = 0
     hold: threading.Event | None = None
     """Where it is set, streams stop after their first message until it is set, or the client is gone."""
+    cuts: int = 0
+    """So many streams are cut off after their first message."""
     cancelled: threading.Event = field(default_factory=threading.Event)
     port: int = 0
     grpc_server: grpc.Server | None = None

@@ -103,6 +103,9 @@ class Inference(Servicer, inference_pb2_grpc.InferenceServiceServicer):
             for c in reversed(range(request.sampling.n)):
                 for message in _pieces(request, p, c, prompt, adapter):
                     yield message
+                    if self.fake.cuts:
+                        self.fake.cuts -= 1
+                        context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
                     if self.fake.hold is not None:
                         self.fake.hold.wait(60)
                     if not context.is_active():

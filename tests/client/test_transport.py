@@ -162,6 +162,14 @@ def test_a_stream_that_has_begun_is_not_repeated(server, client):
     assert len(server.requests["Generate"]) == 1
 
 
+def test_what_is_read_as_a_whole_begins_anew_when_its_stream_is_cut(server, client):
+    server.cuts = 2
+
+    assert client.generate("ab", adapter="base", sampling=TWO_TOKENS)[0].text == "ab"
+    assert len(server.requests["Generate"]) == 3
+    assert server.requests["Generate"][0] == server.requests["Generate"][2]
+
+
 def test_closing_a_stream_cancels_the_call(server, client):
     server.hold = threading.Event()
     stream = client.stream("ab", adapter="base", sampling=TWO_TOKENS)

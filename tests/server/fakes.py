@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +19,7 @@ from onebase.server.errors import (
     NotFound,
     ResourceExhausted,
     Unavailable,
+    disk_full,
 )
 
 FACTS = jobs.BaseFacts(
@@ -103,6 +106,7 @@ class FakeWorker:
         self.read: dict[str, bytes] = {}  # the files of the directory that was loaded last
         self.written = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}  # what a save writes
         self.value_heads = True  # of loaded policies that ask for none
+        self.full = False  # the disk
         self.endless = False  # completions that go on until they are cancelled
         self._held: tuple[type, ...] = ()
         self._pending: list[jobs.Job] = []
@@ -117,7 +121,7 @@ class FakeWorker:
 
     def submit(self, job):
         with self._wake:
-            if self._draining:
+            if self._draining and not isinstance(job, jobs.SaveAdapterJob):
                 raise Unavailable("DRAINING", "the server drains")
             if job.work is not jobs.Work.ADMIN and len(self._pending) >= self.room:
                 raise ResourceExhausted("QUEUE_FULL", "the queue is full", retry_after=0.25)
@@ -128,6 +132,13 @@ class FakeWorker:
     def status(self):
         counts = {jobs.Work.SCORE: sum(job.work is jobs.Work.SCORE for job in self._pending)}
         return jobs.WorkerStatus(counts, {jobs.Work.TRAIN: 4}, 1.5, 2.5, 3.5, len(self.executed), 4096, 5, 32)
+
+    def drain(self, seconds):
+        until = time.monotonic() + seconds
+        with self._wake:
+            self._draining = True
+            self._wake.notify_all()
+            self._wake.wait_for(lambda: not self._pending, timeout=max(0.0, until - time.monotonic()))
 
     def stop(self, drain_seconds):
         until = time.monotonic() + drain_seconds
@@ -270,7 +281,14 @@ class FakeWorker:
         version = self._adapter(job.adapter, job.expected_version) + 1
         applied = self.adapters[job.adapter].pending_gradients
         facts = self._change(job.adapter, pending_gradients=0, version=version)
-        return jobs.OptimStepResult(version, 1.25, applied, facts)
+        saved = None
+        if job.save_to is not None:
+            saved = Future()
+            try:
+                saved.set_result(self._save(job.adapter, job.save_to))
+            except Exception as error:
+                saved.set_exception(error)
+        return jobs.OptimStepResult(version, 1.25, applied, facts, saved)
 
     def _make(self, uid, kind, version, value_head, lora):
         labels = 1 if kind is jobs.AdapterKind.REWARD else 0
@@ -293,10 +311,15 @@ class FakeWorker:
         return self._change(job.uid, append_eos=job.append_eos, pooling=job.pooling or jobs.Pooling.LAST_TOKEN)
 
     def _SaveAdapterJob(self, job):
-        job.path.mkdir(parents=True)
+        return self._save(job.adapter, job.path)
+
+    def _save(self, uid, path):
+        if self.full:
+            raise disk_full(OSError(errno.ENOSPC, "full"))
+        path.mkdir(parents=True)
         for name, data in self.written.items():
-            (job.path / name).write_bytes(data)
-        return jobs.SaveResult(job.path, self._adapter(job.adapter), 77)
+            (path / name).write_bytes(data)
+        return jobs.SaveResult(path, self._adapter(uid), 77)
 
     def _DeleteAdapterJob(self, job):
         self._adapter(job.adapter)

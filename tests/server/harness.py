@@ -16,6 +16,7 @@ from server.fakes import FakeText, FakeWorker
 
 from onebase.server.app import Parts, Report, running
 from onebase.server.config import EngineConfig, ServerConfig
+from onebase.server.durability import Volatile
 from onebase.v1 import (
     adapters_pb2_grpc,
     inference_pb2_grpc,
@@ -42,10 +43,11 @@ class Clock:
 class Live:
     """A running server: its stubs, its rooms, and the loop it runs on."""
 
-    def __init__(self, config=None, worker=None, clock=None):
+    def __init__(self, config=None, worker=None, clock=None, keeper=None):
         self.config = config or ServerConfig(engine=EngineConfig(model="fake"), port=0, drain_seconds=5)
         self.worker = worker or FakeWorker()
         self.clock = clock or Clock()
+        self.parts = Parts(self.worker, FakeText(), keeper or Volatile())
         self.adapters_seen = []
         self.error = None
         self._ready = threading.Event()
@@ -107,7 +109,7 @@ class Live:
             adapter=lambda entry, seconds: self.adapters_seen.append(entry.name),
             ready=lambda port: setattr(self, "port", port),
         )
-        async with running(Parts(self.worker, FakeText()), self.config, report, self.clock) as self._server:
+        async with running(self.parts, self.config, report, self.clock) as self._server:
             self._ready.set()
             await self._stopping.wait()
 

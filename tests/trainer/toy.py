@@ -285,9 +285,12 @@ class ToySession:
 
     # ------------------------------------------------------------------------------------------- training
 
-    def forward_backward(self, sequences, loss, *, adapter="", denominator=None, expected_version=None):
+    def forward_backward(
+        self, sequences, loss, *, adapter="", denominator=None, expected_version=None, expected_pending=None
+    ):
         target = self._adapter(adapter)
         self._check_version(target, expected_version)
+        self._check_pending(target, expected_pending)
         batch = ToyBatch(self, target, sequences)
         kinds = {
             t.PpoLoss: batch.ppo,
@@ -312,9 +315,10 @@ class ToySession:
             pending_gradients=target.pending,
         )
 
-    def optim_step(self, adamw, *, max_grad_norm=0.0, adapter="", expected_version=None):
+    def optim_step(self, adamw, *, max_grad_norm=0.0, adapter="", expected_version=None, expected_pending=None):
         target = self._adapter(adapter)
         self._check_version(target, expected_version)
+        self._check_pending(target, expected_pending)
         if not target.pending:
             raise FailedPreconditionError("no pending gradients")
         norm = float(np.linalg.norm(target.gradients))
@@ -355,6 +359,10 @@ class ToySession:
 
     def _version(self, adapter):
         return t.AdapterVersion(adapter.name, adapter.version)
+
+    def _check_pending(self, adapter, expected):
+        if expected is not None and adapter.pending < expected:
+            raise FailedPreconditionError(f"{adapter.pending} pending, not {expected}", reason="GRADIENTS_LOST")
 
     def _check_version(self, adapter, expected):
         if expected is not None and expected != adapter.version:

@@ -8,7 +8,8 @@ from onebase.client import files
 from onebase.client import types as t
 from onebase.client.codec import adapters, inference
 from onebase.client.codec.inference import Prompts, Sequences
-from onebase.client.transport import Stream, Transport, new_request_id
+from onebase.client.codec.rpc import Call
+from onebase.client.transport import Transport, new_request_id
 
 
 class Calls:
@@ -197,11 +198,10 @@ class Calls:
         logprobs: bool,
         values: bool,
         adapter_version: int | None,
-        timeout: float | None,
         *,
         stream_tokens: bool,
-    ) -> Stream[t.CompletionChunk]:
-        call = inference.generate(
+    ) -> Call[t.CompletionChunk]:
+        return inference.generate(
             prompts,
             adapter=adapter,
             sampling=sampling,
@@ -211,7 +211,6 @@ class Calls:
             stream_tokens=stream_tokens,
             session_id=self._session_id,
         )
-        return self._transport.stream(call, timeout)
 
     def _save(
         self,

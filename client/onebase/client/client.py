@@ -97,11 +97,8 @@ class Client(Calls):
             adapter_version: the version that must answer; `AbortedError` if it is not the newest.
             timeout: seconds.
         """
-        chunks = self._generate(
-            prompts, adapter, sampling, logprobs, values, adapter_version, timeout, stream_tokens=False
-        )
-        with chunks:
-            return inference.join_chunks(list(chunks))
+        call = self._generate(prompts, adapter, sampling, logprobs, values, adapter_version, stream_tokens=False)
+        return inference.join_chunks(self._transport.collect(call, timeout))
 
     def stream(
         self,
@@ -118,9 +115,8 @@ class Client(Calls):
 
         Chunks of different completions interleave. Closing the iterator, or leaving its `with` block, stops the work.
         """
-        return self._generate(
-            prompts, adapter, sampling, logprobs, values, adapter_version, timeout, stream_tokens=True
-        )
+        call = self._generate(prompts, adapter, sampling, logprobs, values, adapter_version, stream_tokens=True)
+        return self._transport.stream(call, timeout)
 
     def logprob(
         self,

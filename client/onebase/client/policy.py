@@ -105,6 +105,7 @@ class Policy:
         *,
         denominator: float | None = None,
         expected_version: int | None = None,
+        expected_pending: int | None = None,
         timeout: float | None = None,
     ) -> t.ForwardBackward:
         """Adds to the policy's pending gradients, as `Session.forward_backward` does."""
@@ -114,6 +115,7 @@ class Policy:
             adapter=self.name,
             denominator=denominator,
             expected_version=expected_version,
+            expected_pending=expected_pending,
             timeout=timeout,
         )
 
@@ -123,6 +125,7 @@ class Policy:
         *,
         max_grad_norm: float = 0.0,
         expected_version: int | None = None,
+        expected_pending: int | None = None,
         timeout: float | None = None,
     ) -> t.OptimStep:
         """Makes the policy's next version, as `Session.optim_step` does."""
@@ -131,6 +134,7 @@ class Policy:
             max_grad_norm=max_grad_norm,
             adapter=self.name,
             expected_version=expected_version,
+            expected_pending=expected_pending,
             timeout=timeout,
         )
 

@@ -62,6 +62,23 @@ class Transport:
         upload = self._channel.stream_unary(path, request_serializer=_serialize, response_deserializer=read)
         return lambda remaining: upload(itertools.chain((call.request,), body()), timeout=remaining)
 
+    def collect(self, call: Call[Result], timeout: float | None = None) -> list[Result]:
+        """Sends a call whose answer is a stream, and reads all of it; a failure at any time begins it anew.
+
+        Raises:
+            OnebaseError: the last attempt's failure.
+        """
+        attempts = self.attempts(call, timeout)
+        while True:
+            stream = self.begin(call, attempts.remaining())
+            try:
+                return [call.read(message) for message in stream]
+            except grpc.RpcError as error:
+                failure = translate(error, call.rpc.method)
+            finally:
+                stream.cancel()
+            self.sleep(attempts.delay_after(failure))
+
     def stream(self, call: Call[Result], timeout: float | None = None) -> Stream[Result]:
         """Sends a call whose answer is a stream, and gives it to be read."""
         return Stream(self, call, timeout)
@@ -100,6 +117,9 @@ class Transport:
 
 class ServerStream(Protocol[Item]):
     """What is used of gRPC's own stream."""
+
+    def __iter__(self) -> Iterator[Item]:
+        """Itself."""
 
     def __next__(self) -> Item:
         """The next message."""

@@ -275,6 +275,7 @@ class ForwardBackwardRequest(google.protobuf.message.Message):
     CUSTOM_FIELD_NUMBER: builtins.int
     VALUE_FIELD_NUMBER: builtins.int
     DENOMINATOR_FIELD_NUMBER: builtins.int
+    EXPECTED_PENDING_FIELD_NUMBER: builtins.int
     session_id: builtins.str
     """The session that holds the adapter's lease."""
     request_id: builtins.str
@@ -287,6 +288,10 @@ class ForwardBackwardRequest(google.protobuf.message.Message):
     """The loss is a sum over tokens (dpo: over pairs) divided by this; unset is the number of tokens (dpo: pairs) that
     count in this call, and for custom it is 1. Give the whole batch's count in each of several calls and their sum is
     the whole batch's mean.
+    """
+    expected_pending: builtins.int
+    """How many ForwardBackward calls of this adapter the client believes wait for an OptimStep. FAILED_PRECONDITION
+    (GRADIENTS_LOST) if they are fewer, as after a restart of the server: repeat those calls. Unset is not checked.
     """
     @property
     def sequences(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TrainingSequence]:
@@ -331,11 +336,14 @@ class ForwardBackwardRequest(google.protobuf.message.Message):
         custom: Global___CustomLoss | None = ...,
         value: Global___ValueLoss | None = ...,
         denominator: builtins.float | None = ...,
+        expected_pending: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_denominator", b"_denominator", "_expected_version", b"_expected_version", "cross_entropy", b"cross_entropy", "custom", b"custom", "denominator", b"denominator", "dpo", b"dpo", "expected_version", b"expected_version", "importance_sampling", b"importance_sampling", "loss", b"loss", "ppo", b"ppo", "value", b"value"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_denominator", b"_denominator", "_expected_version", b"_expected_version", "adapter", b"adapter", "cross_entropy", b"cross_entropy", "custom", b"custom", "denominator", b"denominator", "dpo", b"dpo", "expected_version", b"expected_version", "importance_sampling", b"importance_sampling", "loss", b"loss", "ppo", b"ppo", "request_id", b"request_id", "sequences", b"sequences", "session_id", b"session_id", "value", b"value"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_denominator", b"_denominator", "_expected_pending", b"_expected_pending", "_expected_version", b"_expected_version", "cross_entropy", b"cross_entropy", "custom", b"custom", "denominator", b"denominator", "dpo", b"dpo", "expected_pending", b"expected_pending", "expected_version", b"expected_version", "importance_sampling", b"importance_sampling", "loss", b"loss", "ppo", b"ppo", "value", b"value"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_denominator", b"_denominator", "_expected_pending", b"_expected_pending", "_expected_version", b"_expected_version", "adapter", b"adapter", "cross_entropy", b"cross_entropy", "custom", b"custom", "denominator", b"denominator", "dpo", b"dpo", "expected_pending", b"expected_pending", "expected_version", b"expected_version", "importance_sampling", b"importance_sampling", "loss", b"loss", "ppo", b"ppo", "request_id", b"request_id", "sequences", b"sequences", "session_id", b"session_id", "value", b"value"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_denominator", b"_denominator"]) -> typing.Literal["denominator"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_expected_pending", b"_expected_pending"]) -> typing.Literal["expected_pending"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_expected_version", b"_expected_version"]) -> typing.Literal["expected_version"] | None: ...
     @typing.overload
@@ -472,6 +480,7 @@ class OptimStepRequest(google.protobuf.message.Message):
     EXPECTED_VERSION_FIELD_NUMBER: builtins.int
     ADAMW_FIELD_NUMBER: builtins.int
     MAX_GRAD_NORM_FIELD_NUMBER: builtins.int
+    EXPECTED_PENDING_FIELD_NUMBER: builtins.int
     session_id: builtins.str
     """The session that holds the adapter's lease."""
     request_id: builtins.str
@@ -482,6 +491,8 @@ class OptimStepRequest(google.protobuf.message.Message):
     """The version the client believes is current; unset is not checked."""
     max_grad_norm: builtins.float
     """Scale the gradients down to this global norm, over this adapter's parameters alone; 0 does not clip."""
+    expected_pending: builtins.int
+    """As in ForwardBackwardRequest."""
     @property
     def adamw(self) -> Global___AdamW:
         """AdamW's settings."""
@@ -495,9 +506,13 @@ class OptimStepRequest(google.protobuf.message.Message):
         expected_version: builtins.int | None = ...,
         adamw: Global___AdamW | None = ...,
         max_grad_norm: builtins.float = ...,
+        expected_pending: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_expected_version", b"_expected_version", "adamw", b"adamw", "expected_version", b"expected_version"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_expected_version", b"_expected_version", "adamw", b"adamw", "adapter", b"adapter", "expected_version", b"expected_version", "max_grad_norm", b"max_grad_norm", "request_id", b"request_id", "session_id", b"session_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_expected_pending", b"_expected_pending", "_expected_version", b"_expected_version", "adamw", b"adamw", "expected_pending", b"expected_pending", "expected_version", b"expected_version"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_expected_pending", b"_expected_pending", "_expected_version", b"_expected_version", "adamw", b"adamw", "adapter", b"adapter", "expected_pending", b"expected_pending", "expected_version", b"expected_version", "max_grad_norm", b"max_grad_norm", "request_id", b"request_id", "session_id", b"session_id"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_expected_pending", b"_expected_pending"]) -> typing.Literal["expected_pending"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_expected_version", b"_expected_version"]) -> typing.Literal["expected_version"] | None: ...
 
 Global___OptimStepRequest: typing_extensions.TypeAlias = OptimStepRequest

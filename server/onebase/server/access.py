@@ -117,7 +117,7 @@ class Access:
                 f"leave {field} empty",
                 field="session_id",
             )
-        session.active = self.policy(session, name, field).name
+        self._sessions.activate(session, self.policy(session, name, field).name)
 
     def check_lease(self, session: Session | None, name: str) -> Entry:
         """A policy whose lease the session could take; nothing changes.
@@ -139,7 +139,7 @@ class Access:
             InvalidArgument, NotFound, FailedPrecondition, Aborted: as `check_lease`; then nothing has changed.
         """
         self._sessions.take(session, self.check_lease(session, name).name)
-        session.active = name
+        self._sessions.activate(session, name)
 
     def reference(self, name: str) -> Named:
         """A frozen reference, or the base for the empty name.

@@ -15,7 +15,7 @@ import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
@@ -23,14 +23,18 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[i
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
 from onebase.server.catalog import LoadedAdapter, NewAdapter
-from onebase.server.config import AdapterSource, ConfigError, Limits, ServerConfig
+from onebase.server.checkpoints import StateDirectory, StateInUseError
+from onebase.server.config import AdapterSource, ConfigError, Limits, ServerConfig, StateConfig
+from onebase.server.durability import Durable, Volatile, open_durable
 from onebase.server.edge import Edge, State, build_edge
+from onebase.server.errors import OnebaseError
 from onebase.server.guard import Guard
 from onebase.server.jobs import AdapterKind, LoraSpec
 from onebase.server.leases import Clock
 from onebase.server.ports import TextLike, WorkerLike
 from onebase.server.process import share_one_heap
 from onebase.server.registry import Entry
+from onebase.server.restoring import Rooms, Told, check_trained, restore
 from onebase.server.services.adapters import AdapterService
 from onebase.server.services.inference import InferenceService
 from onebase.server.services.server import ServerService
@@ -72,6 +76,8 @@ class Parts:
 
     worker: WorkerLike
     text: TextLike
+    keeper: Volatile = field(default_factory=Volatile)
+    """Of what outlives the process."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,10 @@ class Report:
 
     adapter: Callable[[Entry, float], None] = lambda _entry, _seconds: None
     """An adapter is there; seconds that it took."""
+    restored: Callable[[Entry, float], None] = lambda _entry, _seconds: None
+    """An adapter of the state directory is there again; seconds that it took."""
+    damaged: Callable[[str, OnebaseError], None] = lambda _name, _error: None
+    """An adapter of the state directory cannot be read."""
     ready: Callable[[int], None] = lambda _port: None
     """Calls are served on this port."""
     draining: Callable[[], None] = lambda: None
@@ -111,10 +121,24 @@ def open_parts(config: ServerConfig) -> Parts:
     from onebase.server.worker import Worker
 
     make_roots(config)
+    directory = _open_state(config.state)  # before the base, which takes long
     share_one_heap()
     engine = open_engine(config.engine)
     worker = Worker(engine, config.limits, config.engine.budget(engine.facts.device))
-    return Parts(worker, engine.text)
+    if directory is None or config.state is None:
+        return Parts(worker, engine.text)
+    return Parts(worker, engine.text, open_durable(worker, directory, config.state))
+
+
+def _open_state(config: StateConfig | None) -> StateDirectory | None:
+    if config is None:
+        return None
+    try:
+        return StateDirectory(config.path)
+    except StateInUseError as error:
+        raise ConfigError(f"state is {str(config.path)!r}: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"state is {str(config.path)!r}: it cannot be made: {error.strerror}") from error
 
 
 class Server:
@@ -129,7 +153,7 @@ class Server:
     def __init__(self, parts: Parts, config: ServerConfig, clock: Clock = time.monotonic) -> None:
         self._config = config
         self._worker = parts.worker
-        self.edge: Edge = build_edge(parts.worker, parts.text, config, clock)
+        self.edge: Edge = build_edge(parts.worker, parts.text, config, clock, parts.keeper)
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
             interceptors=(Guard(self.edge.gate.refusal),), options=server_options(config.limits)
@@ -155,12 +179,18 @@ class Server:
         return port
 
     async def load(self, report: Report) -> None:
-        """Loads the adapters that the settings name, then serves.
+        """Takes up what the state directory holds, loads the adapters that the settings name, then serves.
 
         Raises:
+            ConfigError: the settings and the state do not fit together.
             OnebaseError: one of them cannot be loaded.
         """
-        config = self._config
+        config, edge = self._config, self.edge
+        if isinstance(edge.keeper, Durable):
+            rooms = Rooms(edge.worker, edge.registry, edge.sessions, edge.idempotency)
+            frozen = [(source.name, AdapterKind.REWARD) for source in config.rewards]
+            frozen += [(source.name, AdapterKind.REFERENCE) for source in config.references]
+            await restore(edge.keeper, rooms, Told(report.restored, report.damaged), frozen=frozen)
         for kind, sources in (
             (AdapterKind.REWARD, config.rewards),
             (AdapterKind.REFERENCE, config.references),
@@ -168,6 +198,8 @@ class Server:
             (AdapterKind.POLICY, config.policies),
         ):
             for source in sources:
+                if kind.trained and self._is_there(source.name, kind):
+                    continue
                 began = time.monotonic()
                 entry = await self._load_one(kind, source)
                 report.adapter(entry, time.monotonic() - began)
@@ -178,11 +210,19 @@ class Server:
         """Refuses new calls, lets work in flight finish for up to so long, then ends everything."""
         self.edge.gate.state = State.DRAINING
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        await asyncio.to_thread(self._worker.stop, drain_seconds)
-        await self._server.stop(_LAST_ANSWERS_SECONDS)
+        await asyncio.to_thread(self._worker.drain, drain_seconds)
         if self._sweeper is not None:
             self._sweeper.cancel()
+        await self.edge.keeper.close()
+        await asyncio.to_thread(self._worker.stop, 0.0)
+        await self._server.stop(_LAST_ANSWERS_SECONDS)
         self.edge.texts.close()
+
+    def _is_there(self, name: str, kind: AdapterKind) -> bool:
+        """Whether the state directory has this adapter: it goes on from there."""
+        registry = self.edge.registry
+        check_trained(registry.find(name), name, kind)
+        return registry.find(name) is not None or registry.damaged(name)
 
     async def _load_one(self, kind: AdapterKind, source: AdapterSource) -> Entry:
         catalog = self.edge.catalog
@@ -196,6 +236,7 @@ class Server:
             value_head=kind.trained,
             append_eos=source.append_eos,
             pooling=source.pooling,
+            kept=kind.trained,
         )
         return await catalog.load(loaded, None)
 
@@ -217,6 +258,7 @@ class Server:
         while True:
             await asyncio.sleep(_SWEEP_SECONDS)
             self.edge.sessions.sweep()
+            self.edge.keeper.tick()
 
 
 @contextlib.asynccontextmanager

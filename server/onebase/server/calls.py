@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from typing import Any, TypeVar
 
@@ -70,6 +71,14 @@ async def settle(worker: WorkerLike, job: Job[R], session: Session | None = None
         except asyncio.CancelledError:
             job.cancel()
     return outcome.result()
+
+
+async def unbroken(task: asyncio.Task[R]) -> R:
+    """What becomes of a task, also where this is cancelled meanwhile: for changes that must not stop half-way."""
+    while not task.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait((task,))
+    return task.result()
 
 
 def _outcome(job: Job[R]) -> asyncio.Future[R]:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
 from onebase.server.calls import perform, settle, submit
+from onebase.server.durability import Volatile
 from onebase.server.errors import Aborted, FailedPrecondition, OnebaseError
 from onebase.server.jobs import (
     AdapterFacts,
@@ -34,8 +35,12 @@ from onebase.server.jobs import (
 from onebase.server.leases import Session, Sessions
 from onebase.server.ports import WorkerLike
 from onebase.server.registry import Entry, Registry, Reservation
+from onebase.server.store import ResponseRow
 
 log = logging.getLogger(__name__)
+
+Receipt = Callable[[Entry], ResponseRow | None]
+"""What the call that makes an entry will be answered, to be kept with it."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,8 @@ class LoadedAdapter:
     source: str = ""
     append_eos: bool | None = None
     pooling: Pooling | None = None
+    kept: bool = True
+    """Whether it outlives the process, if anything does: what the settings name is read anew."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +90,20 @@ class SavedAdapter:
 class Catalog:
     """Changes which adapters there are."""
 
-    def __init__(self, worker: WorkerLike, registry: Registry, sessions: Sessions) -> None:
+    def __init__(self, worker: WorkerLike, registry: Registry, sessions: Sessions, keeper: Volatile) -> None:
         self._worker = worker
         self._registry = registry
         self._sessions = sessions
-        sessions.given_back = self.drop_gradients
+        self._keeper = keeper
+        sessions.given_back = self._given_back
 
-    async def create(self, new: NewAdapter, session: Session | None, deadline: float | None = None) -> Entry:
+    async def create(
+        self,
+        new: NewAdapter,
+        session: Session | None,
+        deadline: float | None = None,
+        receipt: Receipt = lambda _entry: None,
+    ) -> Entry:
         """Makes a policy or a critic; the session gets its lease.
 
         Raises:
@@ -110,9 +124,17 @@ class Catalog:
                 init_from=source.uid if source else None,
             )
             facts = await settle(self._worker, job, session, deadline)
-        return self._bind(reservation, facts, "", session)
+            entry = self._registry.prospect(reservation, facts, "")
+            await self._keep(entry, receipt)
+        return self._bind(reservation, entry, session)
 
-    async def load(self, loaded: LoadedAdapter, session: Session | None, deadline: float | None = None) -> Entry:
+    async def load(
+        self,
+        loaded: LoadedAdapter,
+        session: Session | None,
+        deadline: float | None = None,
+        receipt: Receipt = lambda _entry: None,
+    ) -> Entry:
         """Reads an adapter; the session gets the lease of one that is trained. With `replace`, the old one is deleted.
 
         Raises:
@@ -134,10 +156,21 @@ class Catalog:
                     f"adapter {loaded.name!r} was stepped to version {old.facts.version} while it was being replaced: "
                     "finish its training calls first, then load again",
                 )
-        entry = self._bind(reservation, facts, loaded.source or str(loaded.path), session)
+            entry = self._registry.prospect(reservation, facts, loaded.source or str(loaded.path))
+            if loaded.kept:
+                await self._keep(entry, receipt)
+        self._bind(reservation, entry, session)
         if old is not None:
             self._discard(old.uid)
         return entry
+
+    async def _keep(self, entry: Entry, receipt: Receipt) -> None:
+        """Makes an adapter durable that the engine has; one that cannot be made so is given up."""
+        try:
+            await self._keeper.add(entry, receipt(entry))
+        except BaseException:
+            self._discard(entry.uid)
+            raise
 
     async def save(
         self, saved: SavedAdapter, entry: Entry, session: Session | None, deadline: float | None
@@ -156,19 +189,30 @@ class Catalog:
         )
         return await settle(self._worker, job, session, deadline)
 
-    def delete(self, name: str, session: Session | None) -> None:
-        """Forgets a name at once; its adapter's memory is freed as soon as the engine comes to it.
+    async def delete(self, name: str, session: Session | None, record: ResponseRow | None = None) -> None:
+        """Forgets a name; its adapter's memory is freed as soon as the engine comes to it.
 
         Raises:
             NotFound: no such adapter.
             PermissionDenied: another session holds its lease.
+            Aborted: another call is replacing it.
         """
-        entry = self._registry.get(name, "name")
+        if not self._registry.damaged(name):
+            self._registry.get(name, "name")
         self._sessions.require(session, name)
+        reservation = self._registry.reserve(name, replacing=True)
+        with self._released_on_error(reservation):
+            await self._keeper.remove(name, record)
+        self._registry.release(reservation)
         self._registry.remove(name)
         self._sessions.drop(name)
         log.info("adapter %s deleted", name)
-        self._discard(entry.uid)
+        if reservation.old is not None:
+            self._discard(reservation.old.uid)
+
+    def _given_back(self, name: str) -> None:
+        self.drop_gradients(name)
+        self._keeper.lease_ended(name)
 
     def drop_gradients(self, name: str) -> None:
         """Has the engine drop an adapter's pending gradients: the next holder of its lease begins with none."""
@@ -219,14 +263,14 @@ class Catalog:
             self._registry.release(reservation)
             raise
 
-    def _bind(self, reservation: Reservation, facts: AdapterFacts, source: str, session: Session | None) -> Entry:
-        entry = self._registry.bind(reservation, facts, source)
+    def _bind(self, reservation: Reservation, entry: Entry, session: Session | None) -> Entry:
+        self._registry.take(reservation, entry)
         log.info(
             "%s adapter %s has come, version %d, %s",
             entry.kind.value,
             entry.name,
-            facts.version,
-            source or "made here",
+            entry.facts.version,
+            entry.source or "made here",
         )
         # The lease is free, or this session's own, unless it closed meanwhile and another was quicker.
         if session is not None and entry.kind.trained and self._sessions.holder(entry.name) is None:

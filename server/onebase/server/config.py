@@ -135,6 +135,33 @@ class AdapterSource:
 
 
 @dataclass(frozen=True)
+class StateConfig:
+    """Where and when adapters, sessions and answers are made durable."""
+
+    path: Path
+    """A directory of this server's own."""
+    durability: str = "checkpoint"
+    """checkpoint or step: whether each OptimStep is durable before it is answered."""
+    steps: int = 0
+    """A checkpoint after so many steps of an adapter; 0 is never for that reason."""
+    seconds: float = 60.0
+    """A checkpoint so many seconds after a step that is in none; 0 is never for that reason."""
+    keep: int = 2
+    """How many checkpoints of an adapter stay."""
+    restore: tuple[tuple[str, int], ...] = ()
+    """Adapters that go back to an older version, by name."""
+
+    def __post_init__(self) -> None:
+        fine = self.durability in ("checkpoint", "step")
+        _require(fine, "durability", self.durability, "use checkpoint or step")
+        _require(self.steps >= 0, "checkpoint_steps", self.steps, "use 0 or more")
+        seconds_fine = math.isfinite(self.seconds) and self.seconds >= 0
+        _require(seconds_fine, "checkpoint_seconds", self.seconds, "use 0 or more")
+        _require(self.keep >= 1, "keep_checkpoints", self.keep, "use 1 or more")
+        _require(self.path.is_dir() or not self.path.exists(), "state", str(self.path), "it is a file")
+
+
+@dataclass(frozen=True)
 class ServerConfig:
     """Everything `onebase serve` needs."""
 
@@ -149,6 +176,8 @@ class ServerConfig:
     critics: tuple[AdapterSource, ...] = ()
     roots: tuple[Path, ...] = ()
     """Directories under which adapters may be loaded and saved; relative paths mean the first."""
+    state: StateConfig | None = None
+    """What outlives the process; None: nothing does."""
     limits: Limits = Limits()
     drain_seconds: float = 30.0
     """How long work in flight may go on after SIGTERM."""

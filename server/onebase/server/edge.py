@@ -16,6 +16,7 @@ from onebase.server.calls import deadline_of
 from onebase.server.catalog import Catalog
 from onebase.server.codec.sequences import SequenceReader
 from onebase.server.config import ServerConfig
+from onebase.server.durability import Volatile
 from onebase.server.errors import OnebaseError, Unavailable
 from onebase.server.idempotency import Idempotency
 from onebase.server.leases import Clock, Session, Sessions
@@ -65,6 +66,7 @@ class Edge:
     texts: Texts
     reader: SequenceReader
     roots: Roots
+    keeper: Volatile
     gate: Gate = field(default_factory=Gate)
     idempotency: Idempotency = field(default_factory=Idempotency)
     started: float = field(default_factory=time.monotonic)
@@ -91,14 +93,22 @@ class Edge:
 
         async def run() -> M:
             with self.sessions.use(request.session_id) as session:
-                return await work(session, deadline)
+                response = await work(session, deadline)
+            await self.keeper.synced()
+            return response
 
         if request.session_id:
             self.sessions.get(request.session_id)
         return await self.idempotency.run(method, request, run)
 
 
-def build_edge(worker: WorkerLike, text: TextLike, config: ServerConfig, clock: Clock = time.monotonic) -> Edge:
+def build_edge(
+    worker: WorkerLike,
+    text: TextLike,
+    config: ServerConfig,
+    clock: Clock = time.monotonic,
+    keeper: Volatile | None = None,
+) -> Edge:
     """The rooms behind the services of one server.
 
     Args:
@@ -106,16 +116,20 @@ def build_edge(worker: WorkerLike, text: TextLike, config: ServerConfig, clock: 
         text: the base's tokenizer.
         config: the server's settings.
         clock: of the sessions; monotonic, in seconds.
+        keeper: of what outlives the process; None: nothing does.
     """
     sessions, registry, texts = Sessions(clock), Registry(), Texts(text)
+    keeper = keeper or Volatile()
+    sessions.changed, sessions.ended = keeper.session_changed, keeper.session_ended
     return Edge(
         worker=worker,
         config=config,
         sessions=sessions,
         registry=registry,
         access=Access(registry, sessions),
-        catalog=Catalog(worker, registry, sessions),
+        catalog=Catalog(worker, registry, sessions, keeper),
         texts=texts,
         reader=SequenceReader(texts, worker.facts, config.limits),
         roots=Roots(config.roots),
+        keeper=keeper,
     )

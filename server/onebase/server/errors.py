@@ -19,6 +19,8 @@ These classes know nothing of gRPC: `status` gives each its code, in one total t
 
 from __future__ import annotations
 
+import errno
+
 
 class OnebaseError(Exception):
     """An error to be told to a client.
@@ -84,3 +86,14 @@ class DataLoss(OnebaseError):
 
 class Internal(OnebaseError):
     """A bug. The message holds an id under which the log has the story."""
+
+
+def disk_full(error: OSError) -> OnebaseError:
+    """What a failure to write means to a client: a full disk may pass, anything else is the operator's to mend."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceExhausted(
+            "DISK_FULL",
+            "the server's disk is full: nothing that was durable is lost; free some room, and repeat the call",
+            retry_after=5.0,
+        )
+    return Internal("DISK_FAILED", f"the server's disk cannot be written ({error.strerror}): its log has the story")

@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from onebase.server.config import Limits
@@ -65,11 +67,13 @@ class Executor:
     Args:
         engine: the device.
         limits: the largest rank to load.
+        begin_aside: has another thread do its part of a job, and resolves the job then.
     """
 
-    def __init__(self, engine: Engine, limits: Limits) -> None:
+    def __init__(self, engine: Engine, limits: Limits, begin_aside: Callable[[Job[Any], Aside], None]) -> None:
         self._engine = engine
         self._limits = limits
+        self._begin_aside = begin_aside
         self.generated, self.scored, self.trained = Meter(), Meter(), Meter()
 
     # ----------------------------------------------------------------------------------------------- inference
@@ -162,8 +166,16 @@ class Executor:
             task.succeed(self._engine, adapter.facts())
             return
         adapter.check_version(job.expected_version)
+        adapter.check_pending(job.expected_pending)
         norm, applied = adapter.step(job.adamw, job.max_grad_norm)
-        task.succeed(self._engine, OptimStepResult(adapter.weights.version, norm, applied, adapter.facts()))
+        saved = None if job.save_to is None else self._save_step(task.adapter, job.save_to)
+        task.succeed(self._engine, OptimStepResult(adapter.weights.version, norm, applied, adapter.facts(), saved))
+
+    def _save_step(self, uid: int, path: Path) -> Future[SaveResult]:
+        """Begins to write the version that a step has just made, before any other step can be made."""
+        job = SaveAdapterJob(adapter=uid, path=path, with_optimizer=True)
+        self._begin_aside(job, self._save(job))
+        return job.done
 
     # ------------------------------------------------------------------------------------------------- failure
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from onebase.server.config import AdapterSource, ConfigError
+from onebase.server.config import AdapterSource, ConfigError, StateConfig
 from onebase.server.jobs import Pooling
 
 T = TypeVar("T")
@@ -31,6 +31,28 @@ def sources(flag: str, values: list[str] | None, *, with_path: bool) -> tuple[Ad
             raise ConfigError(f"{flag} is {value!r}: give its directory too, as NAME=PATH")
         found.append(AdapterSource(name, Path(path) if path else None))
     return tuple(found)
+
+
+def state_config(
+    path: Path | None, durability: str, steps: int, seconds: float, keep: int, restore: list[str] | None
+) -> StateConfig | None:
+    """The flags of durability as settings; None without --state.
+
+    Raises:
+        ConfigError: one that cannot work, or that needs --state.
+    """
+    if path is None:
+        for flag, given in (("--durability step", durability == "step"), ("--restore", bool(restore))):
+            if given:
+                raise ConfigError(f"{flag} needs a directory: give --state DIR too")
+        return None
+    chosen = []
+    for value in restore or ():
+        name, _, version = value.partition("=")
+        if not version.isdigit():
+            raise ConfigError(f"--restore is {value!r}: give it as NAME=VERSION")
+        chosen.append((name, int(version)))
+    return StateConfig(path, durability, steps, seconds, keep, tuple(chosen))
 
 
 def reward_sources(

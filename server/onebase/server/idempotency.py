@@ -6,6 +6,8 @@ payload it is refused. Failed calls are not stored: they changed nothing, so a r
 Each call runs in a task of its own. A client that goes away stops it only if no other waits for the same answer,
 and a call that could not be stopped any more is stored all the same: its client's retry finds the answer.
 
+Where a call's effect outlives the process, its answer does too (`record`, `restore`).
+
 Everything here runs on the event loop's thread.
 """
 
@@ -15,17 +17,28 @@ import asyncio
 import functools
 import hashlib
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 from google.protobuf.message import Message
 
 from onebase.server.errors import Aborted, Cancelled, DeadlineExceeded, InvalidArgument
+from onebase.server.store import ResponseRow
+from onebase.v1 import adapters_pb2, training_pb2, types_pb2
 
 M = TypeVar("M", bound=Message)
 
 MAX_REQUEST_ID = 128
+
+_RESPONSES: Mapping[str, type[Message]] = {
+    "CreateAdapter": types_pb2.Adapter,
+    "LoadAdapter": types_pb2.Adapter,
+    "UploadAdapter": types_pb2.Adapter,
+    "DeleteAdapter": adapters_pb2.DeleteAdapterResponse,
+    "OptimStep": training_pb2.OptimStepResponse,
+}
+"""The methods whose answers outlive the process."""
 
 _Key = tuple[str, str, str]  # session id, method, request id
 
@@ -43,6 +56,17 @@ class _Stored:
     response: Message
 
 
+@dataclass(frozen=True)
+class _Applied:
+    digest: bytes
+    response: Message
+    finish: Callable[[], Awaitable[None]]
+
+    async def end(self) -> Any:
+        await self.finish()
+        return self.response
+
+
 class Idempotency:
     """Responses by request_id.
 
@@ -56,8 +80,22 @@ class Idempotency:
         self._capacity_bytes = capacity_bytes
         self._bytes = 0
         self._stored: OrderedDict[_Key, _Stored] = OrderedDict()
+        self._applied: OrderedDict[_Key, _Applied] = OrderedDict()
         self._running: dict[_Key, _Call] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+
+    def restore(self, row: ResponseRow) -> None:
+        """Knows what the server that was here before has answered."""
+        response = _RESPONSES[row.method].FromString(row.response)
+        self._store((row.session, row.method, row.request), _Stored(row.digest, response))
+
+    def applied(self, method: str, request: Message, response: Message, finish: Callable[[], Awaitable[None]]) -> None:
+        """Says, inside `work`, that the change is made: if `work` fails now, a repeated call only has to `finish`."""
+        if request_id := _request_id(request):
+            key = (request.session_id, method, request_id)  # type: ignore[attr-defined]
+            self._applied[key] = _Applied(digest_of(request), response, finish)
+            if len(self._applied) > self._capacity:
+                self._applied.popitem(last=False)
 
     async def run(self, method: str, request: Message, work: Callable[[], Awaitable[M]]) -> M:
         """The response of `work`, or of the call of the same request_id that came before.
@@ -72,22 +110,25 @@ class Idempotency:
             Aborted: REQUEST_ID_REUSED with another payload.
             OnebaseError: the work's own.
         """
-        request_id: str = request.request_id  # type: ignore[attr-defined]
+        request_id = _request_id(request)
         if not request_id:
             return cast(M, await self._wait(_Call(b"", self._start(work))))
         _check_request_id(request_id)
         key = (request.session_id, method, request_id)  # type: ignore[attr-defined]
-        digest = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
+        digest = digest_of(request)
         while True:
             stored = self._stored.get(key)
             if stored is not None:
                 _check_digest(stored.digest, digest, request_id)
                 self._stored.move_to_end(key)
                 return cast(M, stored.response)
+            applied = self._applied.get(key)
+            if applied is not None:
+                _check_digest(applied.digest, digest, request_id)
             call = self._running.get(key)
             mine = call is None
             if call is None:
-                call = self._running[key] = _Call(digest, self._start(work))
+                call = self._running[key] = _Call(digest, self._start(applied.end if applied else work))
                 call.task.add_done_callback(functools.partial(self._finish, key, digest))
             _check_digest(call.digest, digest, request_id)
             try:
@@ -121,11 +162,33 @@ class Idempotency:
         del self._running[key]
         if task.cancelled() or task.exception() is not None:
             return
-        response: Message = task.result()
-        self._stored[key] = _Stored(digest, response)
-        self._bytes += response.ByteSize()
+        self._applied.pop(key, None)
+        self._store(key, _Stored(digest, task.result()))
+
+    def _store(self, key: _Key, stored: _Stored) -> None:
+        self._stored[key] = stored
+        self._bytes += stored.response.ByteSize()
         while len(self._stored) > 1 and (len(self._stored) > self._capacity or self._bytes > self._capacity_bytes):
             self._bytes -= self._stored.popitem(last=False)[1].response.ByteSize()
+
+
+def record(method: str, request: Message, response: Message) -> ResponseRow | None:
+    """What a call was answered, for the store; None for a call without a request_id."""
+    request_id = _request_id(request)
+    if not request_id:
+        return None
+    session: str = request.session_id  # type: ignore[attr-defined]
+    return ResponseRow(session, method, request_id, digest_of(request), response.SerializeToString())
+
+
+def digest_of(request: Message) -> bytes:
+    """Tells a request from another under the same request_id."""
+    return hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
+
+
+def _request_id(request: Message) -> str:
+    found: str = request.request_id  # type: ignore[attr-defined]
+    return found
 
 
 def _cancelling() -> bool:

@@ -175,6 +175,7 @@ class OptimStepResult:
     grad_norm: float
     gradients_applied: int
     facts: AdapterFacts
+    saved: Future[SaveResult] | None = None  # of the new version, where `save_to` asked for it
 
 
 @dataclass(frozen=True)
@@ -365,6 +366,7 @@ class ForwardBackwardJob(Job[ForwardBackwardResult]):
     loss: Loss
     denominator: float | None = None
     expected_version: int | None = None
+    expected_pending: int | None = None  # passes whose gradients must not have been lost
 
     work = Work.TRAIN
 
@@ -420,6 +422,8 @@ class OptimStepJob(Job[OptimStepResult]):
     adamw: AdamW
     max_grad_norm: float = 0.0  # 0 does not clip
     expected_version: int | None = None
+    expected_pending: int | None = None  # passes whose gradients must not have been lost
+    save_to: Path | None = None  # also write exactly the new version there, with its optimizer
 
     work = Work.TRAIN
 

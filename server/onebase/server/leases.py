@@ -13,10 +13,11 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from onebase.server.errors import Aborted, NotFound, PermissionDenied, ResourceExhausted
+from onebase.server.store import SessionRow
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,10 @@ class Sessions:
     def __init__(self, clock: Clock = time.monotonic, *, max_sessions: int = MAX_SESSIONS) -> None:
         self.given_back: Callable[[str], None] = lambda _name: None
         """Is told the name of each adapter whose lease ends."""
+        self.changed: Callable[[Session], None] = lambda _session: None
+        """Is told each session whose label, ttl, active adapter or leases are new."""
+        self.ended: Callable[[Session], None] = lambda _session: None
+        """Is told each session that ends."""
         self._clock = clock
         self._max_sessions = max_sessions
         self._sessions: dict[str, Session] = {}
@@ -82,8 +87,32 @@ class Sessions:
         self._opened += 1
         session = Session(secrets.token_hex(16), f"s{self._opened}", label, ttl, opened=now, last_call=now)
         self._sessions[session.session_id] = session
+        self.changed(session)
         log.info("%s opened", session.who)
         return session
+
+    def restore(self, rows: Iterable[SessionRow]) -> None:
+        """Goes on with the sessions of the server that was here before, each with its whole ttl from now."""
+        now = self._clock()
+        for row in rows:
+            session = Session(row.session, row.queue, row.label, row.ttl, opened=now, last_call=now, active=row.active)
+            self._sessions[row.session] = session
+            self._opened = max(self._opened, int(row.queue.removeprefix("s")))
+            for name in row.leases:
+                session.leases[name] = None
+                self._holders[name] = session
+
+    def renew(self, session: Session, label: str, ttl: float) -> None:
+        """Gives a session another label and ttl."""
+        if (session.label, session.ttl) != (label, ttl):
+            session.label, session.ttl = label, ttl
+            self.changed(session)
+
+    def activate(self, session: Session, name: str) -> None:
+        """Makes `name` the session's active adapter."""
+        if session.active != name:
+            session.active = name
+            self.changed(session)
 
     def find(self, session_id: str) -> Session | None:
         """The live session of that id, renewed, or None."""
@@ -158,6 +187,7 @@ class Sessions:
             self.drop(name)  # a dead session may still be written down as its holder
             self._holders[name] = session
             session.leases[name] = None
+            self.changed(session)
             log.info("%s leases adapter %s", session.who, name)
 
     def require(self, session: Session | None, name: str) -> None:
@@ -183,6 +213,8 @@ class Sessions:
         holder = self._holders.pop(name, None)
         if holder is not None:
             holder.leases.pop(name, None)
+            if holder.session_id in self._sessions:
+                self.changed(holder)
             self.given_back(name)
 
     def close(self, session_id: str) -> None:
@@ -215,6 +247,7 @@ class Sessions:
         del self._sessions[session.session_id]
         for name in list(session.leases):
             self.drop(name)
+        self.ended(session)
         log.info("%s %s", session.who, how)
 
     def _lives(self, session: Session) -> bool:

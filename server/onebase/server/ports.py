@@ -33,6 +33,10 @@ class WorkerLike(Protocol):
         """Begins to work."""
         ...
 
+    def drain(self, seconds: float) -> None:
+        """Refuses new jobs, except to save adapters, and lets those in flight finish for up to so long."""
+        ...
+
     def stop(self, drain_seconds: float) -> None:
         """Refuses new jobs, lets those in flight finish for up to `drain_seconds`, cancels the rest, and returns."""
         ...

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from onebase.server.errors import Aborted, AlreadyExists, NotFound
+from onebase.server.errors import Aborted, AlreadyExists, DataLoss, NotFound
 from onebase.server.jobs import BASE, AdapterFacts, AdapterKind
 from onebase.server.names import check_name, hint
 
@@ -58,7 +58,25 @@ class Registry:
         self._entries: dict[str, Entry] = {}
         self._names: dict[int, str] = {}
         self._reserved: set[str] = set()
+        self._damaged: dict[str, DataLoss] = {}
         self._last_uid = BASE
+
+    def start_after(self, uid: int) -> None:
+        """Gives no uid up to this one: the server that was here before may have given it."""
+        self._last_uid = max(self._last_uid, uid)
+
+    def restore(self, entry: Entry) -> None:
+        """Binds a name as the server that was here before had it."""
+        self._entries[entry.name] = entry
+        self._names[entry.uid] = entry.name
+
+    def damage(self, name: str, error: DataLoss) -> None:
+        """Keeps a name for an adapter that cannot be read: whoever asks for it is told the error."""
+        self._damaged[name] = error
+
+    def damaged(self, name: str) -> bool:
+        """Whether the adapter of that name cannot be read."""
+        return name in self._damaged
 
     def reserve(self, name: str, *, replacing: bool = False) -> Reservation:
         """Sets a name aside for a new uid; what it means now, if `replacing`, it means until bind().
@@ -74,7 +92,7 @@ class Registry:
                 )
             raise _taken(name)
         old = self._entries.get(name)
-        if old is not None and not replacing:
+        if (old is not None or name in self._damaged) and not replacing:
             raise _taken(name)
         self._reserved.add(name)
         self._last_uid += 1
@@ -86,15 +104,23 @@ class Registry:
 
     def bind(self, reservation: Reservation, facts: AdapterFacts, source: str) -> Entry:
         """Gives a reserved name to the adapter that the engine made."""
+        entry = self.prospect(reservation, facts, source)
+        self.take(reservation, entry)
+        return entry
+
+    def prospect(self, reservation: Reservation, facts: AdapterFacts, source: str) -> Entry:
+        """What a reserved name will mean; nothing changes yet."""
+        return Entry(reservation.name, facts, self._clock(), source)
+
+    def take(self, reservation: Reservation, entry: Entry) -> None:
+        """Gives a reserved name to an entry that `prospect` made."""
         self.release(reservation)
         self.remove(reservation.name)
-        entry = Entry(reservation.name, facts, self._clock(), source)
-        self._entries[entry.name] = entry
-        self._names[entry.uid] = entry.name
-        return entry
+        self.restore(entry)
 
     def remove(self, name: str) -> Entry | None:
         """Forgets a name at once; returns what it meant."""
+        self._damaged.pop(name, None)
         entry = self._entries.pop(name, None)
         if entry is not None:
             del self._names[entry.uid]
@@ -106,9 +132,12 @@ class Registry:
         Raises:
             InvalidArgument: BAD_ADAPTER_NAME.
             NotFound: ADAPTER_NOT_FOUND, with near names.
+            DataLoss: CHECKPOINT_DAMAGED.
         """
         check_name(name, field)
         entry = self._entries.get(name)
+        if name in self._damaged:
+            raise self._damaged[name]
         if entry is None:
             known = [one.name for one in self.entries(kind)]
             what = f"{kind.value} adapter" if kind else "adapter"

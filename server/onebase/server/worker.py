@@ -25,6 +25,7 @@ from onebase.server.jobs import (
     GenerateJob,
     Job,
     OptimStepJob,
+    SaveAdapterJob,
     ScoreJob,
     Work,
     WorkerStatus,
@@ -57,7 +58,7 @@ class Worker:
         self._draining = False
         self._stop = False
         self._steps = 0
-        self._executor = Executor(engine, limits)
+        self._executor = Executor(engine, limits, self._begin_aside)
         self._files = ThreadPoolExecutor(FILE_THREADS, thread_name_prefix="onebase-files")
         self._back: deque[tuple[Job[Any], Aside, Future[Any]]] = deque()  # from those threads
         self._thread = threading.Thread(target=self._run, name="onebase-worker", daemon=True)
@@ -81,7 +82,7 @@ class Worker:
             ResourceExhausted: too many jobs wait, of this session or in all.
         """
         with self._wake:
-            if self._draining:
+            if self._stop or (self._draining and not isinstance(job, SaveAdapterJob)):
                 raise Unavailable("DRAINING", "the server is shutting down: connect again later", retry_after=5.0)
             if job.work is not Work.ADMIN:
                 self._check_room(job.session)
@@ -128,13 +129,17 @@ class Worker:
             kv_slots=kv.slots,
         )
 
-    def stop(self, drain_seconds: float) -> None:
-        """Refuses new jobs, lets those under way finish for so long, ends the rest with Unavailable, and returns."""
+    def drain(self, seconds: float) -> None:
+        """Refuses new jobs, except to save adapters, and lets those under way finish for so long."""
         with self._wake:
             self._draining = True
-        until = time.monotonic() + drain_seconds
+        until = time.monotonic() + seconds
         while self._counts and time.monotonic() < until:
             time.sleep(0.02)
+
+    def stop(self, drain_seconds: float) -> None:
+        """Drains, ends the rest with Unavailable, and returns."""
+        self.drain(drain_seconds)
         with self._wake:
             self._stop = True
             self._wake.notify()
@@ -261,9 +266,12 @@ class Worker:
             job.done.set_exception(told(error))
             return
         if isinstance(result, Aside):
-            self._files.submit(result.work).add_done_callback(lambda done: self._bring_back(job, result, done))
+            self._begin_aside(job, result)
         else:
             job.done.set_result(result)
+
+    def _begin_aside(self, job: Job[Any], aside: Aside) -> None:
+        self._files.submit(aside.work).add_done_callback(lambda done: self._bring_back(job, aside, done))
 
     def _bring_back(self, job: Job[Any], aside: Aside, done: Future[Any]) -> None:
         """Called on a thread of the files."""

@@ -149,6 +149,15 @@ async def test_a_stream_that_has_begun_is_not_repeated(server):
     assert len(server.requests["Generate"]) == 1
 
 
+async def test_what_is_read_as_a_whole_begins_anew_when_its_stream_is_cut(server):
+    server.cuts = 2
+
+    async with opened(server) as client:
+        assert (await client.generate("ab", adapter="base", sampling=TWO_TOKENS))[0].text == "ab"
+
+    assert len(server.requests["Generate"]) == 3
+
+
 async def test_closing_a_stream_cancels_the_call(server):
     server.hold = threading.Event()
     async with opened(server) as client:

@@ -40,8 +40,10 @@ CALLS = [
         SEQUENCE, rewards={"r": 0.0}, reference="base", outputs=["values"], critic="c", append_eos=False,
         pooling="last_token", ppo_adapter_name="a", adapter_version=0, session_id="s",
     ),
-    training.forward_backward(ROW, t.PpoLoss(), adapter="a", denominator=2.0, expected_version=0, **NAMED),
-    training.optim_step(t.AdamW(1.0), max_grad_norm=1.0, adapter="a", expected_version=0, **NAMED),
+    training.forward_backward(
+        ROW, t.PpoLoss(), adapter="a", denominator=2.0, expected_version=0, expected_pending=1, **NAMED
+    ),
+    training.optim_step(t.AdamW(1.0), max_grad_norm=1.0, adapter="a", expected_version=0, expected_pending=1, **NAMED),
     adapters.create("a", t.LoraSpec(), kind="critic", value_head=True, init_from="b", seed=1, **NAMED),
     adapters.get("a"),
     adapters.list_adapters("reward"),

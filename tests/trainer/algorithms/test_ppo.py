@@ -25,6 +25,7 @@ class RecordedSession:
         self.config = config
         self.version = 0
         self.optim_steps = 0
+        self.pending = 0
 
     def start(self, step):
         self.step, self.passes = step, iter(step["passes"])
@@ -49,8 +50,10 @@ class RecordedSession:
             for row in range(len(sequences))
         ]
 
-    def forward_backward(self, sequences, loss, *, adapter, denominator, expected_version):
+    def forward_backward(self, sequences, loss, *, adapter, denominator, expected_version, expected_pending):
         assert expected_version == self.version
+        assert expected_pending == self.pending
+        self.pending += 1
         recorded = next(self.passes)
         accumulated = self.config.gradient_accumulation_steps
         for sequence, row, advantages, returns, values in zip(
@@ -78,7 +81,9 @@ class RecordedSession:
         }
         return t.ForwardBackward(t.AdapterVersion("policy_1", self.version), metrics, (), (), (), False, 1)
 
-    def optim_step(self, adamw, *, max_grad_norm, adapter, expected_version):
+    def optim_step(self, adamw, *, max_grad_norm, adapter, expected_version, expected_pending):
+        assert expected_pending == self.pending == self.config.gradient_accumulation_steps
+        self.pending = 0
         assert adamw == t.AdamW(learning_rate=self.config.learning_rate)
         self.version += 1
         self.optim_steps += 1
@@ -172,6 +177,38 @@ def test_accumulating_equal_minibatches_is_one_large_minibatch():
     np.testing.assert_allclose(others, weights, rtol=1e-9, atol=1e-12)
     for name in ("ppo/loss/policy", "ppo/loss/value", "ppo/loss/total"):
         assert other_stats[name] == pytest.approx(stats[name], rel=1e-6)
+
+
+@pytest.mark.parametrize("losses", [{1}, {2}, {3}, {4}, {2, 3}, {3, 4, 5, 6}])
+def test_gradients_that_a_restart_has_lost_are_made_again(losses):
+    """`losses`: before which of the training calls, counting all of them, the server forgets what is pending."""
+
+    def trained(forgets):
+        session = policy_session()
+        target, made = session.server.adapters["policy_1"], []
+
+        def forgetting(call):
+            def forgetful(*arguments, **named):
+                made.append(call.__name__)
+                if len(made) in forgets:
+                    target.pending, target.gradients = 0, np.zeros_like(target.gradients)
+                return call(*arguments, **named)
+
+            return forgetful
+
+        session.forward_backward = forgetting(session.forward_backward)
+        session.optim_step = forgetting(session.optim_step)
+        config = PpoConfig(batch_size=4, mini_batch_size=1, gradient_accumulation_steps=2, ppo_epochs=2)
+        stats = PpoStepper(session, config).step([[1], [2], [3], [4]], [[1, 2, 3]] * 4, [1.0, 0.0, -1.0, 2.0])
+        return target, {name: value for name, value in stats.items() if not name.startswith("time/")}, len(made)
+
+    wanted, wanted_stats, calls = trained(set())
+    found, stats, more_calls = trained(losses)
+    assert found.weights.tobytes() == wanted.weights.tobytes()
+    assert found.version == wanted.version == 4
+    assert (more_calls > calls) == bool(losses - {1, 4})  # nothing is pending before the first call of a round
+    for name, value in wanted_stats.items():
+        np.testing.assert_array_equal(stats[name], value)
 
 
 def test_the_loss_and_the_gradient_clip_are_the_configurations():

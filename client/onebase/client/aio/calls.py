@@ -7,9 +7,10 @@ import os
 
 from onebase.client import files
 from onebase.client import types as t
-from onebase.client.aio.transport import AsyncStream, Transport
+from onebase.client.aio.transport import Transport
 from onebase.client.codec import adapters, inference
 from onebase.client.codec.inference import Prompts, Sequences
+from onebase.client.codec.rpc import Call
 from onebase.client.transport import new_request_id
 
 
@@ -199,11 +200,10 @@ class Calls:
         logprobs: bool,
         values: bool,
         adapter_version: int | None,
-        timeout: float | None,
         *,
         stream_tokens: bool,
-    ) -> AsyncStream[t.CompletionChunk]:
-        call = inference.generate(
+    ) -> Call[t.CompletionChunk]:
+        return inference.generate(
             prompts,
             adapter=adapter,
             sampling=sampling,
@@ -213,7 +213,6 @@ class Calls:
             stream_tokens=stream_tokens,
             session_id=self._session_id,
         )
-        return self._transport.stream(call, timeout)
 
     async def _save(
         self,

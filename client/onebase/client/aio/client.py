@@ -98,11 +98,8 @@ class AsyncClient(Calls):
             adapter_version: the version that must answer; `AbortedError` if it is not the newest.
             timeout: seconds.
         """
-        chunks = self._generate(
-            prompts, adapter, sampling, logprobs, values, adapter_version, timeout, stream_tokens=False
-        )
-        async with chunks:
-            return inference.join_chunks([item async for item in chunks])
+        call = self._generate(prompts, adapter, sampling, logprobs, values, adapter_version, stream_tokens=False)
+        return inference.join_chunks(await self._transport.collect(call, timeout))
 
     def stream(
         self,
@@ -119,9 +116,8 @@ class AsyncClient(Calls):
 
         Chunks of different completions interleave. Closing the iterator, or leaving its `async with` block, stops the work.
         """
-        return self._generate(
-            prompts, adapter, sampling, logprobs, values, adapter_version, timeout, stream_tokens=True
-        )
+        call = self._generate(prompts, adapter, sampling, logprobs, values, adapter_version, stream_tokens=True)
+        return self._transport.stream(call, timeout)
 
     async def logprob(
         self,

@@ -106,6 +106,7 @@ class AsyncPolicy:
         *,
         denominator: float | None = None,
         expected_version: int | None = None,
+        expected_pending: int | None = None,
         timeout: float | None = None,
     ) -> t.ForwardBackward:
         """Adds to the policy's pending gradients, as `AsyncSession.forward_backward` does."""
@@ -115,6 +116,7 @@ class AsyncPolicy:
             adapter=self.name,
             denominator=denominator,
             expected_version=expected_version,
+            expected_pending=expected_pending,
             timeout=timeout,
         )
 
@@ -124,6 +126,7 @@ class AsyncPolicy:
         *,
         max_grad_norm: float = 0.0,
         expected_version: int | None = None,
+        expected_pending: int | None = None,
         timeout: float | None = None,
     ) -> t.OptimStep:
         """Makes the policy's next version, as `AsyncSession.optim_step` does."""
@@ -132,6 +135,7 @@ class AsyncPolicy:
             max_grad_norm=max_grad_norm,
             adapter=self.name,
             expected_version=expected_version,
+            expected_pending=expected_pending,
             timeout=timeout,
         )
 

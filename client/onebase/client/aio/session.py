@@ -83,11 +83,8 @@ class AsyncSession(Calls):
         timeout: float | None = None,
     ) -> list[t.Completion]:
         """Samples completions: prompt by prompt, and each prompt's n in order. See `AsyncClient.generate`."""
-        chunks = self._generate(
-            prompts, adapter, sampling, logprobs, values, adapter_version, timeout, stream_tokens=False
-        )
-        async with chunks:
-            return inference.join_chunks([item async for item in chunks])
+        call = self._generate(prompts, adapter, sampling, logprobs, values, adapter_version, stream_tokens=False)
+        return inference.join_chunks(await self._transport.collect(call, timeout))
 
     def stream(
         self,
@@ -101,9 +98,8 @@ class AsyncSession(Calls):
         timeout: float | None = None,
     ) -> AsyncStream[t.CompletionChunk]:
         """Samples completions and gives their tokens as they are drawn; closing the iterator stops the work."""
-        return self._generate(
-            prompts, adapter, sampling, logprobs, values, adapter_version, timeout, stream_tokens=True
-        )
+        call = self._generate(prompts, adapter, sampling, logprobs, values, adapter_version, stream_tokens=True)
+        return self._transport.stream(call, timeout)
 
     async def logprob(
         self,
@@ -203,6 +199,7 @@ class AsyncSession(Calls):
         adapter: str = "",
         denominator: float | None = None,
         expected_version: int | None = None,
+        expected_pending: int | None = None,
         timeout: float | None = None,
     ) -> t.ForwardBackward:
         """Adds the gradients of the loss over these sequences to the adapter's pending gradients: all, or none.
@@ -214,6 +211,8 @@ class AsyncSession(Calls):
             denominator: divides the sum over tokens (DPO: over pairs); None is how many count here, and 1 for a
                 custom loss.
             expected_version: `AbortedError` if this is not the policy's version.
+            expected_pending: how many of these calls wait for an `optim_step`; `FailedPreconditionError` with the
+                reason GRADIENTS_LOST if they are fewer, as after a restart of the server: repeat them.
             timeout: seconds.
         """
         call = training.forward_backward(
@@ -222,6 +221,7 @@ class AsyncSession(Calls):
             adapter=adapter,
             denominator=denominator,
             expected_version=expected_version,
+            expected_pending=expected_pending,
             session_id=self.id,
             request_id=new_request_id(),
         )
@@ -234,17 +234,20 @@ class AsyncSession(Calls):
         max_grad_norm: float = 0.0,
         adapter: str = "",
         expected_version: int | None = None,
+        expected_pending: int | None = None,
         timeout: float | None = None,
     ) -> t.OptimStep:
         """One AdamW step with the pending gradients, which makes the adapter's next version.
 
-        `max_grad_norm` scales the adapter's gradients down to this global norm; 0 does not clip.
+        `max_grad_norm` scales the adapter's gradients down to this global norm; 0 does not clip. What is expected is
+        checked as in `forward_backward`.
         """
         call = training.optim_step(
             adamw,
             max_grad_norm=max_grad_norm,
             adapter=adapter,
             expected_version=expected_version,
+            expected_pending=expected_pending,
             session_id=self.id,
             request_id=new_request_id(),
         )

@@ -64,6 +64,27 @@ class Transport:
         upload = self._channel.stream_unary(path, request_serializer=write, response_deserializer=read)
         return lambda remaining: upload(itertools.chain((call.request,), body()), timeout=remaining)
 
+    async def collect(self, call: Call[Result], timeout: float | None = None) -> list[Result]:
+        """Sends a call whose answer is a stream, and reads all of it; a failure at any time begins it anew.
+
+        Raises:
+            OnebaseError: the last attempt's failure.
+        """
+        attempts = self.attempts(call, timeout)
+        while True:
+            stream = self.begin(call, attempts.remaining())
+            try:
+                return [call.read(message) async for message in stream]
+            except grpc.RpcError as error:
+                failure = translate(error, call.rpc.method)
+            except asyncio.CancelledError:
+                if not task_is_cancelled():  # then the channel was closed under the call
+                    self.check_open()
+                raise
+            finally:
+                stream.cancel()
+            await self.sleep(attempts.delay_after(failure))
+
     def stream(self, call: Call[Result], timeout: float | None = None) -> AsyncStream[Result]:
         """Sends a call whose answer is a stream, and gives it to be read."""
         return AsyncStream(self, call, timeout)

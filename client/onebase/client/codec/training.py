@@ -54,6 +54,7 @@ def forward_backward(
     adapter: str,
     denominator: float | None,
     expected_version: int | None,
+    expected_pending: int | None = None,
     session_id: str,
     request_id: str,
 ) -> Call[t.ForwardBackward]:
@@ -64,6 +65,7 @@ def forward_backward(
         request_id=request_id,
         adapter=adapter,
         expected_version=expected_version,
+        expected_pending=expected_pending,
         sequences=[_encode_row(row, f"sequences[{i}]") for i, row in enumerate(as_list(sequences, t.TrainingSequence))],
         denominator=denominator,
         **_encode_loss(loss),
@@ -110,6 +112,7 @@ def optim_step(
     max_grad_norm: float,
     adapter: str,
     expected_version: int | None,
+    expected_pending: int | None = None,
     session_id: str,
     request_id: str,
 ) -> Call[t.OptimStep]:
@@ -120,6 +123,7 @@ def optim_step(
         request_id=request_id,
         adapter=adapter,
         expected_version=expected_version,
+        expected_pending=expected_pending,
         adamw=build(pb.AdamW, "adamw.", **vars(adamw)),
         max_grad_norm=max_grad_norm,
     )

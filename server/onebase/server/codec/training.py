@@ -49,6 +49,7 @@ async def read_forward_backward(
         loss=loss,
         denominator=denominator,
         expected_version=expected_version,
+        expected_pending=_pending(request),
     )
 
 
@@ -73,6 +74,7 @@ def read_optim_step(request: training_pb2.OptimStepRequest, entry: Entry) -> Opt
         adamw=adamw,
         max_grad_norm=number(request.max_grad_norm, "max_grad_norm", least=0),
         expected_version=version(request, "expected_version"),
+        expected_pending=_pending(request),
     )
 
 
@@ -114,6 +116,14 @@ def _read_rows(sequences: Sequence[training_pb2.TrainingSequence], pairs: list[P
             )
         )
     return rows
+
+
+def _pending(request: training_pb2.ForwardBackwardRequest | training_pb2.OptimStepRequest) -> int | None:
+    if not request.HasField("expected_pending"):
+        return None
+    if request.expected_pending < 0:
+        raise out_of_range("expected_pending", request.expected_pending, "0 or more")
+    return request.expected_pending
 
 
 def _beta(adamw: training_pb2.AdamW, name: str, default: float) -> float:

@@ -169,6 +169,16 @@ class Adapter:
                 f"adapter {self.name!r} has version {self.weights.version}, not {version}: look again and repeat",
             )
 
+    def check_pending(self, expected: int | None) -> None:
+        """FailedPrecondition unless at least so many passes' gradients are pending, if any number is expected."""
+        if expected is not None and self.pending < expected:
+            raise FailedPrecondition(
+                "GRADIENTS_LOST",
+                f"the gradients of {self.pending} calls of adapter {self.name!r} are pending, not of {expected}: the "
+                "server was restarted, or the lease was given back; repeat the ForwardBackward calls since the last "
+                "OptimStep",
+            )
+
     def require_value_head(self) -> None:
         """FailedPrecondition unless it carries a value head."""
         if self.weights.value_head is None:

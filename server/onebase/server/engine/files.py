@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
 import uuid
@@ -16,7 +18,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from onebase.server.errors import AlreadyExists, DataLoss, InvalidArgument, NotFound
+from onebase.server import failpoints
+from onebase.server.errors import AlreadyExists, DataLoss, InvalidArgument, NotFound, disk_full
 
 ADAPTER = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -120,6 +123,9 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+_FULL = re.compile(rf"(os error|code:) {errno.ENOSPC}\b")
+"""What safetensors says of a full disk, for which it has no error of its own."""
+
 _SWAP = threading.Lock()
 """Held while a directory takes its place: several are written at once, perhaps to one path."""
 
@@ -138,6 +144,7 @@ def write_directory(path: Path, fill: Callable[[Path], object], manifest: Mappin
 
     Raises:
         AlreadyExists: the path is taken, and `overwrite` is not set or something else is there.
+        ResourceExhausted: DISK_FULL; what was there is as it was.
     """
     _check_free(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,14 +160,19 @@ def write_directory(path: Path, fill: Callable[[Path], object], manifest: Mappin
             _sync(one)
         with _SWAP:
             _check_free(path, overwrite=overwrite)
+            failpoints.hit("before_rename")
             if path.exists():
                 path.rename(old)
             fresh.rename(path)
         _sync(path.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(fresh, ignore_errors=True)
         if old.exists() and not path.exists():
             old.rename(path)
+        if isinstance(error, SafetensorError) and _FULL.search(str(error)):
+            raise disk_full(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from error
+        if isinstance(error, OSError):
+            raise disk_full(error) from error
         raise
     shutil.rmtree(old, ignore_errors=True)
     return size

@@ -51,9 +51,10 @@ def begin(adapter: Adapter, job: ForwardBackwardJob) -> Pass:
 
     Raises:
         Aborted: the adapter has another version than the one expected.
-        FailedPrecondition: a loss of values, and no value head.
+        FailedPrecondition: a loss of values, and no value head; or pending gradients were lost.
     """
     adapter.check_version(job.expected_version)
+    adapter.check_pending(job.expected_pending)
     if job.needs_values:
         adapter.require_value_head()
     return Pass(job, adapter, job.denominator or job.count, adapter.weights.version)

@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from google.protobuf.message import Message
 
 from onebase.server.calls import deadline_of
-from onebase.server.catalog import SavedAdapter
+from onebase.server.catalog import Receipt, SavedAdapter
 from onebase.server.codec import adapters as codec
 from onebase.server.codec import files
 from onebase.server.edge import Edge
 from onebase.server.errors import OnebaseError
+from onebase.server.idempotency import record
 from onebase.server.leases import Session
 from onebase.server.registry import Entry
 from onebase.server.spool import Spool, described, pieces, receive
+from onebase.server.store import ResponseRow
 from onebase.v1 import adapters_pb2, adapters_pb2_grpc, types_pb2
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -38,7 +41,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
         async def work(session: Session | None, deadline: float | None) -> types_pb2.Adapter:
             new = codec.read_create(request, edge.config.limits)
-            return self._message(await edge.catalog.create(new, session, deadline))
+            receipt = self._receipt("CreateAdapter", request, session)
+            return self._message(await edge.catalog.create(new, session, deadline, receipt))
 
         return await edge.once("CreateAdapter", request, context, work)
 
@@ -57,8 +61,9 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         edge = self._edge
 
         async def work(session: Session | None, _deadline: float | None) -> adapters_pb2.DeleteAdapterResponse:
-            edge.catalog.delete(request.name, session)
-            return adapters_pb2.DeleteAdapterResponse()
+            response = adapters_pb2.DeleteAdapterResponse()
+            await edge.catalog.delete(request.name, session, record("DeleteAdapter", request, response))
+            return response
 
         return await edge.once("DeleteAdapter", request, context, work)
 
@@ -67,7 +72,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
         async def work(session: Session | None, deadline: float | None) -> types_pb2.Adapter:
             loaded = codec.read_load(request, edge.roots)
-            return self._message(await edge.catalog.load(loaded, session, deadline))
+            receipt = self._receipt("LoadAdapter", request, session)
+            return self._message(await edge.catalog.load(loaded, session, deadline, receipt))
 
         return await edge.once("LoadAdapter", request, context, work)
 
@@ -97,7 +103,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
                     # A use of its own: a call of the same request_id may wait for this work when its own call is gone.
                     with spool.used(), _of_upload(folder):
                         loaded = replace(upload.loaded, path=folder)
-                        return self._message(await edge.catalog.load(loaded, session, deadline))
+                        receipt = self._receipt("UploadAdapter", header, session)
+                        return self._message(await edge.catalog.load(loaded, session, deadline, receipt))
 
                 return await edge.once("UploadAdapter", header, context, work)
 
@@ -118,6 +125,15 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
     def _message(self, entry: Entry) -> types_pb2.Adapter:
         return codec.adapter_message(entry, leased=self._edge.sessions.holder(entry.name) is not None)
+
+    def _receipt(self, method: str, request: Message, session: Session | None) -> Receipt:
+        """What the call that makes an entry is answered, before the session has its lease."""
+
+        def receipt(entry: Entry) -> ResponseRow | None:
+            taken = self._edge.sessions.holder(entry.name) is not None or (session is not None and entry.kind.trained)
+            return record(method, request, codec.adapter_message(entry, leased=taken))
+
+        return receipt
 
 
 @contextlib.contextmanager

@@ -29,9 +29,10 @@ class SessionService(sessions_pb2_grpc.SessionServiceServicer):
         if name:
             self._edge.access.check_lease(old, name)
         session = old or self._edge.sessions.open(label, ttl)
-        session.label, session.ttl = label, ttl
+        self._edge.sessions.renew(session, label, ttl)
         if name:
             self._edge.access.lease(session, name)
+        await self._edge.keeper.synced()
         return session_message(session)
 
     async def GetSession(self, request: sessions_pb2.GetSessionRequest, context: Context) -> sessions_pb2.Session:
@@ -42,6 +43,7 @@ class SessionService(sessions_pb2_grpc.SessionServiceServicer):
     ) -> sessions_pb2.Session:
         session = self._edge.sessions.get(request.session_id)
         self._edge.access.lease(session, request.ppo_adapter_name)
+        await self._edge.keeper.synced()
         return session_message(session)
 
     async def KeepAlive(self, request: sessions_pb2.KeepAliveRequest, context: Context) -> sessions_pb2.Session:
@@ -51,4 +53,5 @@ class SessionService(sessions_pb2_grpc.SessionServiceServicer):
         self, request: sessions_pb2.CloseSessionRequest, context: Context
     ) -> sessions_pb2.CloseSessionResponse:
         self._edge.sessions.close(request.session_id)
+        await self._edge.keeper.synced()
         return sessions_pb2.CloseSessionResponse()

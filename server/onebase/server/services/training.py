@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import grpc
@@ -18,6 +19,7 @@ from onebase.server.codec.training import (
     read_optim_step,
 )
 from onebase.server.edge import Edge
+from onebase.server.idempotency import record
 from onebase.server.leases import Session
 from onebase.v1 import training_pb2, training_pb2_grpc
 
@@ -54,9 +56,16 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
             entry = edge.access.trainable(_needed(session), request.adapter, "adapter")
             job = read_optim_step(request, entry)
             edge.sessions.require(session, entry.name)
+            await edge.keeper.before_step(entry)
+            job.save_to = edge.keeper.step_path(entry)
             result = await settle(edge.worker, job, session, deadline)
             edge.registry.update(result.facts)
-            return optim_step_response(entry.name, result)
+            response = optim_step_response(entry.name, result)
+            # From here on the step is made: if it cannot be made durable now, a repeated call does no more than that.
+            finish = partial(edge.keeper.finish_step, entry.uid, result.version)
+            edge.idempotency.applied("OptimStep", request, response, finish)
+            await edge.keeper.stepped(entry, result, record("OptimStep", request, response))
+            return response
 
         return await edge.once("OptimStep", request, context, work)
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from onebase.client import types as t
 from onebase.trainer.advantages import Advantages, Array, advantages_and_returns, token_rewards
 from onebase.trainer.algorithms.experience import Experience
+from onebase.trainer.algorithms.gradients import Gradients
 from onebase.trainer.algorithms.stepper import Metrics, PolicyStepper, training_sequence
 from onebase.trainer.control import RunningMoments, adapt_kl_coef, scale_scores
 from onebase.trainer.hyperparameters import PpoConfig
@@ -59,6 +60,7 @@ class PpoStepper(PolicyStepper[PpoConfig]):
         """
         super().__init__(session, config or PpoConfig(), reference=reference, adapter=adapter, rng=rng)
         self._critic = critic
+        self._critic_gradients = Gradients(session, critic)
         self._critic_learning_rate = self.config.learning_rate if critic_learning_rate is None else critic_learning_rate
         self.kl_coef = self.config.init_kl_coef
         self.moments = RunningMoments()
@@ -143,18 +145,14 @@ class PpoStepper(PolicyStepper[PpoConfig]):
         vf_coef has no part in the critic's gradients, which nothing else is added to.
         """
         loss = t.ValueLoss(self.config.cliprange_value)
-        result = self._session.forward_backward(minibatch, loss, adapter=self._critic, denominator=denominator)
+        result = self._critic_gradients.add(minibatch, loss, denominator=denominator)
         of_critic = self._undivided(result.metrics)
         total = metrics["loss/policy"] + self.config.vf_coef * of_critic["loss/value"]
         return {**metrics, **of_critic, "loss/total": total}
 
     def _optim_step(self, version: int) -> int:
         if self._critic:
-            self._session.optim_step(
-                t.AdamW(learning_rate=self._critic_learning_rate),
-                max_grad_norm=self.config.max_grad_norm or 0.0,
-                adapter=self._critic,
-            )
+            self._critic_gradients.step(self._critic_learning_rate, self.config.max_grad_norm)
         return super()._optim_step(version)
 
     def _scale(self, scores: Array) -> tuple[Array, RunningMoments]:

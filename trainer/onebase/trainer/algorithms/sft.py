@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from onebase.client import types as t
 from onebase.trainer.algorithms.completions import check_count, token_ids
+from onebase.trainer.algorithms.gradients import Gradients
 from onebase.trainer.hyperparameters import SftConfig
 from onebase.trainer.stats import Stats, length_stats, pass_stats
 from onebase.trainer.timing import Stopwatch
@@ -46,6 +47,7 @@ class SftStepper:
         self._session = session
         self._eos = eos
         self._adapter = adapter
+        self._gradients = Gradients(session, adapter)
 
     def state(self) -> dict[str, Any]:
         """What lies between two steps besides the weights: nothing."""
@@ -66,19 +68,15 @@ class SftStepper:
         total = sum(len(row.completion) for row in rows)
         passes = []
         for start in range(0, len(rows), config.mini_batch_size):
-            result = self._session.forward_backward(
+            result = self._gradients.add(
                 rows[start : start + config.mini_batch_size],
                 t.CrossEntropyLoss(),
-                adapter=self._adapter,
                 denominator=float(total),
                 expected_version=self.version,
             )
             passes.append(result.metrics)
-        stepped = self._session.optim_step(
-            t.AdamW(learning_rate=config.learning_rate),
-            max_grad_norm=config.max_grad_norm or 0.0,
-            adapter=self._adapter,
-            expected_version=result.adapter.version,
+        stepped = self._gradients.step(
+            config.learning_rate, config.max_grad_norm, expected_version=result.adapter.version
         )
         self.version = stepped.adapter.version
         return (

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from onebase.client import types as t
 from onebase.trainer.algorithms.experience import Experience, check_batch, numbers_of, read_experience
+from onebase.trainer.algorithms.gradients import Gradients
 from onebase.trainer.hyperparameters import OnPolicy
 from onebase.trainer.stats import Stats, kl_stats, length_stats, pass_stats
 from onebase.trainer.timing import Stopwatch
@@ -66,6 +67,7 @@ class PolicyStepper(ABC, Generic[Config]):
         self._adapter = adapter
         self._rng = rng or np.random.default_rng(0)
         self._critic = ""
+        self._gradients = Gradients(session, adapter)
 
     @property
     @abstractmethod
@@ -161,9 +163,7 @@ class PolicyStepper(ABC, Generic[Config]):
         self, minibatch: Sequence[t.TrainingSequence], loss: t.Loss, version: int, denominator: float | None
     ) -> Metrics:
         """One pass; its losses come back undivided by gradient_accumulation_steps, its entropy as the tokens' mean."""
-        result = self._session.forward_backward(
-            minibatch, loss, adapter=self._adapter, denominator=denominator, expected_version=version
-        )
+        result = self._gradients.add(minibatch, loss, denominator=denominator, expected_version=version)
         return self._undivided(result.metrics)
 
     def _undivided(self, metrics: Metrics) -> Metrics:
@@ -171,12 +171,8 @@ class PolicyStepper(ABC, Generic[Config]):
         return {name: value * accumulated if name.startswith("loss/") else value for name, value in metrics.items()}
 
     def _optim_step(self, version: int) -> int:
-        stepped = self._session.optim_step(
-            t.AdamW(learning_rate=self.config.learning_rate),
-            max_grad_norm=self.config.max_grad_norm or 0.0,
-            adapter=self._adapter,
-            expected_version=version,
-        )
+        config = self.config
+        stepped = self._gradients.step(config.learning_rate, config.max_grad_norm, expected_version=version)
         return stepped.adapter.version
 
     def _stats(self, experience: Experience, passes: Sequence[Metrics], kl_coef: float) -> Stats:

@@ -1,0 +1,78 @@
+"""A state directory: one server at a time, damage noticed, leftovers swept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from onebase.server.checkpoints import StateDirectory, StateInUseError
+from onebase.server.errors import DataLoss
+
+
+@pytest.fixture
+def state(tmp_path):
+    directory = StateDirectory(tmp_path / "state")
+    yield directory
+    directory.close()
+
+
+def written(state, uid=1, version=3):
+    path = state.fresh(uid)
+    path.mkdir()
+    (path / "weights").write_bytes(b"numbers")
+    manifest = {"version": version, "sha256": {"weights": hashlib.sha256(b"numbers").hexdigest()}}
+    (path / "onebase.json").write_text(json.dumps(manifest))
+    return state.row(path, uid, version)
+
+
+def test_a_whole_checkpoint_is_fine(state):
+    state.verify(written(state))
+
+
+@pytest.mark.parametrize("file", ["weights", "onebase.json"])
+@pytest.mark.parametrize("harm", ["changed", "gone"])
+def test_damage_is_noticed_in_every_file(state, file, harm):
+    row = written(state)
+    path = state.path_of(row.folder) / file
+    if harm == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(b"x" + path.read_bytes()[1:])
+    with pytest.raises(DataLoss, match=r"version 3 is damaged") as caught:
+        state.verify(row)
+    assert caught.value.reason == "CHECKPOINT_DAMAGED"
+    assert file in str(caught.value)
+
+
+def test_what_the_store_does_not_name_is_swept(state):
+    kept, left = written(state), written(state, uid=2)
+    half = state.path_of(f".{kept.folder}.0123.new")
+    half.mkdir()
+    assert sorted(state.sweep([kept.folder])) == sorted([left.folder, half.name])
+    assert [one.name for one in state.path_of("").iterdir()] == [kept.folder]
+
+
+def test_two_checkpoints_never_share_a_place(state):
+    assert len({state.fresh(1).name for _ in range(100)}) == 100
+
+
+def test_nobody_else_may_look_into_it(state):
+    assert stat.S_IMODE(state.path.stat().st_mode) == 0o700
+
+
+def test_a_second_server_is_refused_and_told_whom_to_stop(state):
+    code = (
+        "import pathlib, sys; from onebase.server.checkpoints import StateDirectory as S; S(pathlib.Path(sys.argv[1]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(state.path)], capture_output=True, text=True)
+    assert "StateInUseError" in done.stderr
+    with pytest.raises(StateInUseError, match=r"process [0-9]+"):
+        StateDirectory(state.path)
+    state.close()
+    state.close()
+    StateDirectory(state.path).close()

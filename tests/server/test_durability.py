@@ -1,0 +1,251 @@
+"""What is durable when, and what a server takes up again: with a fake worker, in one process."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import contextmanager
+
+import grpc
+import pytest
+from server.fakes import FACTS, FakeWorker
+from server.harness import Clock, Live, refused
+
+from onebase.server.checkpoints import StateDirectory
+from onebase.server.config import AdapterSource, ConfigError, EngineConfig, ServerConfig, StateConfig
+from onebase.server.durability import RESERVED_VERSIONS, open_durable
+from onebase.server.jobs import AdapterKind, LoadAdapterJob
+from onebase.v1 import adapters_pb2, sessions_pb2, training_pb2, types_pb2
+
+
+class StateWorker(FakeWorker):
+    """Keeps the version in what it writes, and reads it from there."""
+
+    def _save(self, uid, path):
+        facts = self.adapters[uid]
+        self.written["onebase.json"] = json.dumps({"version": facts.version, "sha256": {}}).encode()
+        return super()._save(uid, path)
+
+    def _LoadAdapterJob(self, job):
+        facts = super()._LoadAdapterJob(job)
+        if "onebase.json" in self.read and "checkpoints" in job.path.parts:
+            version = json.loads(self.read["onebase.json"])["version"]
+            facts = self._change(job.uid, version=max(version, job.least_version))
+        return facts
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """Starts a server on the same state, with a worker of its own."""
+
+    @contextmanager
+    def start(facts=FACTS, rewards=(), policies=(), **state):
+        state_config = StateConfig(tmp_path / "state", **{"seconds": 0.0, **state})
+        worker, clock = StateWorker(facts), Clock()
+        keeper = open_durable(worker, StateDirectory(state_config.path), state_config)
+        keeper._clock = clock
+        config = ServerConfig(
+            EngineConfig(model="fake"),
+            port=0,
+            drain_seconds=5,
+            state=state_config,
+            rewards=rewards,
+            policies=policies,
+            roots=(tmp_path,),
+        )
+        with Live(config, worker, clock, keeper) as live:
+            live.keeper = keeper
+            live.session = live.sessions.OpenSession(sessions_pb2.OpenSessionRequest(ttl_seconds=60)).session_id
+            yield live
+
+    return start
+
+
+def create(live, name="p"):
+    return live.adapters.CreateAdapter(adapters_pb2.CreateAdapterRequest(session_id=live.session, name=name))
+
+
+def step(live, name="p", request_id=""):
+    adamw = training_pb2.AdamW(learning_rate=0.1)
+    return live.training.OptimStep(
+        training_pb2.OptimStepRequest(session_id=live.session, request_id=request_id, adapter=name, adamw=adamw)
+    )
+
+
+def version(live, name="p"):
+    return live.adapters.GetAdapter(adapters_pb2.GetAdapterRequest(name=name)).version
+
+
+def committed(live, name="p"):
+    """The version of each of the adapter's checkpoints, the newest first."""
+    uid = live.uid(name)
+    return [row.version for row in live.keeper._thread.submit(live.keeper.store.checkpoints, uid).result()]
+
+
+def eventually(check):
+    for _ in range(400):
+        if check():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it never came")
+
+
+def test_each_step_is_durable_before_it_is_answered_and_only_the_newest_checkpoints_stay(serve, tmp_path):
+    with serve(durability="step", keep=2) as live:
+        create(live)
+        for number in range(1, 5):
+            step(live)
+            assert committed(live)[0] == number
+        eventually(lambda: len(list((tmp_path / "state" / "checkpoints").iterdir())) == 2)
+        assert committed(live) == [4, 3]
+
+
+def test_otherwise_every_so_many_steps(serve):
+    with serve(steps=3) as live:
+        create(live)
+        step(live)
+        step(live)
+        assert committed(live) == [0]
+        step(live)
+        eventually(lambda: committed(live) == [3, 0])
+
+
+def test_or_so_many_seconds_after_a_step_that_was_not_saved(serve):
+    with serve(seconds=30.0) as live:
+        create(live)
+        live.clock.pass_(31)
+        live.on_loop(live.keeper.tick)
+        assert committed(live) == [0]  # nothing to save
+        step(live)
+        live.clock.pass_(29)
+        live.on_loop(live.keeper.tick)
+        assert committed(live) == [0]
+        live.clock.pass_(1)
+        live.on_loop(live.keeper.tick)
+        eventually(lambda: committed(live) == [1, 0])
+
+
+def test_or_when_the_lease_ends_or_the_server_stops(serve):
+    with serve() as live:
+        create(live)
+        step(live)
+        live.sessions.CloseSession(sessions_pb2.CloseSessionRequest(session_id=live.session))
+        eventually(lambda: committed(live) == [1, 0])
+        live.session = live.sessions.OpenSession(sessions_pb2.OpenSessionRequest()).session_id
+        step(live)
+    with serve() as live:
+        assert committed(live) == [2, 1]
+        assert version(live) == 2
+
+
+def test_versions_that_may_have_been_seen_are_not_given_again(serve):
+    with serve() as live:
+        create(live)
+        create(live, "idle")
+        step(live)
+        session = live.session
+        live.keeper._tracks.clear()  # as after kill -9: nothing is saved at the end
+    with serve() as live:
+        assert version(live) == RESERVED_VERSIONS + 1
+        assert version(live, "idle") == 0
+        live.session = session
+        step(live)
+    with serve() as live:
+        assert version(live) == RESERVED_VERSIONS + 2
+
+
+def test_a_disk_that_is_full_refuses_a_step_until_its_retry_makes_it_durable(serve):
+    with serve(durability="step") as live:
+        create(live)
+        live.worker.full = True
+        for _ in range(2):
+            refusal = refused(step, live, request_id="a")
+            assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "DISK_FULL")
+            assert refusal.retry_after
+        live.worker.full = False
+        assert step(live, request_id="a").adapter.version == 1
+        assert committed(live) == [1, 0]
+        assert version(live) == 1
+    with serve(durability="step") as live:
+        assert version(live) == 1
+
+
+def test_what_cannot_be_made_durable_is_not_made(serve):
+    with serve() as live:
+        live.worker.full = True
+        assert refused(create, live).reason == "DISK_FULL"
+        assert refused(version, live).reason == "ADAPTER_NOT_FOUND"
+        eventually(lambda: not live.worker.adapters)
+        live.worker.full = False
+        create(live)
+
+
+def test_a_uid_is_never_used_twice(serve):
+    with serve() as live:
+        create(live, "a")
+        create(live, "b")
+        uid = live.uid("b")
+        for name in "ab":
+            live.adapters.DeleteAdapter(adapters_pb2.DeleteAdapterRequest(session_id=live.session, name=name))
+    with serve() as live:
+        create(live, "a")
+        assert live.uid("a") > uid
+
+
+def test_adapters_of_every_kind_come_back_but_for_what_the_settings_read_anew(serve, tmp_path):
+    (tmp_path / "r").mkdir()
+    flag = AdapterSource("flagged", tmp_path / "r")
+
+    def load(live, name):
+        request = adapters_pb2.LoadAdapterRequest(name=name, path="r", kind=types_pb2.ADAPTER_KIND_REWARD)
+        return live.adapters.LoadAdapter(request)
+
+    with serve(rewards=(flag,)) as live:
+        loaded = load(live, "mine")
+    with serve(rewards=(flag, AdapterSource("other", tmp_path / "r"))) as live:
+        there = {
+            adapter.name: adapter for adapter in live.adapters.ListAdapters(adapters_pb2.ListAdaptersRequest()).adapters
+        }
+        assert set(there) == {"mine", "flagged", "other"}
+        assert there["mine"] == loaded
+        paths = [job.path for job in live.worker.submitted if isinstance(job, LoadAdapterJob)]
+        assert [path == tmp_path / "r" for path in paths] == [False, True, True]
+    with serve(rewards=(AdapterSource("mine", tmp_path / "r"),)) as live:
+        assert live.edge.registry.get("mine", "name").kind is AdapterKind.REWARD
+    with serve() as live:
+        assert live.on_loop(live.edge.registry.find, "mine") is None
+
+
+def test_a_policy_of_the_settings_goes_on_from_the_state_and_must_be_of_its_kind(serve, tmp_path):
+    named = (AdapterSource("p", None),)
+    with serve(policies=named) as live:
+        step(live)
+    with serve(policies=named) as live:
+        assert version(live) == 1
+    for wrong in ({"rewards": (AdapterSource("p", tmp_path),)}, {"restore": (("q", 1),)}, {"restore": (("p", 7),)}):
+        with pytest.raises(ConfigError, match=r"adapter is 'p'|restore is"), serve(**wrong):
+            pass
+
+
+def test_sessions_come_back_with_a_whole_ttl_and_ended_ones_do_not(serve):
+    with serve() as live:
+        create(live)
+        session, over = live.session, live.sessions.OpenSession(sessions_pb2.OpenSessionRequest(ttl_seconds=5))
+        live.clock.pass_(50)
+        live.on_loop(live.edge.sessions.sweep)
+    with serve() as live:
+        live.clock.pass_(59)
+        assert live.sessions.GetSession(sessions_pb2.GetSessionRequest(session_id=session)).leases == ["p"]
+        gone = sessions_pb2.GetSessionRequest(session_id=over.session_id)
+        assert refused(live.sessions.GetSession, gone).reason == "SESSION_NOT_FOUND"
+        queues = [one.queue for one in live.on_loop(live.edge.sessions.live)]
+        assert len(set(queues)) == len(queues)
+
+
+def test_the_state_of_another_base_is_refused(serve):
+    from dataclasses import replace
+
+    with serve():
+        pass
+    with pytest.raises(ConfigError, match="belongs to the base 'fake'"), serve(replace(FACTS, fingerprint="0" * 64)):
+        pass

@@ -1,0 +1,171 @@
+"""The store agrees with a model of it, through any sequence of changes and reopenings."""
+
+from __future__ import annotations
+
+import errno
+import sqlite3
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from onebase.server.store import AdapterRow, CheckpointRow, ResponseRow, SessionRow, Store, WrongStateError
+
+NAMES = st.sampled_from(["a", "b", "c"])
+SESSIONS = st.sampled_from(["s1", "s2"])
+KEEP = 2
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Plain dictionaries beside a store that is closed and opened at any moment."""
+
+    def __init__(self):
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.adapters: dict[str, AdapterRow] = {}
+        self.checkpoints: dict[int, list[CheckpointRow]] = {}
+        self.responses: dict[tuple[str, str], ResponseRow] = {}
+        self.sessions: dict[str, SessionRow] = {}
+        self.uid = self.made = 0
+
+    @initialize()
+    def begin(self):
+        self.store = Store(Path(self.folder.name, "db"))
+
+    def teardown(self):
+        self.store.close()
+        self.folder.cleanup()
+
+    def answer(self, session):
+        self.made += 1
+        row = ResponseRow(session, "M", f"r{self.made % 5}", bytes([self.made % 251]), b"x" * (self.made % 3))
+        self.responses.pop((row.session, row.request), None)
+        self.responses[row.session, row.request] = row
+        return row
+
+    def checkpoint(self, uid, version):
+        self.made += 1
+        return CheckpointRow(f"{uid}-{self.made:04d}", uid, version, f"d{self.made}")
+
+    @rule()
+    def reopen(self):
+        self.store.close()
+        self.begin()
+
+    @rule(name=NAMES, session=SESSIONS)
+    def add(self, name, session):
+        self.uid += 1
+        row = AdapterRow(name, self.uid, "policy", self.uid / 7, "made", reserved=0)
+        checkpoint = self.checkpoint(self.uid, 0)
+        old = self.adapters.get(name)
+        gone = [one.folder for one in self.checkpoints.pop(old.uid)] if old else []
+        assert sorted(self.store.add(row, checkpoint, [self.answer(session)])) == sorted(gone)
+        self.adapters[name], self.checkpoints[self.uid] = row, [checkpoint]
+
+    @precondition(lambda self: self.adapters)
+    @rule(data=st.data(), session=SESSIONS, ahead=st.integers(-1, 2))
+    def advance(self, data, session, ahead):
+        """Also a late one, which a newer one has overtaken."""
+        row = self.adapters[data.draw(st.sampled_from(sorted(self.adapters)))]
+        known = self.checkpoints[row.uid]
+        checkpoint = self.checkpoint(row.uid, max(0, known[0].version + ahead))
+        known.append(checkpoint)
+        known.sort(key=lambda one: (-one.version, one.folder))
+        gone = [one.folder for one in known[KEEP:]]
+        del known[KEEP:]
+        assert self.store.advance(checkpoint, KEEP, [self.answer(session)]) == gone
+
+    @rule(session=SESSIONS)
+    def advance_what_is_gone(self, session):
+        checkpoint = self.checkpoint(999, 3)
+        assert self.store.advance(checkpoint, KEEP, [self.answer(session)]) == [checkpoint.folder]
+
+    @rule(name=NAMES, session=SESSIONS)
+    def remove(self, name, session):
+        old = self.adapters.pop(name, None)
+        gone = [one.folder for one in self.checkpoints.pop(old.uid)] if old else []
+        assert sorted(self.store.remove(name, [self.answer(session)])) == sorted(gone)
+
+    @rule(name=NAMES, version=st.integers(0, 9))
+    def reserve(self, name, version):
+        if name in self.adapters:
+            self.store.reserve(self.adapters[name].uid, version)
+            self.adapters[name] = replace(self.adapters[name], reserved=version)
+
+    @rule(session=SESSIONS, active=NAMES, leases=st.lists(NAMES, unique=True))
+    def put_session(self, session, active, leases):
+        self.sessions[session] = SessionRow(session, "q", "label", 1.5, active, tuple(leases))
+        self.store.put_session(self.sessions[session])
+
+    @rule(session=SESSIONS)
+    def end_session(self, session):
+        self.sessions.pop(session, None)
+        self.store.end_session(session)
+
+    @invariant()
+    def agree(self):
+        assert self.store.adapters() == sorted(self.adapters.values(), key=lambda row: row.uid)
+        assert self.store.last_uid == self.uid
+        for uid, rows in self.checkpoints.items():
+            assert self.store.checkpoints(uid) == rows
+        assert len(self.store.checkpoints()) == sum(map(len, self.checkpoints.values()))
+        assert self.store.responses() == list(self.responses.values())
+        assert self.store.sessions() == sorted(self.sessions.values(), key=lambda row: row.session)
+
+
+TestStore = StoreMachine.TestCase
+TestStore.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+
+
+def test_every_commit_is_synced(tmp_path):
+    store = Store(tmp_path / "db")
+    assert store._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert store._db.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
+    store.close()
+
+
+def test_a_change_that_fails_leaves_nothing(tmp_path):
+    store = Store(tmp_path / "db")
+    row = AdapterRow("a", 1, "policy", 0.0, "")
+    store.add(row, CheckpointRow("1-a", 1, 0, "d"))
+    with pytest.raises(sqlite3.IntegrityError):  # the directory's name is taken
+        store.add(AdapterRow("b", 2, "policy", 0.0, ""), CheckpointRow("1-a", 2, 0, "d"))
+    assert store.adapters() == [row]
+    assert store.last_uid == 1
+    store.close()
+
+
+def test_old_answers_make_room(tmp_path, monkeypatch):
+    monkeypatch.setattr("onebase.server.store.MAX_RESPONSES", 3)
+    store = Store(tmp_path / "db")
+    for number in range(5):
+        store.remove("nothing", [ResponseRow("s", "M", f"r{number}", b"", b"")])
+    assert [row.request for row in store.responses()] == ["r2", "r3", "r4"]
+    store.close()
+
+
+def test_a_full_disk_is_told_as_one(tmp_path):
+    store = Store(tmp_path / "db")
+    store._db.execute("PRAGMA max_page_count=1")
+    with pytest.raises(OSError, match="No space") as caught:
+        store.remove("nothing", [ResponseRow("s", "M", "r", b"", b"x" * 100_000)])
+    assert caught.value.errno == errno.ENOSPC
+    assert store.responses() == []
+    store.close()
+
+
+def test_another_schema_and_no_store_at_all_are_refused(tmp_path):
+    path = tmp_path / "db"
+    Store(path).close()
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA user_version=99")
+    db.close()
+    with pytest.raises(WrongStateError, match="schema 99"):
+        Store(path)
+    path.write_bytes(b"not a database" * 100)
+    with pytest.raises(WrongStateError, match="cannot be read"):
+        Store(path)
