@@ -40,6 +40,10 @@ RESERVED_VERSIONS = 1000
 """So many versions are set aside at once where steps are not durable one by one."""
 
 
+STEPS_UNDER_WAY = 100
+"""More are set aside when so few are left: so many steps may wait that nobody has heard of yet."""
+
+
 class Volatile:
     """Nothing outlives the process."""
 
@@ -196,7 +200,7 @@ class Durable(Volatile):
     async def before_step(self, entry: Entry) -> None:
         """Sets versions aside, so that none is ever given twice: a version that is lost may have been read."""
         track = self._tracks.get(entry.uid)
-        if track is None or self.config.durability == "step" or track.newest < track.reserved:
+        if track is None or self.config.durability == "step" or track.newest + STEPS_UNDER_WAY < track.reserved:
             return
         reserved = track.newest + RESERVED_VERSIONS
         await self._through(self.on_thread(lambda: self.store.reserve(entry.uid, reserved)))

@@ -116,7 +116,7 @@ async def _bring_back(durable: Durable, rooms: Rooms, told: Told, row: AdapterRo
     facts = await settle(rooms.worker, job)
     entry = Entry(row.name, facts, row.create_time, row.source)
     rooms.registry.restore(entry)
-    durable.track(entry, facts.version, reserved)
+    durable.track(entry, checkpoint.version, reserved)  # a version that is new here is in no checkpoint yet
     told.restored(entry, time.monotonic() - began)
 
 
