@@ -22,8 +22,9 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
+from onebase.server.audit import AuditLog
 from onebase.server.catalog import LoadedAdapter, NewAdapter
-from onebase.server.config import AdapterSource, ConfigError, Limits, ServerConfig
+from onebase.server.config import AdapterSource, ConfigError, Limits, Security, ServerConfig
 from onebase.server.edge import Edge, State, build_edge
 from onebase.server.guard import Guard
 from onebase.server.jobs import AdapterKind, LoraSpec
@@ -36,6 +37,7 @@ from onebase.server.services.inference import InferenceService
 from onebase.server.services.server import ServerService
 from onebase.server.services.sessions import SessionService
 from onebase.server.services.training import TrainingService
+from onebase.server.tokens import Doorman, TokenFileError
 from onebase.v1 import (
     adapters_pb2,
     adapters_pb2_grpc,
@@ -131,9 +133,9 @@ class Server:
         self._worker = parts.worker
         self.edge: Edge = build_edge(parts.worker, parts.text, config, clock)
         self._health = health.aio.HealthServicer()
-        self._server = grpc.aio.server(
-            interceptors=(Guard(self.edge.gate.refusal),), options=server_options(config.limits)
-        )
+        doorman, self._audit = _open_doors(config.security)
+        guard = Guard(self.edge.gate.refusal, doorman.admit, self._audit, config.security.stream_idle_seconds)
+        self._server = grpc.aio.server(interceptors=(guard,), options=server_options(config.limits))
         self._register()
         self._sweeper: asyncio.Task[None] | None = None
 
@@ -146,7 +148,11 @@ class Server:
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         address = _address(self._config.host, self._config.port)
         try:
-            port = self._server.add_insecure_port(address)
+            credentials = server_credentials(self._config.security)
+            if credentials is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, credentials)
         except RuntimeError:  # gRPC says no more than that it failed
             raise _no_address(address, "cannot be bound") from None
         await self._server.start()
@@ -183,6 +189,7 @@ class Server:
         if self._sweeper is not None:
             self._sweeper.cancel()
         self.edge.texts.close()
+        self._audit.close()
 
     async def _load_one(self, kind: AdapterKind, source: AdapterSource) -> Entry:
         catalog = self.edge.catalog
@@ -287,6 +294,32 @@ def server_options(limits: Limits) -> list[tuple[str, int]]:
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # clients may ping this often
         ("grpc.so_reuseport", 0),
     ]
+
+
+def server_credentials(security: Security) -> grpc.ServerCredentials | None:
+    """What the server shows to its clients, and wants to see of them; None is plain text.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
+    if security.tls_cert is None or security.tls_key is None:
+        return None
+    try:
+        pair = (security.tls_key.read_bytes(), security.tls_cert.read_bytes())
+        clients = security.tls_client_ca.read_bytes() if security.tls_client_ca else None
+    except OSError as error:
+        raise ConfigError(f"{error.filename!r} cannot be read: {error.strerror}") from None
+    return grpc.ssl_server_credentials([pair], clients, require_client_auth=clients is not None)
+
+
+def _open_doors(security: Security) -> tuple[Doorman, AuditLog]:
+    """Raises ConfigError for a file that cannot be used."""
+    try:
+        return Doorman(security.tokens), AuditLog(security.audit_log)
+    except TokenFileError as error:
+        raise ConfigError(str(error)) from None
+    except OSError as error:
+        raise ConfigError(f"audit_log is {str(security.audit_log)!r}: {error.strerror}") from None
 
 
 def _no_address(address: str, why: str) -> ConfigError:

@@ -164,15 +164,16 @@ class Catalog:
             PermissionDenied: another session holds its lease.
         """
         entry = self._registry.get(name, "name")
-        self._sessions.require(session, name)
-        self._registry.remove(name)
-        self._sessions.drop(name)
+        self._registry.check_may_change(entry)
+        self._sessions.require(session, entry.key)
+        self._registry.remove(entry.key)
+        self._sessions.drop(entry.key)
         log.info("adapter %s deleted", name)
         self._discard(entry.uid)
 
-    def drop_gradients(self, name: str) -> None:
+    def drop_gradients(self, key: str) -> None:
         """Has the engine drop an adapter's pending gradients: the next holder of its lease begins with none."""
-        entry = self._registry.find(name)
+        entry = self._registry.find(key)
         if entry is None:
             return
         job = DropGradientsJob(adapter=entry.uid)
@@ -180,7 +181,7 @@ class Catalog:
         try:
             submit(self._worker, job, None, None)
         except OnebaseError as error:  # the server drains: nobody trains any more
-            log.info("pending gradients of adapter %s stay: %s", name, error)
+            log.info("pending gradients of adapter %s stay: %s", key, error)
             return
         job.done.add_done_callback(lambda done: loop.call_soon_threadsafe(self._take_facts, done))
 
@@ -209,7 +210,7 @@ class Catalog:
                 field="kind",
             )
         if kind.trained:
-            self._sessions.require(session, old.name)
+            self._sessions.require(session, old.key)
 
     @contextlib.contextmanager
     def _released_on_error(self, reservation: Reservation) -> Iterator[None]:
@@ -229,8 +230,8 @@ class Catalog:
             source or "made here",
         )
         # The lease is free, or this session's own, unless it closed meanwhile and another was quicker.
-        if session is not None and entry.kind.trained and self._sessions.holder(entry.name) is None:
-            self._sessions.take(session, entry.name)
+        if session is not None and entry.kind.trained and self._sessions.holder(entry.key) is None:
+            self._sessions.take(session, entry.key)
         return entry
 
     def _discard(self, uid: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,14 @@ from onebase.server.names import BASE_NAME, problem
 
 class ConfigError(ValueError):
     """A setting that cannot work; the message names it, its value and the way out."""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _require(fine: bool, key: str, value: object, way_out: str) -> None:
@@ -135,6 +144,51 @@ class AdapterSource:
 
 
 @dataclass(frozen=True)
+class Security:
+    """Who is let in, and how the way to the server is kept private."""
+
+    tls_cert: Path | None = None
+    """The server's certificates, PEM; with `tls_key` the server speaks TLS only."""
+    tls_key: Path | None = None
+    """Their private key, PEM."""
+    tls_client_ca: Path | None = None
+    """Certificates, PEM; only clients with a certificate that one of them signed are let in."""
+    insecure: bool = False
+    """Listen on an address that other machines reach although there is no TLS."""
+    tokens: Path | None = None
+    """The file of bearer tokens; None lets everybody in as the operator."""
+    audit_log: Path | None = None
+    """Gets a line of JSON for each call that changes something or is refused."""
+    stream_idle_seconds: float = 60.0
+    """How long a stream waits for its client to read, or to send."""
+
+    def __post_init__(self) -> None:
+        for key, path in (
+            ("tls_cert", self.tls_cert),
+            ("tls_key", self.tls_key),
+            ("tls_client_ca", self.tls_client_ca),
+        ):
+            _require(path is None or path.is_file(), key, str(path), "there is no such file")
+        both = (self.tls_cert is None) == (self.tls_key is None)
+        _require(both, "tls_cert", str(self.tls_cert), "give --tls-cert and --tls-key, or neither")
+        alone = self.tls_client_ca is None or self.tls_cert is not None
+        _require(alone, "tls_client_ca", str(self.tls_client_ca), "it needs --tls-cert and --tls-key too")
+        fine = math.isfinite(self.stream_idle_seconds) and self.stream_idle_seconds > 0
+        _require(fine, "stream_idle_seconds", self.stream_idle_seconds, "use a number above 0")
+        _require(
+            self.tokens is None or self.tokens.is_file(),
+            "tokens",
+            str(self.tokens),
+            "there is no such file: `onebase token create --tokens FILE --scope all` makes it, with a first token",
+        )
+
+    @property
+    def tls(self) -> bool:
+        """Whether the server speaks TLS."""
+        return self.tls_cert is not None
+
+
+@dataclass(frozen=True)
 class ServerConfig:
     """Everything `onebase serve` needs."""
 
@@ -150,6 +204,7 @@ class ServerConfig:
     roots: tuple[Path, ...] = ()
     """Directories under which adapters may be loaded and saved; relative paths mean the first."""
     limits: Limits = Limits()
+    security: Security = Security()
     drain_seconds: float = 30.0
     """How long work in flight may go on after SIGTERM."""
     policy_rank: int = 16
@@ -159,6 +214,13 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         _require(0 <= self.port < 65536, "port", self.port, "use 0 to 65535")
+        _require(
+            is_loopback(self.host) or self.security.tls or self.security.insecure,
+            "host",
+            self.host,
+            "other machines reach it, and there is no TLS: give --tls-cert and --tls-key, or say --insecure if the "
+            "network is private",
+        )
         drain_fine = math.isfinite(self.drain_seconds) and self.drain_seconds >= 0
         _require(drain_fine, "drain_seconds", self.drain_seconds, "use 0 or more")
         rank_way_out = f"use 1 to {self.limits.max_rank}"

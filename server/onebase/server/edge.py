@@ -18,6 +18,7 @@ from onebase.server.codec.sequences import SequenceReader
 from onebase.server.config import ServerConfig
 from onebase.server.errors import OnebaseError, Unavailable
 from onebase.server.idempotency import Idempotency
+from onebase.server.identity import OPERATOR, caller
 from onebase.server.leases import Clock, Session, Sessions
 from onebase.server.paths import Roots
 from onebase.server.ports import TextLike, WorkerLike
@@ -95,7 +96,8 @@ class Edge:
 
         if request.session_id:
             self.sessions.get(request.session_id)
-        return await self.idempotency.run(method, request, run)
+        tenant = caller().tenant  # request_ids are each tenant's own: what another got is not this one's to see
+        return await self.idempotency.run(method if tenant == OPERATOR else f"{tenant}/{method}", request, run)
 
 
 def build_edge(worker: WorkerLike, text: TextLike, config: ServerConfig, clock: Clock = time.monotonic) -> Edge:

@@ -4,7 +4,8 @@
     ├── InvalidArgument      the request itself is wrong
     ├── NotFound             no such adapter, session or file
     ├── AlreadyExists        the name or path is taken
-    ├── PermissionDenied     another session's adapter, or a path outside the roots
+    ├── Unauthenticated      the server wants to know who calls
+    ├── PermissionDenied     another's adapter, a scope the token lacks, a path outside the roots
     ├── FailedPrecondition   the request is fine, the state is not
     ├── Aborted              a version or a lease moved on
     ├── ResourceExhausted    a queue or a limit is full
@@ -48,6 +49,10 @@ class NotFound(OnebaseError):
 
 class AlreadyExists(OnebaseError):
     """The name or the path is taken."""
+
+
+class Unauthenticated(OnebaseError):
+    """The call has no token, or none that is known."""
 
 
 class PermissionDenied(OnebaseError):
