@@ -283,13 +283,13 @@ def check_address(config: ServerConfig) -> None:
 
 
 def server_options(limits: Limits) -> list[tuple[str, int]]:
-    """gRPC's settings: message sizes, dead peers noticed within 15 s, and a taken port an error."""
+    """gRPC's settings: message sizes, dead peers noticed within 8 s, and a taken port an error."""
     return [
         ("grpc.max_receive_message_length", limits.max_message_bytes),
         ("grpc.max_send_message_length", limits.max_message_bytes),
-        ("grpc.keepalive_time_ms", 10_000),
-        ("grpc.keepalive_timeout_ms", 5_000),
-        ("grpc.http2.ping_timeout_ms", 5_000),  # without it a frozen client is noticed after a minute
+        ("grpc.keepalive_time_ms", 5_000),
+        ("grpc.keepalive_timeout_ms", 3_000),
+        ("grpc.http2.ping_timeout_ms", 3_000),  # without it a frozen client is noticed after a minute
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # clients may ping this often
         ("grpc.so_reuseport", 0),

@@ -33,6 +33,7 @@ from onebase.server.jobs import (
 )
 from onebase.server.leases import Session, Sessions
 from onebase.server.ports import WorkerLike
+from onebase.server.quotas import AdapterQuotas
 from onebase.server.registry import Entry, Registry, Reservation
 
 log = logging.getLogger(__name__)
@@ -83,10 +84,13 @@ class SavedAdapter:
 class Catalog:
     """Changes which adapters there are."""
 
-    def __init__(self, worker: WorkerLike, registry: Registry, sessions: Sessions) -> None:
+    def __init__(
+        self, worker: WorkerLike, registry: Registry, sessions: Sessions, quotas: AdapterQuotas | None = None
+    ) -> None:
         self._worker = worker
         self._registry = registry
         self._sessions = sessions
+        self._quotas = quotas or AdapterQuotas(registry)
         sessions.given_back = self.drop_gradients
 
     async def create(self, new: NewAdapter, session: Session | None, deadline: float | None = None) -> Entry:
@@ -95,22 +99,36 @@ class Catalog:
         Raises:
             AlreadyExists: the name is taken.
             NotFound: what it shall be a copy of is not there.
+            ResourceExhausted: a quota is used up.
             OnebaseError: the worker's.
         """
         source = self._registry.get(new.init_from, "init_from") if new.init_from else None
         reservation = self._registry.reserve(new.name)
         with self._released_on_error(reservation):
-            job = CreateAdapterJob(
-                uid=reservation.uid,
-                name=new.name,
-                lora=new.lora,
-                value_head=new.value_head,
-                seed=new.seed,
-                kind=new.kind,
-                init_from=source.uid if source else None,
-            )
-            facts = await settle(self._worker, job, session, deadline)
-        return self._bind(reservation, facts, "", session)
+            async with self._quotas.room(reservation.owner) as room:
+                facts = await self._create(new, reservation, source, room, session, deadline)
+                return self._bind(reservation, facts, "", session)
+
+    async def _create(
+        self,
+        new: NewAdapter,
+        reservation: Reservation,
+        source: Entry | None,
+        room: int | None,
+        session: Session | None,
+        deadline: float | None,
+    ) -> AdapterFacts:
+        job = CreateAdapterJob(
+            uid=reservation.uid,
+            name=new.name,
+            lora=new.lora,
+            value_head=new.value_head,
+            seed=new.seed,
+            kind=new.kind,
+            init_from=source.uid if source else None,
+            max_bytes=room,
+        )
+        return await settle(self._worker, job, session, deadline)
 
     async def load(self, loaded: LoadedAdapter, session: Session | None, deadline: float | None = None) -> Entry:
         """Reads an adapter; the session gets the lease of one that is trained. With `replace`, the old one is deleted.
@@ -125,15 +143,26 @@ class Catalog:
         reservation = self._registry.reserve(loaded.name, replacing=loaded.replace)
         with self._released_on_error(reservation):
             self._check_replaced(reservation, loaded.kind, session)
-            facts = await settle(self._worker, _load_job(loaded, reservation), session, deadline)
-            old = self._registry.current(reservation.old.uid) if reservation.old else None
-            if old is not None and old.facts.version >= facts.version:
-                self._discard(reservation.uid)
-                raise Aborted(
-                    "VERSION_MISMATCH",
-                    f"adapter {loaded.name!r} was stepped to version {old.facts.version} while it was being replaced: "
-                    "finish its training calls first, then load again",
-                )
+            async with self._quotas.room(reservation.owner, reservation.old) as room:
+                return await self._load(loaded, reservation, room, session, deadline)
+
+    async def _load(
+        self,
+        loaded: LoadedAdapter,
+        reservation: Reservation,
+        room: int | None,
+        session: Session | None,
+        deadline: float | None,
+    ) -> Entry:
+        facts = await settle(self._worker, _load_job(loaded, reservation, room), session, deadline)
+        old = self._registry.current(reservation.old.uid) if reservation.old else None
+        if old is not None and old.facts.version >= facts.version:
+            self._discard(reservation.uid)
+            raise Aborted(
+                "VERSION_MISMATCH",
+                f"adapter {loaded.name!r} was stepped to version {old.facts.version} while it was being replaced: "
+                "finish its training calls first, then load again",
+            )
         entry = self._bind(reservation, facts, loaded.source or str(loaded.path), session)
         if old is not None:
             self._discard(old.uid)
@@ -251,7 +280,7 @@ def _log_failure(done: Future[None]) -> None:
         log.warning("memory of an adapter is not freed: %s", error)
 
 
-def _load_job(loaded: LoadedAdapter, reservation: Reservation) -> Job[AdapterFacts]:
+def _load_job(loaded: LoadedAdapter, reservation: Reservation, room: int | None) -> Job[AdapterFacts]:
     return LoadAdapterJob(
         uid=reservation.uid,
         name=loaded.name,
@@ -262,5 +291,6 @@ def _load_job(loaded: LoadedAdapter, reservation: Reservation) -> Job[AdapterFac
         seed=loaded.seed,
         append_eos=loaded.append_eos,
         pooling=loaded.pooling,
+        max_bytes=room,
         least_version=reservation.old.facts.version + 1 if reservation.old else 0,
     )

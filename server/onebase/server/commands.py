@@ -259,6 +259,20 @@ StreamIdle = Annotated[
         help="End a stream whose client neither reads nor sends for so many seconds.", rich_help_panel=_SECURITY
     ),
 ]
+_QUOTA = "requests, completions (at once), tokens_per_second, adapters, adapter_bytes; 8G is 8 GiB"
+TenantQuota = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME=N,…",
+        help=f"Most that one tenant may have of {_QUOTA}. With --tokens, requests is a quarter of the queue if not "
+        "said otherwise.",
+        rich_help_panel=_SECURITY,
+    ),
+]
+WholeQuota = Annotated[
+    str,
+    typer.Option("--quota", metavar="NAME=N,…", help="The same for all tenants together.", rich_help_panel=_SECURITY),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log every finished call.")]
 
 
@@ -301,6 +315,8 @@ def serve(
     tokens: TokensFile = None,
     audit_log: Audit = None,
     stream_idle_seconds: StreamIdle = 60.0,
+    tenant_quota: TenantQuota = "",
+    whole_quota: WholeQuota = "",
     verbose: Verbose = False,
 ) -> None:
     """Serve one base model with any number of adapters: policies to train, rewards, references.
@@ -328,7 +344,7 @@ def serve(
     console = Console(highlight=False)
     from onebase.server.config import ConfigError, EngineConfig, Limits, Security, ServerConfig
     from onebase.server.errors import OnebaseError
-    from onebase.server.flags import reward_sources, sources
+    from onebase.server.flags import quota, reward_sources, sources
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     if verbose:
@@ -367,6 +383,8 @@ def serve(
             security=Security(
                 tls_cert, tls_key, tls_client_ca, insecure, tokens, audit_log, stream_idle_seconds=stream_idle_seconds
             ),
+            tenant_quota=quota("--tenant-quota", tenant_quota),
+            quota=quota("--quota", whole_quota),
             drain_seconds=drain_seconds,
             policy_rank=policy_rank,
             policy_alpha=policy_alpha,

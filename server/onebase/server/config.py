@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from onebase.server.jobs import Pooling
@@ -132,6 +132,30 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Quota:
+    """What somebody may have at once; 0 is no limit."""
+
+    requests: int = 0
+    """Requests that wait or run."""
+    completions: int = 0
+    """Completions of requests that wait or run."""
+    tokens_per_second: float = 0.0
+    """Tokens of prompts, completions (as many as were asked for), scored and trained rows."""
+    adapters: int = 0
+    adapter_bytes: int = 0
+    """Float32 parameters of adapters; of those that are trained also gradients and moments."""
+
+    def __post_init__(self) -> None:
+        for key, value in vars(self).items():
+            _require(math.isfinite(value) and value >= 0, key, value, "use 0 or more")
+
+    @property
+    def limits_adapters(self) -> bool:
+        """Whether there is a limit to adapters."""
+        return bool(self.adapters or self.adapter_bytes)
+
+
+@dataclass(frozen=True)
 class AdapterSource:
     """An adapter to have from the start: NAME, or NAME=PATH."""
 
@@ -205,6 +229,10 @@ class ServerConfig:
     """Directories under which adapters may be loaded and saved; relative paths mean the first."""
     limits: Limits = Limits()
     security: Security = Security()
+    tenant_quota: Quota = Quota()
+    """What each tenant may have."""
+    quota: Quota = Quota()
+    """What all of them may have together."""
     drain_seconds: float = 30.0
     """How long work in flight may go on after SIGTERM."""
     policy_rank: int = 16
@@ -230,6 +258,12 @@ class ServerConfig:
         for root in self.roots:
             _require(root.is_dir() or not root.exists(), "root", str(root), "it is a file: give a directory")
         self._check_adapters()
+
+    def quota_of_tenants(self) -> Quota:
+        """What each tenant may have; one of several never has more than a quarter of the queue."""
+        if self.security.tokens is None or self.tenant_quota.requests:
+            return self.tenant_quota
+        return replace(self.tenant_quota, requests=max(1, self.limits.max_queued_requests // 4))
 
     def _check_adapters(self) -> None:
         names = [source.name for source in (*self.rewards, *self.policies, *self.references, *self.critics)]

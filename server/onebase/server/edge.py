@@ -22,6 +22,7 @@ from onebase.server.identity import OPERATOR, caller
 from onebase.server.leases import Clock, Session, Sessions
 from onebase.server.paths import Roots
 from onebase.server.ports import TextLike, WorkerLike
+from onebase.server.quotas import AdapterQuotas, QuotaWorker
 from onebase.server.registry import Registry
 from onebase.server.texts import Texts
 
@@ -110,13 +111,16 @@ def build_edge(worker: WorkerLike, text: TextLike, config: ServerConfig, clock: 
         clock: of the sessions; monotonic, in seconds.
     """
     sessions, registry, texts = Sessions(clock), Registry(), Texts(text)
+    tenant = config.quota_of_tenants()
+    worker = QuotaWorker(worker, tenant, config.quota)
+    adapters = AdapterQuotas(registry, tenant, config.quota)
     return Edge(
         worker=worker,
         config=config,
         sessions=sessions,
         registry=registry,
         access=Access(registry, sessions),
-        catalog=Catalog(worker, registry, sessions),
+        catalog=Catalog(worker, registry, sessions, adapters),
         texts=texts,
         reader=SequenceReader(texts, worker.facts, config.limits),
         roots=Roots(config.roots),

@@ -137,6 +137,7 @@ class Guard(grpc.aio.ServerInterceptor):
                         "SLOW_CONSUMER",
                         f"nothing was read for {self._idle:g} s, and the stream was ended: read as it comes, or ask "
                         "for less at once",
+                        retry_after=1.0,
                     ) from None
 
     async def _parsed(self, handler: Handler, raws: AsyncIterator[bytes], record: Record) -> AsyncGenerator[Any, None]:
@@ -151,6 +152,7 @@ class Guard(grpc.aio.ServerInterceptor):
                 raise ResourceExhausted(
                     "SLOW_PRODUCER",
                     f"nothing came for {self._idle:g} s, and the stream was ended: send it again, without pauses",
+                    retry_after=1.0,
                 ) from None
             message = _parse(handler, raw)
             if record.request is None:
