@@ -138,6 +138,7 @@ class Server:
         self._server = grpc.aio.server(interceptors=(guard,), options=server_options(config.limits))
         self._register()
         self._sweeper: asyncio.Task[None] | None = None
+        self._stuck = False
 
     async def start(self) -> int:
         """Binds, and answers UNAVAILABLE from now on; returns the port.
@@ -224,6 +225,19 @@ class Server:
         while True:
             await asyncio.sleep(_SWEEP_SECONDS)
             self.edge.sessions.sweep()
+            await self._watch()
+
+    async def _watch(self) -> None:
+        """Health says so while the engine makes no progress."""
+        seconds = self._worker.stuck_seconds()
+        stuck = seconds > self._config.stall_seconds
+        if stuck == self._stuck or self.edge.gate.state is not State.SERVING:
+            return
+        self._stuck = stuck
+        if stuck:
+            log.error("a step of the engine goes on for %.0f s: health is NOT_SERVING until it ends", seconds)
+        response = health_pb2.HealthCheckResponse
+        await self._set_health(response.NOT_SERVING if stuck else response.SERVING)
 
 
 @contextlib.asynccontextmanager

@@ -213,6 +213,12 @@ MaxUploadBytes = Annotated[
         rich_help_panel=_NETWORK,
     ),
 ]
+StallSeconds = Annotated[
+    float,
+    typer.Option(
+        help="Health turns NOT_SERVING while one step of the engine goes on for longer.", rich_help_panel=_NETWORK
+    ),
+]
 TlsCert = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="The server's certificates (PEM); needs --tls-key.", rich_help_panel=_SECURITY),
@@ -291,6 +297,7 @@ def serve(
     port: Port = 7070,
     port_file: PortFile = None,
     drain_seconds: DrainSeconds = 30.0,
+    stall_seconds: StallSeconds = 300.0,
     max_upload_bytes: MaxUploadBytes = 4 * 2**30,
     device: Device = "auto",
     dtype: DType = "auto",
@@ -386,6 +393,7 @@ def serve(
             tenant_quota=quota("--tenant-quota", tenant_quota),
             quota=quota("--quota", whole_quota),
             drain_seconds=drain_seconds,
+            stall_seconds=stall_seconds,
             policy_rank=policy_rank,
             policy_alpha=policy_alpha,
         )

@@ -152,6 +152,10 @@ class QuotaWorker:
         """The worker's."""
         return self._worker.status()
 
+    def stuck_seconds(self) -> float:
+        """The worker's."""
+        return self._worker.stuck_seconds()
+
     def start(self) -> None:
         """Begins to work."""
         self._worker.start()
