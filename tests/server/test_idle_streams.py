@@ -9,7 +9,7 @@ from server.harness import Live, refusal_of, text_of
 
 from onebase.server.config import EngineConfig, Security, ServerConfig
 from onebase.server.jobs import GenerateJob
-from onebase.v1 import adapters_pb2, inference_pb2, types_pb2
+from onebase.v1 import adapters_pb2, inference_pb2, inference_pb2_grpc, types_pb2
 
 
 def served():
@@ -23,7 +23,10 @@ def test_who_does_not_read_is_told_so_and_the_work_ends():
         request = inference_pb2.GenerateRequest(
             adapter="base", prompts=[text_of("a")], sampling={"max_new_tokens": 20}, stream_tokens=True
         )
-        answers = live.inference.Generate(request)
+        # A connection that takes little in advance; by default it is some megabytes, which are the client's own.
+        small = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 4096)]
+        channel = grpc.insecure_channel(f"127.0.0.1:{live.port}", options=small)
+        answers = inference_pb2_grpc.InferenceServiceStub(channel).Generate(request)
         next(answers)
         (job,) = live.worker.wait_submitted(GenerateJob)
         live.worker.wait_done(job)  # nobody reads, so it is dropped
@@ -33,7 +36,9 @@ def test_who_does_not_read_is_told_so_and_the_work_ends():
         except grpc.RpcError as error:
             refusal = refusal_of(error)
         assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "SLOW_CONSUMER")
+        assert "nothing was read for 0.5 s" in refusal.message
         assert refusal.retry_after == 1
+        channel.close()
 
 
 def test_who_reads_slowly_but_reads_is_served():

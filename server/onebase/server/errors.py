@@ -12,6 +12,7 @@
     ├── DeadlineExceeded     the client's deadline passed
     ├── Cancelled            the client went away
     ├── Unavailable          the server drains
+    ├── Unimplemented        the method is not there, though its service is
     ├── DataLoss             a file is not what its hash says
     └── Internal             a bug; the message shown is an opaque id
 
@@ -81,6 +82,10 @@ class Cancelled(OnebaseError):
 
 class Unavailable(OnebaseError):
     """The server does not take work now."""
+
+
+class Unimplemented(OnebaseError):
+    """A method that its service lists and does not have."""
 
 
 class DataLoss(OnebaseError):

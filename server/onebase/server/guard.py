@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError
 from grpc_status import rpc_status as grpc_status  # type: ignore[import-untyped]
 
 from onebase.server.audit import AuditLog, Record
-from onebase.server.errors import Internal, InvalidArgument, OnebaseError, ResourceExhausted
+from onebase.server.errors import Internal, InvalidArgument, OnebaseError, ResourceExhausted, Unimplemented
 from onebase.server.identity import OPERATOR, Caller, set_caller
 from onebase.server.status import CODES, rpc_status
 
@@ -184,6 +184,10 @@ async def _told(record: Record, context: Context, audit: AuditLog) -> AsyncItera
     except asyncio.CancelledError:
         record.outcome = "CANCELLED"
         raise
+    except NotImplementedError:  # of the generated classes: grpc's health service lacks a method here
+        name = record.method.rpartition("/")[2]
+        refusal = Unimplemented("UNIMPLEMENTED", f"{name} is not there: use another method of its service")
+        record.outcome, record.reason = "UNIMPLEMENTED", refusal.reason
     except Exception as error:
         if context.cancelled() or context.done():  # a write to a client that is gone fails in ways of its own
             record.outcome = "CANCELLED"

@@ -31,6 +31,7 @@ CODES: Mapping[type[errors.OnebaseError], grpc.StatusCode] = MappingProxyType(
         errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
         errors.Cancelled: grpc.StatusCode.CANCELLED,
         errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
+        errors.Unimplemented: grpc.StatusCode.UNIMPLEMENTED,
         errors.DataLoss: grpc.StatusCode.DATA_LOSS,
         errors.Internal: grpc.StatusCode.INTERNAL,
     }
