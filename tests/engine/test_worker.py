@@ -107,6 +107,19 @@ def test_a_deadline_that_passes_in_the_queue_means_never_executed(worker: Worker
     assert engine.adapters[1].pending == 0
 
 
+def test_a_step_that_does_not_end_is_seen_from_outside(worker: Worker) -> None:
+    go = block(worker)
+    time.sleep(0.3)
+    assert 0.2 < worker.stuck_seconds() < 20
+    go.set()
+    until = time.monotonic() + 20
+    while worker.stuck_seconds() > 0:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    time.sleep(0.3)
+    assert worker.stuck_seconds() == 0  # having nothing to do is no trouble
+
+
 def test_a_pass_cancelled_between_its_steps_leaves_nothing_behind(worker: Worker, engine: Engine) -> None:
     job = ForwardBackwardJob(adapter=1, rows=train_rows(1, count=400), loss=PpoLoss())
     worker.submit(job)

@@ -1,48 +1,144 @@
-"""A server with a state directory, which is killed and started again on the same port."""
+"""Faults made for real: a server in a process of its own, a plain gRPC client, and peers that are killed or frozen.
+
+Each test is named after its row of the table of faults; docs/security.md and ARCHITECTURE.md say the same in words.
+"""
 
 from __future__ import annotations
 
-import signal
-import socket
-from collections.abc import Callable
-from contextlib import AbstractContextManager, closing
-from functools import partial
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
+import psutil
 import pytest
 from oracle.fixtures import FIXTURES
-from support import RunningServer, start_server
+from server.harness import text_of
+from server.tenants import Client
+from support import RunningServer, environment, start_server
 
-Start = Callable[..., AbstractContextManager[RunningServer]]
+from onebase.server.identity import Scope
+from onebase.server.tokens import TokenFile
+from onebase.v1 import inference_pb2, server_pb2
+
+QUOTA = 16
+"""Requests that a tenant may have at once."""
+PROMPT = "w5 w6 w7"
+FLAGS = ("--threads", "1", "--kv-slots", "2", "--stream-idle-seconds", "2", "--drain-seconds", "1")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A server, its token file and its root."""
+
+    server: RunningServer
+    tokens: TokenFile
+    root: Path
+    channel: grpc.Channel
+    operator: Client
+
+    def as_(self, tenant: str, *scopes: Scope, adapters: tuple[str, ...] = ()) -> Client:
+        """A client with a fresh token."""
+        token = self.tokens.add(tenant, scopes or tuple(Scope), adapters, None)
+        return Client(self.channel, token)
+
+    def status(self) -> server_pb2.ServerStatus:
+        """As the operator sees it."""
+        return self.operator.server.GetStatus(server_pb2.GetStatusRequest())
+
+    def rss(self) -> int:
+        """Resident bytes of the server."""
+        return int(psutil.Process(self.server.process.pid).memory_info().rss)
+
+    def wait_until(self, holds: Callable[[server_pb2.ServerStatus], bool], seconds: float) -> float:
+        """Seconds until the status is as it should be."""
+        began = time.monotonic()
+        while not holds(now := self.status()):
+            assert time.monotonic() - began < seconds, now
+            time.sleep(0.05)
+        return time.monotonic() - began
+
+
+@pytest.fixture(scope="session")
+def make_place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Place]]:
+    """Starts servers, and ends them."""
+    with ExitStack() as stack:
+
+        def make(*flags: str) -> Place:
+            folder = tmp_path_factory.mktemp("faults")
+            root = Path(shutil.copytree(FIXTURES, folder / "root"))
+            tokens = TokenFile(folder / "tokens.json")
+            tokens.add("unused", (Scope.STATUS,), (), None)
+            server = stack.enter_context(
+                start_server(
+                    root / "base", "--policy", f"p={root / 'policy'}", "--reward", f"r={root / 'reward'}",
+                    "--root", str(root), "--tokens", str(folder / "tokens.json"), *FLAGS, *flags,
+                )
+            )  # fmt: skip
+            channel = stack.enter_context(grpc.insecure_channel(server.address))
+            operator = Client(channel, tokens.add("operator", tuple(Scope), (), None))
+            return Place(server, tokens, root, channel, operator)
+
+        yield make
+
+
+@pytest.fixture(scope="session")
+def place(make_place: Callable[..., Place]) -> Place:
+    """The server that most rows share; whatever a row does to it, it must live."""
+    return make_place("--tenant-quota", f"requests={QUOTA},adapter_bytes=64M")
+
+
+@pytest.fixture(autouse=True)
+def the_server_lives(place: Place) -> Iterator[None]:
+    """After each row the server answers as before, and nothing is left of what was asked."""
+    yield
+    assert place.server.process.poll() is None, place.server.text()
+    place.wait_until(lambda now: now.kv_slots_used == 0 and all(one.running == 0 for one in now.queues), 20)
+    assert "Traceback" not in place.server.text(), place.server.text()
+
+
+def endless(n: int = 1000) -> inference_pb2.GenerateRequest:
+    """Completions that take minutes."""
+    return inference_pb2.GenerateRequest(
+        adapter="base",
+        prompts=[text_of(PROMPT)],
+        sampling={"max_new_tokens": 100, "n": n, "ignore_eos": True},
+        stream_tokens=True,
+    )
+
+
+READER = """
+import sys
+sys.path.insert(0, {tests!r})
+import grpc
+from faults.conftest import endless
+from server.tenants import Client
+with grpc.insecure_channel({address!r}) as channel:
+    for _ in Client(channel, {token!r}).inference.Generate(endless()):
+        print("one", flush=True)
+"""
 
 
 @pytest.fixture
-def port() -> int:
-    """A port that stays the same over restarts."""
-    with closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        number: int = free.getsockname()[1]
-        return number
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> Path:
-    """The state directory."""
-    return tmp_path / "state"
-
-
-@pytest.fixture
-def start(port: int, state: Path) -> Start:
-    """Starts a server with that state on that port."""
-    flags = ("--state", str(state), "--threads", "1", "--reward", f"reward={FIXTURES / 'reward'}")
-    return partial(start_server, FIXTURES / "base", *flags, port=port)
-
-
-def died_of_sigkill(server: RunningServer) -> bool:
-    """Whether it was killed, as a failpoint kills; waits for it."""
-    return server.process.wait(60) == -signal.SIGKILL
-
-
-def checkpoints(state: Path) -> set[str]:
-    """What lies in the state's directory of checkpoints."""
-    return {path.name for path in (state / "checkpoints").iterdir()}
+def reader(place: Place) -> Iterator[subprocess.Popen[str]]:
+    """A process that reads an endless stream, and has begun to."""
+    token = place.as_("red").token
+    tests = str(Path(__file__).parents[1])
+    script = READER.format(tests=tests, address=place.server.address, token=token)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment()
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "one\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()

@@ -107,6 +107,7 @@ class FakeWorker:
         self.written = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}  # what a save writes
         self.value_heads = True  # of loaded policies that ask for none
         self.full = False  # the disk
+        self.stuck = 0.0  # seconds
         self.endless = False  # completions that go on until they are cancelled
         self._held: tuple[type, ...] = ()
         self._pending: list[jobs.Job] = []
@@ -132,6 +133,9 @@ class FakeWorker:
     def status(self):
         counts = {jobs.Work.SCORE: sum(job.work is jobs.Work.SCORE for job in self._pending)}
         return jobs.WorkerStatus(counts, {jobs.Work.TRAIN: 4}, 1.5, 2.5, 3.5, len(self.executed), 4096, 5, 32)
+
+    def stuck_seconds(self):
+        return self.stuck
 
     def drain(self, seconds):
         until = time.monotonic() + seconds

@@ -64,6 +64,16 @@ def test_health_can_be_watched(live):
     assert next(watch).status == NOT_SERVING
 
 
+def test_health_says_so_while_the_engine_makes_no_progress():
+    with Live(config(stall_seconds=10)) as live:
+        watch = health_pb2_grpc.HealthStub(live.channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == SERVING
+        live.worker.stuck = 11.0
+        assert next(watch).status == NOT_SERVING
+        live.worker.stuck = 0.0
+        assert next(watch).status == SERVING
+
+
 def test_the_named_adapters_are_there_from_the_start(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path)
     named = config(

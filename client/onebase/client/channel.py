@@ -1,6 +1,12 @@
-"""The gRPC channel to a server: its options, and no more."""
+"""The gRPC channel to a server: its options, TLS, and the token that goes with each call."""
 
 from __future__ import annotations
+
+import ipaddress
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
 
 import grpc
 
@@ -28,18 +34,99 @@ OPTIONS: tuple[tuple[str, int], ...] = (
 """What every channel is built with."""
 
 
-def open_channel(target: str) -> grpc.Channel:
+PathLike: TypeAlias = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Security:
+    """How a client shows who it is, and how it knows its server."""
+
+    token: str = field(default="", repr=False)
+    """Goes with each call; empty sends none."""
+    tls: bool | PathLike | None = None
+    """True: TLS, with the system's certificates; a path: with these certificates (PEM). None and False: plain text; a
+    token goes over plain text to another machine only where this is False."""
+    tls_certificate: tuple[PathLike, PathLike] | None = field(default=None, repr=False)
+    """The client's own certificates and their private key (PEM), for servers that ask for them."""
+
+    def __post_init__(self) -> None:
+        if not (self.token.isascii() and self.token.isprintable() and " " not in self.token):
+            raise ValueError("token is none: give what `onebase token create` printed")
+        if self.tls_certificate is not None and not self.tls:
+            raise ValueError(
+                "tls_certificate is set, and tls is not: give tls=True, or the path of a CA's certificates"
+            )
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What goes with each call."""
+        return (("authorization", f"Bearer {self.token}"),) if self.token else ()
+
+    def credentials(self, target: str) -> grpc.ChannelCredentials | None:
+        """What the channel to `target` is opened with; None is plain text.
+
+        Raises:
+            ValueError: a file cannot be read; or the token would go over the network in plain text.
+        """
+        if not self.tls:
+            if self.token and self.tls is None and not is_local(target):
+                raise ValueError(
+                    f"target {target!r} is another machine, and the token would go there in plain text: give tls=True, "
+                    "or the path of a CA's certificates (tls=False, if the network is private)"
+                )
+            return None
+        certificate, key = self.tls_certificate or (None, None)
+        authority = None if self.tls is True else _read("tls", self.tls)
+        return grpc.ssl_channel_credentials(
+            authority,
+            private_key=None if key is None else _read("tls_certificate", key),
+            certificate_chain=None if certificate is None else _read("tls_certificate", certificate),
+        )
+
+
+def tls_of(setting: str) -> bool | str | None:
+    """The `tls` that a setting means: a file of certificates, "system" for the system's, nothing for plain text."""
+    return True if setting == "system" else setting or None
+
+
+def is_local(target: str) -> bool:
+    """Whether what goes to `target` stays on this machine."""
+    if target.startswith(("unix:", "localhost:")):
+        return True
+    try:
+        return ipaddress.ip_address(target.rpartition(":")[0].strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _read(key: str, path: PathLike) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{key} is {os.fspath(path)!r}: {error.strerror}") from None
+
+
+_PLAIN = Security()
+
+
+def open_channel(target: str, security: Security = _PLAIN) -> grpc.Channel:
     """A channel to `target`, such as "127.0.0.1:7070" or "unix:/run/onebase.sock"; connects with its first call.
 
     Raises:
-        ValueError: there is no port in it.
+        ValueError: there is no port in it; or as `Security.credentials`.
     """
-    return grpc.insecure_channel(_checked(target), options=OPTIONS)
+    credentials = security.credentials(_checked(target))
+    if credentials is None:
+        return grpc.insecure_channel(target, options=OPTIONS)
+    return grpc.secure_channel(target, credentials, options=OPTIONS)
 
 
-def open_async_channel(target: str) -> grpc.aio.Channel:
+def open_async_channel(target: str, security: Security = _PLAIN) -> grpc.aio.Channel:
     """The same for asyncio; belongs to the event loop that runs now."""
-    return grpc.aio.insecure_channel(_checked(target), options=OPTIONS)
+    credentials = security.credentials(_checked(target))
+    if credentials is None:
+        return grpc.aio.insecure_channel(target, options=OPTIONS)
+    return grpc.aio.secure_channel(target, credentials, options=OPTIONS)
 
 
 def _checked(target: str) -> str:

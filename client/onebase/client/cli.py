@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from onebase.client.commands.options import add_security
 from onebase.client.errors import OnebaseError
 from onebase.client.terminal import print_error
 
@@ -65,6 +66,7 @@ def _as_command(name: str, loaded: Any) -> Any:
         single.command(name)(loaded)
         command = typer.main.get_command(single)
     command.name = name
+    add_security(command)
     return command
 
 
@@ -131,7 +133,8 @@ def onebase(
       onebase reward "The film was" " good."     # ask the reward model meanwhile
       onebase status --watch 2                   # look on
 
-    Commands talk to 127.0.0.1:7070 unless --server or ONEBASE_SERVER says otherwise.
+    Commands talk to 127.0.0.1:7070 unless --server or ONEBASE_SERVER says otherwise,
+    with the token in ONEBASE_TOKEN and the certificates in ONEBASE_TLS_CA, if any.
     """
 
 

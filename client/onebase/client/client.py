@@ -10,6 +10,7 @@ from types import TracebackType
 
 from onebase.client import types as t
 from onebase.client.calls import Calls
+from onebase.client.channel import PathLike, Security
 from onebase.client.codec import inference, server, sessions
 from onebase.client.codec.inference import Prompts, Rewards, Sequences
 from onebase.client.errors import AbortedError, DeadlineExceededError, UnavailableError
@@ -21,19 +22,32 @@ _LEAST_WAIT_SECONDS = 1.0
 _LEASE_SECONDS = 5.0  # the server tells when a lease runs out at the latest; it may be given back long before
 
 
-def connect(target: str = "127.0.0.1:7070", *, wait: float = 30.0, timeout: float = 600.0) -> Client:
+def connect(
+    target: str = "127.0.0.1:7070",
+    *,
+    token: str = "",
+    tls: bool | PathLike | None = None,
+    tls_certificate: tuple[PathLike, PathLike] | None = None,
+    wait: float = 30.0,
+    timeout: float = 600.0,
+) -> Client:
     """Connects to a server.
 
     Args:
         target: host and port.
+        token: shows the server who asks; empty where the server does not want to know.
+        tls: True for TLS with the system's certificates, or the path of a CA's (PEM). Without it the token is refused
+            for another machine than this, unless `tls` is False.
+        tls_certificate: the client's own certificates and their private key (PEM), for servers that ask for them.
         wait: seconds to wait for the server to come up; at least one second is waited.
         timeout: seconds that each later call may take, retries included, unless it says otherwise.
 
     Raises:
         UnavailableError: no server answered for so long.
-        ValueError: there is no port in `target`.
+        UnauthenticatedError: the server wants a token, or another one.
+        ValueError: there is no port in `target`; a file cannot be read; a token would go out in plain text.
     """
-    transport = Transport(target, timeout=timeout)
+    transport = Transport(target, timeout=timeout, security=Security(token, tls, tls_certificate))
     try:
         transport.run(server.info(), max(wait, _LEAST_WAIT_SECONDS))
     except (UnavailableError, DeadlineExceededError) as error:

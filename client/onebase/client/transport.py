@@ -12,7 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import grpc
 
 from onebase.client.attempts import Attempts
-from onebase.client.channel import open_channel
+from onebase.client.channel import Security, open_channel
 from onebase.client.codec.rpc import Call
 from onebase.client.errors import CancelledError, OnebaseError, translate
 from onebase.client.retry import Backoff
@@ -29,13 +29,18 @@ class Transport:
         target: host and port of the server.
         timeout: seconds that a call may take, retries included, unless it says otherwise.
         backoff: how long to wait between retries.
+        security: the token and TLS.
     """
 
-    def __init__(self, target: str, *, timeout: float, backoff: Backoff | None = None) -> None:
+    def __init__(
+        self, target: str, *, timeout: float, backoff: Backoff | None = None, security: Security | None = None
+    ) -> None:
         self.target = target
         self._timeout = timeout
         self._backoff = backoff or Backoff()
-        self._channel = open_channel(target)
+        security = security or Security()
+        self._metadata = security.metadata
+        self._channel = open_channel(target, security)
         self._closed = threading.Event()
 
     def run(self, call: Call[Result], timeout: float | None = None) -> Result:
@@ -58,9 +63,11 @@ class Transport:
         path, read, body = call.rpc.path, call.rpc.answer.FromString, call.body
         if body is None:
             send = self._channel.unary_unary(path, request_serializer=_serialize, response_deserializer=read)
-            return lambda remaining: send(call.request, timeout=remaining)
+            return lambda remaining: send(call.request, timeout=remaining, metadata=self._metadata)
         upload = self._channel.stream_unary(path, request_serializer=_serialize, response_deserializer=read)
-        return lambda remaining: upload(itertools.chain((call.request,), body()), timeout=remaining)
+        return lambda remaining: upload(
+            itertools.chain((call.request,), body()), timeout=remaining, metadata=self._metadata
+        )
 
     def collect(self, call: Call[Result], timeout: float | None = None) -> list[Result]:
         """Sends a call whose answer is a stream, and reads all of it; a failure at any time begins it anew.
@@ -88,7 +95,7 @@ class Transport:
         send = self._channel.unary_stream(
             call.rpc.path, request_serializer=_serialize, response_deserializer=call.rpc.answer.FromString
         )
-        return self.invoke(lambda seconds: send(call.request, timeout=seconds), remaining)
+        return self.invoke(lambda seconds: send(call.request, timeout=seconds, metadata=self._metadata), remaining)
 
     def attempts(self, call: Call[Any], timeout: float | None) -> Attempts:
         """The attempts of one call, of which the clock starts now."""

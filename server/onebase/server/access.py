@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from onebase.server.errors import Aborted, FailedPrecondition, InvalidArgument
+from onebase.server.identity import Scope, caller
 from onebase.server.jobs import BASE, AdapterKind
 from onebase.server.leases import Session, Sessions
 from onebase.server.names import BASE_NAME
@@ -120,26 +121,40 @@ class Access:
         self._sessions.activate(session, self.policy(session, name, field).name)
 
     def check_lease(self, session: Session | None, name: str) -> Entry:
-        """A policy whose lease the session could take; nothing changes.
+        """A policy whose lease the session could take, if the caller takes leases at all; nothing changes.
 
         Raises:
             InvalidArgument, NotFound, FailedPrecondition: as `policy`.
             Aborted: ADAPTER_LEASED.
+            PermissionDenied: NOT_OWNER.
         """
         if not name:
             raise InvalidArgument("REQUIRED", "ppo_adapter_name is empty: name a policy", field="ppo_adapter_name")
         entry = self.policy(None, name, "ppo_adapter_name")
-        self._sessions.check_free(session, name)
+        if may_lease():
+            self._registry.check_may_change(entry)
+            self._sessions.check_free(session, entry.key)
         return entry
 
     def lease(self, session: Session, name: str) -> None:
-        """Makes a policy the session's active adapter, and gives the session its lease.
+        """Makes a policy the session's active adapter, and gives the session its lease if the caller may train.
 
         Raises:
-            InvalidArgument, NotFound, FailedPrecondition, Aborted: as `check_lease`; then nothing has changed.
+            OnebaseError: as `check_lease`; then nothing has changed.
         """
-        self._sessions.take(session, self.check_lease(session, name).name)
+        entry = self.check_lease(session, name)
+        if may_lease():
+            self._sessions.take(session, entry.key)
         self._sessions.activate(session, name)
+
+    def require(self, session: Session | None, entry: Entry) -> None:
+        """Sees to it that the session may train an adapter: it is the caller's to change, and its lease is taken.
+
+        Raises:
+            PermissionDenied: NOT_OWNER; NOT_LEASE_HOLDER.
+        """
+        self._registry.check_may_change(entry)
+        self._sessions.require(session, entry.key)
 
     def reference(self, name: str) -> Named:
         """A frozen reference, or the base for the empty name.
@@ -213,6 +228,11 @@ class Access:
                 field=field,
             )
         return self._registry.get(session.active, field)
+
+
+def may_lease() -> bool:
+    """Whether the caller's sessions take leases: what only reads must not keep a trainer out."""
+    return Scope.TRAIN in caller().scopes
 
 
 def need_value_head(entry: Named, field: str, way_out: str = "create or load the policy with value_head") -> None:

@@ -22,9 +22,10 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
+from onebase.server.audit import AuditLog
 from onebase.server.catalog import LoadedAdapter, NewAdapter
 from onebase.server.checkpoints import StateDirectory, StateInUseError
-from onebase.server.config import AdapterSource, ConfigError, Limits, ServerConfig, StateConfig
+from onebase.server.config import AdapterSource, ConfigError, Limits, Security, ServerConfig, StateConfig
 from onebase.server.durability import Durable, Volatile, open_durable
 from onebase.server.edge import Edge, State, build_edge
 from onebase.server.errors import OnebaseError
@@ -40,6 +41,7 @@ from onebase.server.services.inference import InferenceService
 from onebase.server.services.server import ServerService
 from onebase.server.services.sessions import SessionService
 from onebase.server.services.training import TrainingService
+from onebase.server.tokens import Doorman, TokenFileError
 from onebase.v1 import (
     adapters_pb2,
     adapters_pb2_grpc,
@@ -155,11 +157,12 @@ class Server:
         self._worker = parts.worker
         self.edge: Edge = build_edge(parts.worker, parts.text, config, clock, parts.keeper)
         self._health = health.aio.HealthServicer()
-        self._server = grpc.aio.server(
-            interceptors=(Guard(self.edge.gate.refusal),), options=server_options(config.limits)
-        )
+        doorman, self._audit = _open_doors(config.security)
+        guard = Guard(self.edge.gate.refusal, doorman.admit, self._audit, config.security.stream_idle_seconds)
+        self._server = grpc.aio.server(interceptors=(guard,), options=server_options(config.limits))
         self._register()
         self._sweeper: asyncio.Task[None] | None = None
+        self._stuck = False
 
     async def start(self) -> int:
         """Binds, and answers UNAVAILABLE from now on; returns the port.
@@ -170,7 +173,11 @@ class Server:
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         address = _address(self._config.host, self._config.port)
         try:
-            port = self._server.add_insecure_port(address)
+            credentials = server_credentials(self._config.security)
+            if credentials is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, credentials)
         except RuntimeError:  # gRPC says no more than that it failed
             raise _no_address(address, "cannot be bound") from None
         await self._server.start()
@@ -217,6 +224,7 @@ class Server:
         await asyncio.to_thread(self._worker.stop, 0.0)
         await self._server.stop(_LAST_ANSWERS_SECONDS)
         self.edge.texts.close()
+        self._audit.close()
 
     def _is_there(self, name: str, kind: AdapterKind) -> bool:
         """Whether the state directory has this adapter: it goes on from there."""
@@ -259,6 +267,19 @@ class Server:
             await asyncio.sleep(_SWEEP_SECONDS)
             self.edge.sessions.sweep()
             self.edge.keeper.tick()
+            await self._watch()
+
+    async def _watch(self) -> None:
+        """Health says so while the engine makes no progress."""
+        seconds = self._worker.stuck_seconds()
+        stuck = seconds > self._config.stall_seconds
+        if stuck == self._stuck or self.edge.gate.state is not State.SERVING:
+            return
+        self._stuck = stuck
+        if stuck:
+            log.error("a step of the engine goes on for %.0f s: health is NOT_SERVING until it ends", seconds)
+        response = health_pb2.HealthCheckResponse
+        await self._set_health(response.NOT_SERVING if stuck else response.SERVING)
 
 
 @contextlib.asynccontextmanager
@@ -318,17 +339,43 @@ def check_address(config: ServerConfig) -> None:
 
 
 def server_options(limits: Limits) -> list[tuple[str, int]]:
-    """gRPC's settings: message sizes, dead peers noticed within 15 s, and a taken port an error."""
+    """gRPC's settings: message sizes, dead peers noticed within 8 s, and a taken port an error."""
     return [
         ("grpc.max_receive_message_length", limits.max_message_bytes),
         ("grpc.max_send_message_length", limits.max_message_bytes),
-        ("grpc.keepalive_time_ms", 10_000),
-        ("grpc.keepalive_timeout_ms", 5_000),
-        ("grpc.http2.ping_timeout_ms", 5_000),  # without it a frozen client is noticed after a minute
+        ("grpc.keepalive_time_ms", 5_000),
+        ("grpc.keepalive_timeout_ms", 3_000),
+        ("grpc.http2.ping_timeout_ms", 3_000),  # without it a frozen client is noticed after a minute
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # clients may ping this often
         ("grpc.so_reuseport", 0),
     ]
+
+
+def server_credentials(security: Security) -> grpc.ServerCredentials | None:
+    """What the server shows to its clients, and wants to see of them; None is plain text.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
+    if security.tls_cert is None or security.tls_key is None:
+        return None
+    try:
+        pair = (security.tls_key.read_bytes(), security.tls_cert.read_bytes())
+        clients = security.tls_client_ca.read_bytes() if security.tls_client_ca else None
+    except OSError as error:
+        raise ConfigError(f"{error.filename!r} cannot be read: {error.strerror}") from None
+    return grpc.ssl_server_credentials([pair], clients, require_client_auth=clients is not None)
+
+
+def _open_doors(security: Security) -> tuple[Doorman, AuditLog]:
+    """Raises ConfigError for a file that cannot be used."""
+    try:
+        return Doorman(security.tokens), AuditLog(security.audit_log)
+    except TokenFileError as error:
+        raise ConfigError(str(error)) from None
+    except OSError as error:
+        raise ConfigError(f"audit_log is {str(security.audit_log)!r}: {error.strerror}") from None
 
 
 def _no_address(address: str, why: str) -> ConfigError:

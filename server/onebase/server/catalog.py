@@ -34,6 +34,7 @@ from onebase.server.jobs import (
 )
 from onebase.server.leases import Session, Sessions
 from onebase.server.ports import WorkerLike
+from onebase.server.quotas import AdapterQuotas
 from onebase.server.registry import Entry, Registry, Reservation
 from onebase.server.store import ResponseRow
 
@@ -90,11 +91,19 @@ class SavedAdapter:
 class Catalog:
     """Changes which adapters there are."""
 
-    def __init__(self, worker: WorkerLike, registry: Registry, sessions: Sessions, keeper: Volatile) -> None:
+    def __init__(
+        self,
+        worker: WorkerLike,
+        registry: Registry,
+        sessions: Sessions,
+        keeper: Volatile,
+        quotas: AdapterQuotas | None = None,
+    ) -> None:
         self._worker = worker
         self._registry = registry
         self._sessions = sessions
         self._keeper = keeper
+        self._quotas = quotas or AdapterQuotas(registry)
         sessions.given_back = self._given_back
 
     async def create(
@@ -109,24 +118,38 @@ class Catalog:
         Raises:
             AlreadyExists: the name is taken.
             NotFound: what it shall be a copy of is not there.
+            ResourceExhausted: a quota is used up.
             OnebaseError: the worker's.
         """
         source = self._registry.get(new.init_from, "init_from") if new.init_from else None
         reservation = self._registry.reserve(new.name)
         with self._released_on_error(reservation):
-            job = CreateAdapterJob(
-                uid=reservation.uid,
-                name=new.name,
-                lora=new.lora,
-                value_head=new.value_head,
-                seed=new.seed,
-                kind=new.kind,
-                init_from=source.uid if source else None,
-            )
-            facts = await settle(self._worker, job, session, deadline)
-            entry = self._registry.prospect(reservation, facts, "")
-            await self._keep(entry, receipt)
+            async with self._quotas.room(reservation.owner) as room:
+                facts = await self._create(new, reservation, source, room, session, deadline)
+                entry = self._registry.prospect(reservation, facts, "")
+                await self._keep(entry, receipt)
         return self._bind(reservation, entry, session)
+
+    async def _create(
+        self,
+        new: NewAdapter,
+        reservation: Reservation,
+        source: Entry | None,
+        room: int | None,
+        session: Session | None,
+        deadline: float | None,
+    ) -> AdapterFacts:
+        job = CreateAdapterJob(
+            uid=reservation.uid,
+            name=new.name,
+            lora=new.lora,
+            value_head=new.value_head,
+            seed=new.seed,
+            kind=new.kind,
+            init_from=source.uid if source else None,
+            max_bytes=room,
+        )
+        return await settle(self._worker, job, session, deadline)
 
     async def load(
         self,
@@ -147,22 +170,33 @@ class Catalog:
         reservation = self._registry.reserve(loaded.name, replacing=loaded.replace)
         with self._released_on_error(reservation):
             self._check_replaced(reservation, loaded.kind, session)
-            facts = await settle(self._worker, _load_job(loaded, reservation), session, deadline)
-            old = self._registry.current(reservation.old.uid) if reservation.old else None
-            if old is not None and old.facts.version >= facts.version:
-                self._discard(reservation.uid)
-                raise Aborted(
-                    "VERSION_MISMATCH",
-                    f"adapter {loaded.name!r} was stepped to version {old.facts.version} while it was being replaced: "
-                    "finish its training calls first, then load again",
-                )
-            entry = self._registry.prospect(reservation, facts, loaded.source or str(loaded.path))
-            if loaded.kept:
-                await self._keep(entry, receipt)
+            async with self._quotas.room(reservation.owner, reservation.old) as room:
+                entry, old = await self._load(loaded, reservation, room, session, deadline)
+                if loaded.kept:
+                    await self._keep(entry, receipt)
         self._bind(reservation, entry, session)
         if old is not None:
             self._discard(old.uid)
         return entry
+
+    async def _load(
+        self,
+        loaded: LoadedAdapter,
+        reservation: Reservation,
+        room: int | None,
+        session: Session | None,
+        deadline: float | None,
+    ) -> tuple[Entry, Entry | None]:
+        facts = await settle(self._worker, _load_job(loaded, reservation, room), session, deadline)
+        old = self._registry.current(reservation.old.uid) if reservation.old else None
+        if old is not None and old.facts.version >= facts.version:
+            self._discard(reservation.uid)
+            raise Aborted(
+                "VERSION_MISMATCH",
+                f"adapter {loaded.name!r} was stepped to version {old.facts.version} while it was being replaced: "
+                "finish its training calls first, then load again",
+            )
+        return self._registry.prospect(reservation, facts, loaded.source or str(loaded.path)), old
 
     async def _keep(self, entry: Entry, receipt: Receipt) -> None:
         """Makes an adapter durable that the engine has; one that cannot be made so is given up."""
@@ -198,25 +232,25 @@ class Catalog:
             Aborted: another call is replacing it.
         """
         if not self._registry.damaged(name):
-            self._registry.get(name, "name")
-        self._sessions.require(session, name)
+            self._registry.check_may_change(self._registry.get(name, "name"))
         reservation = self._registry.reserve(name, replacing=True)
         with self._released_on_error(reservation):
-            await self._keeper.remove(name, record)
+            self._sessions.require(session, reservation.key)
+            await self._keeper.remove(reservation.key, record)
         self._registry.release(reservation)
-        self._registry.remove(name)
-        self._sessions.drop(name)
+        self._registry.remove(reservation.key)
+        self._sessions.drop(reservation.key)
         log.info("adapter %s deleted", name)
         if reservation.old is not None:
             self._discard(reservation.old.uid)
 
-    def _given_back(self, name: str) -> None:
-        self.drop_gradients(name)
-        self._keeper.lease_ended(name)
+    def _given_back(self, key: str) -> None:
+        self.drop_gradients(key)
+        self._keeper.lease_ended(key)
 
-    def drop_gradients(self, name: str) -> None:
+    def drop_gradients(self, key: str) -> None:
         """Has the engine drop an adapter's pending gradients: the next holder of its lease begins with none."""
-        entry = self._registry.find(name)
+        entry = self._registry.find(key)
         if entry is None:
             return
         job = DropGradientsJob(adapter=entry.uid)
@@ -224,7 +258,7 @@ class Catalog:
         try:
             submit(self._worker, job, None, None)
         except OnebaseError as error:  # the server drains: nobody trains any more
-            log.info("pending gradients of adapter %s stay: %s", name, error)
+            log.info("pending gradients of adapter %s stay: %s", key, error)
             return
         job.done.add_done_callback(lambda done: loop.call_soon_threadsafe(self._take_facts, done))
 
@@ -253,7 +287,7 @@ class Catalog:
                 field="kind",
             )
         if kind.trained:
-            self._sessions.require(session, old.name)
+            self._sessions.require(session, old.key)
 
     @contextlib.contextmanager
     def _released_on_error(self, reservation: Reservation) -> Iterator[None]:
@@ -273,8 +307,8 @@ class Catalog:
             entry.source or "made here",
         )
         # The lease is free, or this session's own, unless it closed meanwhile and another was quicker.
-        if session is not None and entry.kind.trained and self._sessions.holder(entry.name) is None:
-            self._sessions.take(session, entry.name)
+        if session is not None and entry.kind.trained and self._sessions.holder(entry.key) is None:
+            self._sessions.take(session, entry.key)
         return entry
 
     def _discard(self, uid: int) -> None:
@@ -294,7 +328,7 @@ def _log_failure(done: Future[None]) -> None:
         log.warning("memory of an adapter is not freed: %s", error)
 
 
-def _load_job(loaded: LoadedAdapter, reservation: Reservation) -> Job[AdapterFacts]:
+def _load_job(loaded: LoadedAdapter, reservation: Reservation, room: int | None) -> Job[AdapterFacts]:
     return LoadAdapterJob(
         uid=reservation.uid,
         name=loaded.name,
@@ -305,5 +339,6 @@ def _load_job(loaded: LoadedAdapter, reservation: Reservation) -> Job[AdapterFac
         seed=loaded.seed,
         append_eos=loaded.append_eos,
         pooling=loaded.pooling,
+        max_bytes=room,
         least_version=reservation.old.facts.version + 1 if reservation.old else 0,
     )

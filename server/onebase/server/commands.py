@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from onebase.server.registry import Entry
 
 _ADAPTERS, _ENGINE, _NETWORK, _STATE = "Adapters", "Engine", "Network and files", "Durability"
+_SECURITY = "Security"
 
 Model = Annotated[str, typer.Argument(help="The base model: a hub id or a directory.", show_default=False)]
 Rewards = Annotated[
@@ -93,7 +94,10 @@ Roots = Annotated[
     ),
 ]
 Host = Annotated[
-    str, typer.Option(help="Address to listen on; there is no login, so keep it private.", rich_help_panel=_NETWORK)
+    str,
+    typer.Option(
+        help="Address to listen on. One that other machines reach needs TLS, or --insecure.", rich_help_panel=_NETWORK
+    ),
 ]
 Port = Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", rich_help_panel=_NETWORK)]
 PortFile = Annotated[
@@ -247,6 +251,72 @@ MaxUploadBytes = Annotated[
         rich_help_panel=_NETWORK,
     ),
 ]
+StallSeconds = Annotated[
+    float,
+    typer.Option(
+        help="Health turns NOT_SERVING while one step of the engine goes on for longer.", rich_help_panel=_NETWORK
+    ),
+]
+TlsCert = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="The server's certificates (PEM); needs --tls-key.", rich_help_panel=_SECURITY),
+]
+TlsKey = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Their private key (PEM).", rich_help_panel=_SECURITY)
+]
+TlsClientCa = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Let in only clients with a certificate that one of these signed (PEM).",
+        rich_help_panel=_SECURITY,
+    ),
+]
+Insecure = Annotated[
+    bool,
+    typer.Option(
+        "--insecure",
+        help="Listen on an address that other machines reach without TLS: what goes over it can be read and changed.",
+        rich_help_panel=_SECURITY,
+    ),
+]
+TokensFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Let in only calls with one of these tokens (`onebase token create`); the file is read again when it "
+        "changes. Without it everybody who reaches the server may do everything.",
+        rich_help_panel=_SECURITY,
+    ),
+]
+Audit = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Write a line of JSON for each call that changes something or is refused.",
+        rich_help_panel=_SECURITY,
+    ),
+]
+StreamIdle = Annotated[
+    float,
+    typer.Option(
+        help="End a stream whose client neither reads nor sends for so many seconds.", rich_help_panel=_SECURITY
+    ),
+]
+_QUOTA = "requests, completions (at once), tokens_per_second, adapters, adapter_bytes; 8G is 8 GiB"
+TenantQuota = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME=N,…",
+        help=f"Most that one tenant may have of {_QUOTA}. With --tokens, requests is a quarter of the queue if not "
+        "said otherwise.",
+        rich_help_panel=_SECURITY,
+    ),
+]
+WholeQuota = Annotated[
+    str,
+    typer.Option("--quota", metavar="NAME=N,…", help="The same for all tenants together.", rich_help_panel=_SECURITY),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log every finished call.")]
 
 
@@ -265,6 +335,7 @@ def serve(
     port: Port = 7070,
     port_file: PortFile = None,
     drain_seconds: DrainSeconds = 30.0,
+    stall_seconds: StallSeconds = 300.0,
     max_upload_bytes: MaxUploadBytes = 4 * 2**30,
     state: State = None,
     durability: Durability = "checkpoint",
@@ -288,6 +359,15 @@ def serve(
     trust_remote_code: TrustRemoteCode = False,
     tokenizer: Tokenizer = "",
     chat_template: ChatTemplate = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_client_ca: TlsClientCa = None,
+    insecure: Insecure = False,
+    tokens: TokensFile = None,
+    audit_log: Audit = None,
+    stream_idle_seconds: StreamIdle = 60.0,
+    tenant_quota: TenantQuota = "",
+    whole_quota: WholeQuota = "",
     verbose: Verbose = False,
 ) -> None:
     """Serve one base model with any number of adapters: policies to train, rewards, references.
@@ -313,9 +393,9 @@ def serve(
     Ctrl-C or SIGTERM stops it: work in flight is finished first, for up to --drain-seconds.
     """
     console = Console(highlight=False)
-    from onebase.server.config import ConfigError, EngineConfig, Limits, ServerConfig
+    from onebase.server.config import ConfigError, EngineConfig, Limits, Security, ServerConfig
     from onebase.server.errors import OnebaseError
-    from onebase.server.flags import reward_sources, sources, state_config
+    from onebase.server.flags import quota, reward_sources, sources, state_config
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     if verbose:
@@ -352,7 +432,13 @@ def serve(
             roots=tuple(roots or ()),
             state=state_config(state, durability, checkpoint_steps, checkpoint_seconds, keep_checkpoints, restore),
             limits=Limits(max_upload_bytes=max_upload_bytes),
+            security=Security(
+                tls_cert, tls_key, tls_client_ca, insecure, tokens, audit_log, stream_idle_seconds=stream_idle_seconds
+            ),
+            tenant_quota=quota("--tenant-quota", tenant_quota),
+            quota=quota("--quota", whole_quota),
             drain_seconds=drain_seconds,
+            stall_seconds=stall_seconds,
             policy_rank=policy_rank,
             policy_alpha=policy_alpha,
         )
@@ -380,6 +466,8 @@ def _report(config: ServerConfig, console: Console) -> Report:
     def ready(port: int) -> None:
         address = f"{config.host}:{port}"
         flag = "" if address == "127.0.0.1:7070" else f" --server {address}"
+        for warning in _warnings(config):
+            console.print(f"[yellow]warning[/] {warning}", soft_wrap=True)
         console.print(f"[bold green]Serving[/] on [bold]{escape(address)}[/]; Ctrl-C stops it.", soft_wrap=True)
         console.print(f'[dim]Try: onebase status{flag} · onebase reward "PROMPT" "RESPONSE"{flag}[/]', soft_wrap=True)
 
@@ -393,6 +481,21 @@ def _report(config: ServerConfig, console: Console) -> Report:
         ready=ready,
         draining=draining,
     )
+
+
+def _warnings(config: ServerConfig) -> list[str]:
+    """What an operator should know of a server that other machines reach."""
+    from onebase.server.config import is_loopback
+
+    security = config.security
+    if is_loopback(config.host):
+        return []
+    found = []
+    if not security.tls:
+        found.append("there is no TLS: what goes over the network, tokens too, can be read and changed on its way")
+    if security.tokens is None and security.tls_client_ca is None:
+        found.append("there are no tokens: whoever reaches this address may do everything; --tokens FILE asks for one")
+    return found
 
 
 def _base_line(facts: BaseFacts) -> str:

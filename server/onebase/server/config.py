@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from onebase.server.jobs import Pooling
@@ -12,6 +13,14 @@ from onebase.server.names import BASE_NAME, problem
 
 class ConfigError(ValueError):
     """A setting that cannot work; the message names it, its value and the way out."""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _require(fine: bool, key: str, value: object, way_out: str) -> None:
@@ -123,6 +132,30 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Quota:
+    """What somebody may have at once; 0 is no limit."""
+
+    requests: int = 0
+    """Requests that wait or run."""
+    completions: int = 0
+    """Completions of requests that wait or run."""
+    tokens_per_second: float = 0.0
+    """Tokens of prompts, completions (as many as were asked for), scored and trained rows."""
+    adapters: int = 0
+    adapter_bytes: int = 0
+    """Float32 parameters of adapters; of those that are trained also gradients and moments."""
+
+    def __post_init__(self) -> None:
+        for key, value in vars(self).items():
+            _require(math.isfinite(value) and value >= 0, key, value, "use 0 or more")
+
+    @property
+    def limits_adapters(self) -> bool:
+        """Whether there is a limit to adapters."""
+        return bool(self.adapters or self.adapter_bytes)
+
+
+@dataclass(frozen=True)
 class AdapterSource:
     """An adapter to have from the start: NAME, or NAME=PATH."""
 
@@ -162,6 +195,51 @@ class StateConfig:
 
 
 @dataclass(frozen=True)
+class Security:
+    """Who is let in, and how the way to the server is kept private."""
+
+    tls_cert: Path | None = None
+    """The server's certificates, PEM; with `tls_key` the server speaks TLS only."""
+    tls_key: Path | None = None
+    """Their private key, PEM."""
+    tls_client_ca: Path | None = None
+    """Certificates, PEM; only clients with a certificate that one of them signed are let in."""
+    insecure: bool = False
+    """Listen on an address that other machines reach although there is no TLS."""
+    tokens: Path | None = None
+    """The file of bearer tokens; None lets everybody in as the operator."""
+    audit_log: Path | None = None
+    """Gets a line of JSON for each call that changes something or is refused."""
+    stream_idle_seconds: float = 60.0
+    """How long a stream waits for its client to read, or to send."""
+
+    def __post_init__(self) -> None:
+        for key, path in (
+            ("tls_cert", self.tls_cert),
+            ("tls_key", self.tls_key),
+            ("tls_client_ca", self.tls_client_ca),
+        ):
+            _require(path is None or path.is_file(), key, str(path), "there is no such file")
+        both = (self.tls_cert is None) == (self.tls_key is None)
+        _require(both, "tls_cert", str(self.tls_cert), "give --tls-cert and --tls-key, or neither")
+        alone = self.tls_client_ca is None or self.tls_cert is not None
+        _require(alone, "tls_client_ca", str(self.tls_client_ca), "it needs --tls-cert and --tls-key too")
+        fine = math.isfinite(self.stream_idle_seconds) and self.stream_idle_seconds > 0
+        _require(fine, "stream_idle_seconds", self.stream_idle_seconds, "use a number above 0")
+        _require(
+            self.tokens is None or self.tokens.is_file(),
+            "tokens",
+            str(self.tokens),
+            "there is no such file: `onebase token create --tokens FILE --scope all` makes it, with a first token",
+        )
+
+    @property
+    def tls(self) -> bool:
+        """Whether the server speaks TLS."""
+        return self.tls_cert is not None
+
+
+@dataclass(frozen=True)
 class ServerConfig:
     """Everything `onebase serve` needs."""
 
@@ -179,8 +257,15 @@ class ServerConfig:
     state: StateConfig | None = None
     """What outlives the process; None: nothing does."""
     limits: Limits = Limits()
+    security: Security = Security()
+    tenant_quota: Quota = Quota()
+    """What each tenant may have."""
+    quota: Quota = Quota()
+    """What all of them may have together."""
     drain_seconds: float = 30.0
     """How long work in flight may go on after SIGTERM."""
+    stall_seconds: float = 300.0
+    """A step of the engine that goes on for so long turns health NOT_SERVING until it ends."""
     policy_rank: int = 16
     """LoRA rank of the policies and critics made here from the start."""
     policy_alpha: float = 32.0
@@ -188,8 +273,17 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         _require(0 <= self.port < 65536, "port", self.port, "use 0 to 65535")
+        _require(
+            is_loopback(self.host) or self.security.tls or self.security.insecure,
+            "host",
+            self.host,
+            "other machines reach it, and there is no TLS: give --tls-cert and --tls-key, or say --insecure if the "
+            "network is private",
+        )
         drain_fine = math.isfinite(self.drain_seconds) and self.drain_seconds >= 0
         _require(drain_fine, "drain_seconds", self.drain_seconds, "use 0 or more")
+        stall_fine = math.isfinite(self.stall_seconds) and self.stall_seconds > 0
+        _require(stall_fine, "stall_seconds", self.stall_seconds, "use a number above 0")
         rank_way_out = f"use 1 to {self.limits.max_rank}"
         _require(1 <= self.policy_rank <= self.limits.max_rank, "policy_rank", self.policy_rank, rank_way_out)
         alpha_fine = math.isfinite(self.policy_alpha) and self.policy_alpha > 0
@@ -197,6 +291,12 @@ class ServerConfig:
         for root in self.roots:
             _require(root.is_dir() or not root.exists(), "root", str(root), "it is a file: give a directory")
         self._check_adapters()
+
+    def quota_of_tenants(self) -> Quota:
+        """What each tenant may have; one of several never has more than a quarter of the queue."""
+        if self.security.tokens is None or self.tenant_quota.requests:
+            return self.tenant_quota
+        return replace(self.tenant_quota, requests=max(1, self.limits.max_queued_requests // 4))
 
     def _check_adapters(self) -> None:
         names = [source.name for source in (*self.rewards, *self.policies, *self.references, *self.critics)]

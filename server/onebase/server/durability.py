@@ -76,14 +76,14 @@ class Volatile:
             OnebaseError: it is not.
         """
 
-    async def remove(self, name: str, record: ResponseRow | None) -> None:
-        """Makes it durable that there is no adapter of this name.
+    async def remove(self, key: str, record: ResponseRow | None) -> None:
+        """Makes it durable that there is no adapter of this key.
 
         Raises:
             OnebaseError: it is not.
         """
 
-    def lease_ended(self, name: str) -> None:
+    def lease_ended(self, key: str) -> None:
         """Nobody trains this adapter any more."""
 
     def session_changed(self, session: Session) -> None:
@@ -106,7 +106,7 @@ class Volatile:
 class _Track:
     """How far one adapter is durable."""
 
-    name: str
+    key: str
     kind: AdapterKind
     durable: int
     """The newest version that is."""
@@ -163,9 +163,9 @@ class Durable(Volatile):
     def track(self, entry: Entry, durable: int, reserved: int) -> None:
         """Follows an adapter of the store, at this version."""
         for uid, other in list(self._tracks.items()):
-            if other.name == entry.name:
+            if other.key == entry.key:
                 del self._tracks[uid]
-        self._tracks[entry.uid] = _Track(entry.name, entry.kind, durable, entry.facts.version, reserved)
+        self._tracks[entry.uid] = _Track(entry.key, entry.kind, durable, entry.facts.version, reserved)
 
     # ------------------------------------------------------------------------------------------- adapters come and go
 
@@ -174,7 +174,7 @@ class Durable(Volatile):
 
     async def _add(self, entry: Entry, record: ResponseRow | None) -> None:
         saved = await self._write(entry.uid, entry.kind)
-        row = AdapterRow(entry.name, entry.uid, entry.kind.value, entry.create_time, entry.source)
+        row = AdapterRow(entry.key, entry.uid, entry.kind.value, entry.create_time, entry.source)
 
         def commit(checkpoint: CheckpointRow) -> list[str]:
             return self.store.add(row, checkpoint, [record] if record else [])
@@ -182,12 +182,12 @@ class Durable(Volatile):
         await self._commit(saved, entry.uid, commit)
         self.track(entry, saved.version, 0)
 
-    async def remove(self, name: str, record: ResponseRow | None) -> None:  # noqa: D102
-        await self._through(self._remove(name, record))
+    async def remove(self, key: str, record: ResponseRow | None) -> None:  # noqa: D102
+        await self._through(self._remove(key, record))
 
-    async def _remove(self, name: str, record: ResponseRow | None) -> None:
-        dropped = await self.on_thread(lambda: self.store.remove(name, [record] if record else []))
-        self._tracks = {uid: track for uid, track in self._tracks.items() if track.name != name}
+    async def _remove(self, key: str, record: ResponseRow | None) -> None:
+        dropped = await self.on_thread(lambda: self.store.remove(key, [record] if record else []))
+        self._tracks = {uid: track for uid, track in self._tracks.items() if track.key != key}
         self._aside(self.on_thread(lambda: self.directory.remove(dropped)))
 
     # ---------------------------------------------------------------------------------------------------------- steps
@@ -232,9 +232,9 @@ class Durable(Volatile):
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
-    def lease_ended(self, name: str) -> None:  # noqa: D102
+    def lease_ended(self, key: str) -> None:  # noqa: D102
         for uid, track in self._tracks.items():
-            if track.name == name and track.newest > track.durable:
+            if track.key == key and track.newest > track.durable:
                 self._begin(uid, track)
 
     def tick(self) -> None:  # noqa: D102
@@ -255,7 +255,7 @@ class Durable(Volatile):
         error = None if task.cancelled() else task.exception()
         if error is not None:
             track.since = self._clock()
-            log.warning("adapter %s is not durable beyond version %d: %s", track.name, track.durable, error)
+            log.warning("adapter %s is not durable beyond version %d: %s", track.key, track.durable, error)
 
     async def _checkpoint(self, uid: int, track: _Track) -> None:
         await self._advance(uid, await self._write(uid, track.kind))
@@ -296,7 +296,13 @@ class Durable(Volatile):
 
     def session_changed(self, session: Session) -> None:  # noqa: D102
         row = SessionRow(
-            session.session_id, session.queue, session.label, session.ttl, session.active, tuple(session.leases)
+            session.session_id,
+            session.queue,
+            session.label,
+            session.ttl,
+            session.active,
+            tuple(session.leases),
+            session.tenant,
         )
         self._note(lambda: self.store.put_session(row))
 
@@ -334,7 +340,7 @@ class Durable(Volatile):
             if track.reserved:
                 await self.on_thread(lambda: self.store.reserve(uid, 0))
         except OnebaseError as error:
-            log.error("adapter %s is durable up to version %d only: %s", track.name, track.durable, error)
+            log.error("adapter %s is durable up to version %d only: %s", track.key, track.durable, error)
 
     async def _through(self, work: Coroutine[Any, Any, None]) -> None:
         """Does what must not stop half-way; the end of the server waits for it too."""

@@ -18,10 +18,11 @@ from onebase.server.codec.sequences import SequenceReader
 from onebase.server.config import ServerConfig
 from onebase.server.durability import Volatile
 from onebase.server.errors import OnebaseError, Unavailable
-from onebase.server.idempotency import Idempotency
+from onebase.server.idempotency import Idempotency, of_tenant
 from onebase.server.leases import Clock, Session, Sessions
 from onebase.server.paths import Roots
 from onebase.server.ports import TextLike, WorkerLike
+from onebase.server.quotas import AdapterQuotas, QuotaWorker
 from onebase.server.registry import Registry
 from onebase.server.texts import Texts
 
@@ -99,7 +100,7 @@ class Edge:
 
         if request.session_id:
             self.sessions.get(request.session_id)
-        return await self.idempotency.run(method, request, run)
+        return await self.idempotency.run(of_tenant(method), request, run)
 
 
 def build_edge(
@@ -121,13 +122,16 @@ def build_edge(
     sessions, registry, texts = Sessions(clock), Registry(), Texts(text)
     keeper = keeper or Volatile()
     sessions.changed, sessions.ended = keeper.session_changed, keeper.session_ended
+    tenant = config.quota_of_tenants()
+    worker = QuotaWorker(worker, tenant, config.quota)
+    adapters = AdapterQuotas(registry, tenant, config.quota)
     return Edge(
         worker=worker,
         config=config,
         sessions=sessions,
         registry=registry,
         access=Access(registry, sessions),
-        catalog=Catalog(worker, registry, sessions, keeper),
+        catalog=Catalog(worker, registry, sessions, keeper, adapters),
         texts=texts,
         reader=SequenceReader(texts, worker.facts, config.limits),
         roots=Roots(config.roots),

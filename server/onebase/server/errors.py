@@ -4,13 +4,15 @@
     ├── InvalidArgument      the request itself is wrong
     ├── NotFound             no such adapter, session or file
     ├── AlreadyExists        the name or path is taken
-    ├── PermissionDenied     another session's adapter, or a path outside the roots
+    ├── Unauthenticated      the server wants to know who calls
+    ├── PermissionDenied     another's adapter, a scope the token lacks, a path outside the roots
     ├── FailedPrecondition   the request is fine, the state is not
     ├── Aborted              a version or a lease moved on
     ├── ResourceExhausted    a queue or a limit is full
     ├── DeadlineExceeded     the client's deadline passed
     ├── Cancelled            the client went away
     ├── Unavailable          the server drains
+    ├── Unimplemented        the method is not there, though its service is
     ├── DataLoss             a file is not what its hash says
     └── Internal             a bug; the message shown is an opaque id
 
@@ -52,6 +54,10 @@ class AlreadyExists(OnebaseError):
     """The name or the path is taken."""
 
 
+class Unauthenticated(OnebaseError):
+    """The call has no token, or none that is known."""
+
+
 class PermissionDenied(OnebaseError):
     """The thing is there, and this client may not do that with it."""
 
@@ -78,6 +84,10 @@ class Cancelled(OnebaseError):
 
 class Unavailable(OnebaseError):
     """The server does not take work now."""
+
+
+class Unimplemented(OnebaseError):
+    """A method that its service lists and does not have."""
 
 
 class DataLoss(OnebaseError):

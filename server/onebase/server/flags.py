@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TypeVar
 
-from onebase.server.config import AdapterSource, ConfigError, StateConfig
+from onebase.server.config import AdapterSource, ConfigError, Quota, StateConfig
 from onebase.server.jobs import Pooling
 
 T = TypeVar("T")
 
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 _YES_OR_NO = {"yes": True, "no": False}
 _POOLINGS = {rule.value: rule for rule in Pooling}
 
@@ -68,6 +69,25 @@ def reward_sources(
     eos = _choices("--reward-append-eos", append_eos, _YES_OR_NO, names)
     rules = _choices("--reward-pooling", pooling, _POOLINGS, names)
     return tuple(replace(one, append_eos=eos.get(one.name), pooling=rules.get(one.name)) for one in named)
+
+
+def quota(flag: str, value: str) -> Quota:
+    """A quota from NAME=NUMBER pairs with commas between; a number may end in K, M or G (powers of 1024).
+
+    Raises:
+        ConfigError: a name or a number is none.
+    """
+    found: dict[str, float] = {}
+    names = [one.name for one in fields(Quota)]
+    for pair in filter(None, value.split(",")):
+        name, _, number = pair.partition("=")
+        text = number.rstrip("KMG")
+        if name not in names or name in found or len(number) - len(text) > 1 or not text.isdecimal():
+            raise ConfigError(
+                f"{flag} is {pair!r}: give NAME=NUMBER with commas between, each NAME once: {', '.join(names)}"
+            )
+        found[name] = int(text) * _UNITS[number[len(text) :]]
+    return Quota(**found)  # type: ignore[arg-type]  # whole numbers all of them
 
 
 def _choices(flag: str, values: list[str] | None, known: Mapping[str, T], names: list[str]) -> dict[str, T]:

@@ -2,6 +2,9 @@
 
 grpc.aio sends str(exception) of an uncaught error to the client. Here such an error is logged under an opaque id
 and the client sees only the id. Bytes that are no message of the method are refused as INVALID_ARGUMENT.
+
+The order is fixed: who calls (`tokens`), whether calls are taken at all, and only then are the request's bytes read.
+A stream whose client neither reads nor sends for too long is ended.
 """
 
 from __future__ import annotations
@@ -11,14 +14,16 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 from grpc_status import rpc_status as grpc_status  # type: ignore[import-untyped]
 
-from onebase.server.errors import Internal, InvalidArgument, OnebaseError
+from onebase.server.audit import AuditLog, Record
+from onebase.server.errors import Internal, InvalidArgument, OnebaseError, ResourceExhausted, Unimplemented
+from onebase.server.identity import OPERATOR, Caller, set_caller
 from onebase.server.status import CODES, rpc_status
 
 log = logging.getLogger(__name__)
@@ -26,17 +31,33 @@ log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
 Handler = Any  # an aio handler; the stubs know only the synchronous ones
 Gate = Callable[[], OnebaseError | None]
+Admit = Callable[[str, Mapping[str, str | bytes]], Caller]
+
+STREAM_IDLE_SECONDS = 60.0
+
+
+def _anybody(_method: str, _metadata: Mapping[str, str | bytes]) -> Caller:
+    return Caller(OPERATOR)
 
 
 class Guard(grpc.aio.ServerInterceptor):
-    """Turns errors into statuses, and calls away while the gate gives a reason to.
+    """Lets calls in or turns them away, and turns errors into statuses.
 
     Args:
-        gate: asked before each call of onebase's own services; health and reflection always pass.
+        gate: asked before each call of onebase's own services whether calls are taken now; health and reflection
+            always pass.
+        admit: says who makes a call of this method with this metadata, or raises.
+        audit: is told how each call ended.
+        idle: seconds that a stream may wait for its client to read, or to send the next part of an upload.
     """
 
-    def __init__(self, gate: Gate) -> None:
+    def __init__(
+        self, gate: Gate, admit: Admit = _anybody, audit: AuditLog | None = None, idle: float = STREAM_IDLE_SECONDS
+    ) -> None:
         self._gate = gate
+        self._admit = admit
+        self._audit = audit or AuditLog(None)
+        self._idle = idle
 
     async def intercept_service(  # noqa: D102
         self,
@@ -47,61 +68,96 @@ class Guard(grpc.aio.ServerInterceptor):
         if handler is None:  # no such method: grpc answers UNIMPLEMENTED
             return handler
         method = handler_call_details.method
-        gate: Gate = self._gate if method.startswith("/onebase.") else lambda: None
         if handler.request_streaming:
-            guarded = _guard_reflection if handler.response_streaming else _guard_upload
-            return guarded(method, handler, gate)
-        return (
-            _guard_stream(method, handler, gate) if handler.response_streaming else _guard_unary(method, handler, gate)
-        )
+            return self._both_streams(method, handler) if handler.response_streaming else self._upload(method, handler)
+        return self._stream(method, handler) if handler.response_streaming else self._unary(method, handler)
 
+    def _unary(self, method: str, handler: Handler) -> Handler:
+        async def behavior(raw: bytes, context: Context) -> Any:
+            async with self._call(method, context) as record:
+                record.request = _parse(handler, raw)
+                return await handler.unary_unary(record.request, context)
 
-def _guard_unary(method: str, handler: Handler, gate: Gate) -> Handler:
-    async def behavior(raw: bytes, context: Context) -> Any:
-        async with _told(method, context):
-            _pass(gate)
-            return await handler.unary_unary(_parse(handler, raw), context)
+        return grpc.unary_unary_rpc_method_handler(behavior, None, handler.response_serializer)
 
-    return grpc.unary_unary_rpc_method_handler(behavior, None, handler.response_serializer)
+    def _stream(self, method: str, handler: Handler) -> Handler:
+        async def behavior(raw: bytes, context: Context) -> None:
+            async with self._call(method, context) as record:
+                record.request = _parse(handler, raw)
+                responses = handler.unary_stream(record.request, context)
+                if not hasattr(responses, "__aiter__"):  # the health service writes to its context itself
+                    await responses
+                    return
+                await self._write_all(responses, context)
 
+        return grpc.unary_stream_rpc_method_handler(behavior, None, handler.response_serializer)
 
-def _guard_stream(method: str, handler: Handler, gate: Gate) -> Handler:
-    async def behavior(raw: bytes, context: Context) -> None:
-        async with _told(method, context):
-            _pass(gate)
-            responses = handler.unary_stream(_parse(handler, raw), context)
-            if not hasattr(responses, "__aiter__"):  # the health service writes to its context itself
-                await responses
-                return
-            # Closed here and now: a client that goes away must not leave the generator's clean-up to the collector.
-            async with contextlib.aclosing(responses):
-                async for response in responses:
-                    await context.write(response)
+    def _upload(self, method: str, handler: Handler) -> Handler:
+        async def behavior(raws: AsyncIterator[bytes], context: Context) -> Any:
+            async with (
+                self._call(method, context) as record,
+                contextlib.aclosing(self._parsed(handler, raws, record)) as requests,
+            ):
+                return await handler.stream_unary(requests, context)
 
-    return grpc.unary_stream_rpc_method_handler(behavior, None, handler.response_serializer)
+        return grpc.stream_unary_rpc_method_handler(behavior, None, handler.response_serializer)
 
+    def _both_streams(self, method: str, handler: Handler) -> Handler:
+        async def behavior(raws: AsyncIterator[bytes], context: Context) -> None:
+            async with (
+                self._call(method, context) as record,
+                contextlib.aclosing(self._parsed(handler, raws, record)) as requests,
+            ):
+                await self._write_all(handler.stream_stream(requests, context), context)
 
-def _guard_upload(method: str, handler: Handler, gate: Gate) -> Handler:
-    async def behavior(raws: AsyncIterator[bytes], context: Context) -> Any:
-        async with _told(method, context), contextlib.aclosing(_parsed(handler, raws)) as requests:
-            _pass(gate)
-            return await handler.stream_unary(requests, context)
+        return grpc.stream_stream_rpc_method_handler(behavior, None, handler.response_serializer)
 
-    return grpc.stream_unary_rpc_method_handler(behavior, None, handler.response_serializer)
+    @contextlib.asynccontextmanager
+    async def _call(self, method: str, context: Context) -> AsyncIterator[Record]:
+        """A call, once it is known who makes it and that calls are taken."""
+        record = Record(method)
+        async with _told(record, context, self._audit):
+            record.caller = self._admit(method, dict(context.invocation_metadata() or ()))
+            set_caller(record.caller)
+            if method.startswith("/onebase."):
+                refusal = self._gate()
+                if refusal is not None:
+                    raise refusal
+            yield record
 
-
-async def _parsed(handler: Handler, raws: AsyncIterator[bytes]) -> AsyncGenerator[Any, None]:
-    async for raw in raws:
-        yield _parse(handler, raw)
-
-
-def _guard_reflection(method: str, handler: Handler, _gate: Gate) -> Handler:
-    async def behavior(requests: Any, context: Context) -> None:
-        async with _told(method, context), contextlib.aclosing(handler.stream_stream(requests, context)) as responses:
+    async def _write_all(self, responses: AsyncGenerator[Any, None], context: Context) -> None:
+        # Closed here and now: a client that goes away must not leave the generator's clean-up to the collector.
+        async with contextlib.aclosing(responses):
             async for response in responses:
-                await context.write(response)
+                try:
+                    async with asyncio.timeout(self._idle):
+                        await context.write(response)
+                except TimeoutError:
+                    raise ResourceExhausted(
+                        "SLOW_CONSUMER",
+                        f"nothing was read for {self._idle:g} s, and the stream was ended: read as it comes, or ask "
+                        "for less at once",
+                        retry_after=1.0,
+                    ) from None
 
-    return grpc.stream_stream_rpc_method_handler(behavior, handler.request_deserializer, handler.response_serializer)
+    async def _parsed(self, handler: Handler, raws: AsyncIterator[bytes], record: Record) -> AsyncGenerator[Any, None]:
+        waiting = aiter(raws)
+        while True:
+            try:
+                async with asyncio.timeout(self._idle):
+                    raw = await anext(waiting)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                raise ResourceExhausted(
+                    "SLOW_PRODUCER",
+                    f"nothing came for {self._idle:g} s, and the stream was ended: send it again, without pauses",
+                    retry_after=1.0,
+                ) from None
+            message = _parse(handler, raw)
+            if record.request is None:
+                record.request = message
+            yield message
 
 
 def _parse(handler: Handler, raw: bytes) -> Any:
@@ -116,35 +172,36 @@ def _parse(handler: Handler, raw: bytes) -> Any:
         ) from None
 
 
-def _pass(gate: Gate) -> None:
-    refusal = gate()
-    if refusal is not None:
-        raise refusal
-
-
 @contextlib.asynccontextmanager
-async def _told(method: str, context: Context) -> AsyncIterator[None]:
-    """Ends the call with the status of whatever comes out of the block, and logs one line."""
-    began = time.monotonic()
-    outcome = "OK"
+async def _told(record: Record, context: Context, audit: AuditLog) -> AsyncIterator[None]:
+    """Ends the call with the status of whatever comes out of the block; before that, it is logged and audited."""
+    refusal: OnebaseError | None = None
     try:
         yield
     except OnebaseError as error:
-        outcome = f"{CODES[type(error)].name} {error.reason}"
-        await _abort(context, error)
+        record.outcome, record.reason = CODES[type(error)].name, error.reason
+        refusal = error
     except asyncio.CancelledError:
-        outcome = "CANCELLED"
+        record.outcome = "CANCELLED"
         raise
+    except NotImplementedError:  # of the generated classes: grpc's health service lacks a method here
+        name = record.method.rpartition("/")[2]
+        refusal = Unimplemented("UNIMPLEMENTED", f"{name} is not there: use another method of its service")
+        record.outcome, record.reason = "UNIMPLEMENTED", refusal.reason
     except Exception as error:
         if context.cancelled() or context.done():  # a write to a client that is gone fails in ways of its own
-            outcome = "CANCELLED"
+            record.outcome = "CANCELLED"
             raise asyncio.CancelledError from error
         opaque = secrets.token_hex(8)
-        outcome = f"INTERNAL {opaque}"
-        log.exception("error %s in %s", opaque, method)
-        await _abort(context, Internal("INTERNAL", f"internal error {opaque}: the server's log has the story"))
+        record.outcome, record.reason = "INTERNAL", opaque
+        log.exception("error %s in %s", opaque, record.method)
+        refusal = Internal("INTERNAL", f"internal error {opaque}: the server's log has the story")
     finally:
-        log.debug("%s %s %.1f ms", method, outcome, (time.monotonic() - began) * 1000)
+        milliseconds = (time.monotonic() - record.began) * 1000
+        log.debug("%s %s %.1f ms", record.method, f"{record.outcome} {record.reason}".rstrip(), milliseconds)
+        audit.write(record)
+    if refusal is not None:
+        await _abort(context, refusal)
 
 
 async def _abort(context: Context, error: OnebaseError) -> None:

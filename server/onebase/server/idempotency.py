@@ -24,6 +24,8 @@ from typing import Any, TypeVar, cast
 from google.protobuf.message import Message
 
 from onebase.server.errors import Aborted, Cancelled, DeadlineExceeded, InvalidArgument
+from onebase.server.identity import OPERATOR, caller
+from onebase.server.names import name_of
 from onebase.server.store import ResponseRow
 from onebase.v1 import adapters_pb2, training_pb2, types_pb2
 
@@ -86,13 +88,13 @@ class Idempotency:
 
     def restore(self, row: ResponseRow) -> None:
         """Knows what the server that was here before has answered."""
-        response = _RESPONSES[row.method].FromString(row.response)
+        response = _RESPONSES[name_of(row.method)].FromString(row.response)
         self._store((row.session, row.method, row.request), _Stored(row.digest, response))
 
     def applied(self, method: str, request: Message, response: Message, finish: Callable[[], Awaitable[None]]) -> None:
         """Says, inside `work`, that the change is made: if `work` fails now, a repeated call only has to `finish`."""
         if request_id := _request_id(request):
-            key = (request.session_id, method, request_id)  # type: ignore[attr-defined]
+            key = (request.session_id, of_tenant(method), request_id)  # type: ignore[attr-defined]
             self._applied[key] = _Applied(digest_of(request), response, finish)
             if len(self._applied) > self._capacity:
                 self._applied.popitem(last=False)
@@ -178,7 +180,13 @@ def record(method: str, request: Message, response: Message) -> ResponseRow | No
     if not request_id:
         return None
     session: str = request.session_id  # type: ignore[attr-defined]
-    return ResponseRow(session, method, request_id, digest_of(request), response.SerializeToString())
+    return ResponseRow(session, of_tenant(method), request_id, digest_of(request), response.SerializeToString())
+
+
+def of_tenant(method: str) -> str:
+    """A method's name for the caller: what another tenant was answered under the same request_id is not its to see."""
+    tenant = caller().tenant
+    return method if tenant == OPERATOR else f"{tenant}/{method}"
 
 
 def digest_of(request: Message) -> bytes:

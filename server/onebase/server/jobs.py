@@ -446,6 +446,7 @@ class CreateAdapterJob(Job[AdapterFacts]):
     seed: int = 0
     kind: AdapterKind = AdapterKind.POLICY
     init_from: int | None = None
+    max_bytes: int | None = None  # that it may take with gradients and moments; None is what the device has
 
 
 @dataclass(eq=False, kw_only=True)
@@ -462,6 +463,7 @@ class LoadAdapterJob(Job[AdapterFacts]):
     least_version: int = 0
     append_eos: bool | None = None  # of a reward; None is what its manifest says
     pooling: Pooling | None = None  # of a reward; None is what its manifest says
+    max_bytes: int | None = None  # that it may take, with gradients and moments if trained; None: what the device has
 
 
 @dataclass(eq=False, kw_only=True)

@@ -1,7 +1,8 @@
 """Sessions, their active adapters, and the leases they hold.
 
 A lease is the right to train, replace or delete a policy or critic; one live session at most holds it. Leases go by the
-adapter's name, so they outlive a replacement of what the name means. A session lives while it has requests in
+adapter's key (`registry`), so they outlive a replacement of what the name means. A session is its tenant's: for others
+it is not there. A session lives while it has requests in
 flight, and for its ttl after its last call. Its id is its client's secret: no message and no log line shows it.
 
 Everything here runs on the event loop's thread.
@@ -17,6 +18,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from onebase.server.errors import Aborted, NotFound, PermissionDenied, ResourceExhausted
+from onebase.server.identity import OPERATOR, caller
+from onebase.server.names import name_of
 from onebase.server.store import SessionRow
 
 log = logging.getLogger(__name__)
@@ -40,12 +43,15 @@ class Session:
     active: str = ""
     """Name of the active adapter: the session's ppo_adapter_name."""
     leases: dict[str, None] = field(default_factory=dict)
-    """Names of the policies and critics whose lease it holds, in the order it took them."""
+    """Keys of the policies and critics whose lease it holds, in the order it took them."""
     in_flight: int = 0
+    tenant: str = OPERATOR
 
     @property
     def who(self) -> str:
-        """How messages call it."""
+        """How messages call it; other tenants are not told its label."""
+        if caller().tenant not in (self.tenant, OPERATOR):
+            return "a session of another tenant"
         return f"session {self.label!r}" if self.label else "a session without a label"
 
 
@@ -86,6 +92,7 @@ class Sessions:
         now = self._clock()
         self._opened += 1
         session = Session(secrets.token_hex(16), f"s{self._opened}", label, ttl, opened=now, last_call=now)
+        session.tenant = caller().tenant
         self._sessions[session.session_id] = session
         self.changed(session)
         log.info("%s opened", session.who)
@@ -95,7 +102,16 @@ class Sessions:
         """Goes on with the sessions of the server that was here before, each with its whole ttl from now."""
         now = self._clock()
         for row in rows:
-            session = Session(row.session, row.queue, row.label, row.ttl, opened=now, last_call=now, active=row.active)
+            session = Session(
+                row.session,
+                row.queue,
+                row.label,
+                row.ttl,
+                opened=now,
+                last_call=now,
+                active=row.active,
+                tenant=row.tenant,
+            )
             self._sessions[row.session] = session
             self._opened = max(self._opened, int(row.queue.removeprefix("s")))
             for name in row.leases:
@@ -117,7 +133,7 @@ class Sessions:
     def find(self, session_id: str) -> Session | None:
         """The live session of that id, renewed, or None."""
         session = self._sessions.get(session_id)
-        if session is None or not self._lives(session):
+        if session is None or not self._lives(session) or session.tenant != caller().tenant:
             return None
         session.last_call = self._clock()
         return session
@@ -171,8 +187,8 @@ class Sessions:
         if holder is not None and holder is not session:
             raise Aborted(
                 "ADAPTER_LEASED",
-                f"{holder.who} holds the lease of adapter {name!r}: use another adapter, or wait until that session "
-                "closes or ends",
+                f"{holder.who} holds the lease of adapter {name_of(name)!r}: use another adapter, or wait until that "
+                "session closes or ends",
                 retry_after=self._remaining(holder),
             )
 
@@ -202,8 +218,8 @@ class Sessions:
         if holder is not None and holder is not session:
             raise PermissionDenied(
                 "NOT_LEASE_HOLDER",
-                f"{holder.who} holds the lease of adapter {name!r}, and only it may train, replace or delete it: "
-                "wait until that session closes or ends, or use an adapter of your own",
+                f"{holder.who} holds the lease of adapter {name_of(name)!r}, and only it may train, replace or delete "
+                "it: wait until that session closes or ends, or use an adapter of your own",
             )
         if session is not None:
             self.take(session, name)
@@ -232,8 +248,9 @@ class Sessions:
                 self._end(session, "ended: its ttl ran out")
 
     def live(self) -> list[Session]:
-        """The live sessions, oldest first."""
-        return [session for session in self._sessions.values() if self._lives(session)]
+        """The live sessions that the caller may see, oldest first: its tenant's; the operator sees all."""
+        tenant = caller().tenant
+        return [one for one in self._sessions.values() if self._lives(one) and tenant in (one.tenant, OPERATOR)]
 
     def age(self, session: Session) -> float:
         """Seconds since it was opened."""

@@ -57,6 +57,11 @@ def check_new_name(name: str, field: str) -> None:
         )
 
 
+def name_of(key: str) -> str:
+    """The name in a key of the registry, which is \"tenant/name\", or the name itself."""
+    return key.rpartition("/")[2]
+
+
 def hint(name: str, known: Iterable[str]) -> str:
     """The end of a sentence that says no `name` is there: near names if there are any, else the known ones."""
     names = sorted(known)

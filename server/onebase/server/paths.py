@@ -32,10 +32,11 @@ class Roots:
         Raises:
             InvalidArgument: BAD_PATH.
             FailedPrecondition: NO_ROOTS.
-            PermissionDenied: PATH_OUTSIDE_ROOTS.
+            PermissionDenied: PATH_OUTSIDE_ROOTS, of the directory or of a file that a symlink in it leads to.
         """
         resolved = self._resolve(path)
-        if not any(resolved.is_relative_to(root) for root in self._roots):
+        files = [one.resolve() for one in _links(resolved)]
+        if not all(any(one.is_relative_to(root) for root in self._roots) for one in (resolved, *files)):
             raise self._outside(path)
         return resolved
 
@@ -90,3 +91,11 @@ class Roots:
             + ", ".join(str(root) for root in self._roots),
             field="path",
         )
+
+
+def _links(folder: Path) -> list[Path]:
+    """The symlinks in a directory; none where there is no such directory."""
+    try:
+        return [one for one in folder.iterdir() if one.is_symlink()]
+    except OSError:  # loading it says what is wrong
+        return []

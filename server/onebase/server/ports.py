@@ -29,6 +29,10 @@ class WorkerLike(Protocol):
         """What the worker is doing now; returns at once."""
         ...
 
+    def stuck_seconds(self) -> float:
+        """How long the engine's step under way has gone on; 0 while there is nothing to do. Returns at once."""
+        ...
+
     def start(self) -> None:
         """Begins to work."""
         ...

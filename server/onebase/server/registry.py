@@ -1,5 +1,8 @@
 """Which adapters there are: name → uid, kind, version, and what the engine last said of them.
 
+Each tenant has names of its own, and the operator's are everybody's to read: a name means the caller's own adapter, or
+else the operator's. What a caller may not see is not there.
+
 A uid is never used twice. A name is reserved while its adapter is being made, and bound when the engine has it.
 Everything here runs on the event loop's thread.
 """
@@ -10,7 +13,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from onebase.server.errors import Aborted, AlreadyExists, DataLoss, NotFound
+from onebase.server.errors import Aborted, AlreadyExists, DataLoss, NotFound, PermissionDenied
+from onebase.server.identity import OPERATOR, Caller, caller
 from onebase.server.jobs import BASE, AdapterFacts, AdapterKind
 from onebase.server.names import check_name, hint
 
@@ -25,6 +29,13 @@ class Entry:
     """Seconds since 1970."""
     source: str
     """Where it was loaded from; empty for one made here."""
+    owner: str = OPERATOR
+    """The tenant whose it is."""
+
+    @property
+    def key(self) -> str:
+        """What leases call it: its name among those of all tenants."""
+        return key_of(self.owner, self.name)
 
     @property
     def uid(self) -> int:
@@ -44,6 +55,12 @@ class Reservation:
     name: str
     uid: int
     old: Entry | None
+    owner: str = OPERATOR
+
+    @property
+    def key(self) -> str:
+        """The name among those of all tenants."""
+        return key_of(self.owner, self.name)
 
 
 class Registry:
@@ -56,7 +73,7 @@ class Registry:
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._entries: dict[str, Entry] = {}
-        self._names: dict[int, str] = {}
+        self._keys: dict[int, str] = {}
         self._reserved: set[str] = set()
         self._damaged: dict[str, DataLoss] = {}
         self._last_uid = BASE
@@ -67,16 +84,16 @@ class Registry:
 
     def restore(self, entry: Entry) -> None:
         """Binds a name as the server that was here before had it."""
-        self._entries[entry.name] = entry
-        self._names[entry.uid] = entry.name
+        self._entries[entry.key] = entry
+        self._keys[entry.uid] = entry.key
 
-    def damage(self, name: str, error: DataLoss) -> None:
-        """Keeps a name for an adapter that cannot be read: whoever asks for it is told the error."""
-        self._damaged[name] = error
+    def damage(self, key: str, error: DataLoss) -> None:
+        """Keeps a key for an adapter that cannot be read: whoever means it is told the error."""
+        self._damaged[key] = error
 
     def damaged(self, name: str) -> bool:
-        """Whether the adapter of that name cannot be read."""
-        return name in self._damaged
+        """Whether the caller's own adapter of that name cannot be read."""
+        return key_of(caller().tenant, name) in self._damaged
 
     def reserve(self, name: str, *, replacing: bool = False) -> Reservation:
         """Sets a name aside for a new uid; what it means now, if `replacing`, it means until bind().
@@ -84,23 +101,29 @@ class Registry:
         Raises:
             AlreadyExists: ADAPTER_EXISTS.
             Aborted: ADAPTER_BUSY: another call is replacing it.
+            PermissionDenied: NOT_OWNER, where it is the operator's.
         """
-        if name in self._reserved:
+        who = caller()
+        old = self._meant(name, who)
+        owner = old.owner if old is not None else who.tenant
+        _check_may_name(who, owner, name)
+        if key_of(owner, name) in self._reserved:
             if replacing:
                 raise Aborted(
                     "ADAPTER_BUSY", f"adapter {name!r} is being made by another call: try again", field="name"
                 )
             raise _taken(name)
-        old = self._entries.get(name)
-        if (old is not None or name in self._damaged) and not replacing:
+        if (old is not None or key_of(owner, name) in self._damaged) and not replacing:
             raise _taken(name)
-        self._reserved.add(name)
+        if old is not None:
+            self.check_may_change(old)
+        self._reserved.add(key_of(owner, name))
         self._last_uid += 1
-        return Reservation(name, self._last_uid, old)
+        return Reservation(name, self._last_uid, old, owner)
 
     def release(self, reservation: Reservation) -> None:
         """Gives a reserved name back; what it meant before, it means still."""
-        self._reserved.discard(reservation.name)
+        self._reserved.discard(reservation.key)
 
     def bind(self, reservation: Reservation, facts: AdapterFacts, source: str) -> Entry:
         """Gives a reserved name to the adapter that the engine made."""
@@ -110,24 +133,24 @@ class Registry:
 
     def prospect(self, reservation: Reservation, facts: AdapterFacts, source: str) -> Entry:
         """What a reserved name will mean; nothing changes yet."""
-        return Entry(reservation.name, facts, self._clock(), source)
+        return Entry(reservation.name, facts, self._clock(), source, reservation.owner)
 
     def take(self, reservation: Reservation, entry: Entry) -> None:
         """Gives a reserved name to an entry that `prospect` made."""
         self.release(reservation)
-        self.remove(reservation.name)
+        self.remove(reservation.key)
         self.restore(entry)
 
-    def remove(self, name: str) -> Entry | None:
-        """Forgets a name at once; returns what it meant."""
-        self._damaged.pop(name, None)
-        entry = self._entries.pop(name, None)
+    def remove(self, key: str) -> Entry | None:
+        """Forgets an adapter at once, by its key; returns what it was."""
+        self._damaged.pop(key, None)
+        entry = self._entries.pop(key, None)
         if entry is not None:
-            del self._names[entry.uid]
+            del self._keys[entry.uid]
         return entry
 
     def get(self, name: str, field: str, kind: AdapterKind | None = None) -> Entry:
-        """The adapter of that name; `kind` is the one wanted, for the hint alone.
+        """The adapter that the caller means by that name; `kind` is the one wanted, for the hint alone.
 
         Raises:
             InvalidArgument: BAD_ADAPTER_NAME.
@@ -135,33 +158,87 @@ class Registry:
             DataLoss: CHECKPOINT_DAMAGED.
         """
         check_name(name, field)
-        entry = self._entries.get(name)
-        if name in self._damaged:
-            raise self._damaged[name]
+        self._check_whole(name, caller())
+        entry = self._meant(name, caller())
         if entry is None:
             known = [one.name for one in self.entries(kind)]
             what = f"{kind.value} adapter" if kind else "adapter"
             raise NotFound("ADAPTER_NOT_FOUND", f"there is no {what} {name!r}: {hint(name, known)}", field=field)
         return entry
 
-    def find(self, name: str) -> Entry | None:
-        """The adapter of that name, if there is one."""
-        return self._entries.get(name)
+    def check_may_change(self, entry: Entry) -> None:
+        """Refuses to have somebody train, replace or delete an adapter of the operator's.
+
+        Raises:
+            PermissionDenied: NOT_OWNER.
+        """
+        if not caller().may_change(entry.owner, entry.name):
+            raise PermissionDenied(
+                "NOT_OWNER",
+                f"adapter {entry.name!r} is the operator's, and the token {caller().token} may only read it: make one "
+                f"of your own, or ask for a token with --adapter {entry.name}",
+            )
+
+    def find(self, key: str) -> Entry | None:
+        """The adapter of that key, if there is one."""
+        return self._entries.get(key)
 
     def current(self, uid: int) -> Entry | None:
         """The entry of a uid, if its name still means it."""
-        name = self._names.get(uid)
-        return self._entries.get(name) if name is not None else None
+        key = self._keys.get(uid)
+        return self._entries.get(key) if key is not None else None
 
     def entries(self, kind: AdapterKind | None = None) -> list[Entry]:
-        """All adapters, or those of one kind, by name."""
-        return [one for _, one in sorted(self._entries.items()) if kind is None or one.kind is kind]
+        """All adapters that the caller may mean, or those of one kind, by name."""
+        who = caller()
+        there = [one for one in self._entries.values() if kind is None or one.kind is kind]
+        return sorted((one for one in there if self._meant(one.name, who) is one), key=lambda one: one.name)
+
+    def of_tenant(self, tenant: str | None) -> list[Entry]:
+        """All adapters of a tenant, or of everybody, by key."""
+        return [one for _, one in sorted(self._entries.items()) if tenant is None or one.owner == tenant]
+
+    def _check_whole(self, name: str, who: Caller) -> None:
+        """Raises the error of an adapter that cannot be read; a caller's own goes before the operator's."""
+        for key in (key_of(who.tenant, name), key_of(OPERATOR, name)):
+            if key in self._damaged:
+                raise self._damaged[key]
+            if key in self._entries:
+                return
+
+    def _meant(self, name: str, who: Caller) -> Entry | None:
+        for owner in (who.tenant, OPERATOR):
+            entry = self._entries.get(key_of(owner, name))
+            if entry is not None and who.may_see(owner, name, trained=entry.kind.trained):
+                return entry
+        return None
 
     def update(self, facts: AdapterFacts) -> None:
         """Takes what the engine says of an adapter, unless its name has moved on."""
         entry = self.current(facts.uid)
         if entry is not None and facts.version >= entry.facts.version:
-            self._entries[entry.name] = replace(entry, facts=facts)
+            self._entries[entry.key] = replace(entry, facts=facts)
+
+
+def key_of(owner: str, name: str) -> str:
+    """A name among those of all tenants; the operator's is the name itself."""
+    return name if owner == OPERATOR else f"{owner}/{name}"
+
+
+def owner_of(key: str) -> str:
+    """The tenant of a key."""
+    return key.rpartition("/")[0] or OPERATOR
+
+
+def _check_may_name(who: Caller, owner: str, name: str) -> None:
+    """A token that means certain adapters only makes no others."""
+    if who.adapters and name not in who.adapters and owner == who.tenant:
+        raise PermissionDenied(
+            "NOT_OWNER",
+            f"the token {who.token} means no adapter {name!r}: use one of {', '.join(sorted(who.adapters))}, or ask "
+            f"for a token with --adapter {name}",
+            field="name",
+        )
 
 
 def _taken(name: str) -> AlreadyExists:

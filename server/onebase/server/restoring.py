@@ -18,8 +18,9 @@ from onebase.server.errors import DataLoss
 from onebase.server.idempotency import Idempotency
 from onebase.server.jobs import AdapterFacts, AdapterKind, Job, LoadAdapterJob
 from onebase.server.leases import Sessions
+from onebase.server.names import name_of
 from onebase.server.ports import WorkerLike
-from onebase.server.registry import Entry, Registry
+from onebase.server.registry import Entry, Registry, owner_of
 from onebase.server.store import AdapterRow, CheckpointRow
 
 _FAR = 5
@@ -114,7 +115,7 @@ async def _bring_back(durable: Durable, rooms: Rooms, told: Told, row: AdapterRo
         least_version=reserved + 1 if reserved > checkpoint.version else 0,
     )
     facts = await settle(rooms.worker, job)
-    entry = Entry(row.name, facts, row.create_time, row.source)
+    entry = Entry(name_of(row.name), facts, row.create_time, row.source, owner_of(row.name))
     rooms.registry.restore(entry)
     durable.track(entry, checkpoint.version, reserved)  # a version that is new here is in no checkpoint yet
     told.restored(entry, time.monotonic() - began)

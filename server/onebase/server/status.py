@@ -23,6 +23,7 @@ CODES: Mapping[type[errors.OnebaseError], grpc.StatusCode] = MappingProxyType(
         errors.InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
         errors.NotFound: grpc.StatusCode.NOT_FOUND,
         errors.AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
+        errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
         errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
         errors.FailedPrecondition: grpc.StatusCode.FAILED_PRECONDITION,
         errors.Aborted: grpc.StatusCode.ABORTED,
@@ -30,6 +31,7 @@ CODES: Mapping[type[errors.OnebaseError], grpc.StatusCode] = MappingProxyType(
         errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
         errors.Cancelled: grpc.StatusCode.CANCELLED,
         errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
+        errors.Unimplemented: grpc.StatusCode.UNIMPLEMENTED,
         errors.DataLoss: grpc.StatusCode.DATA_LOSS,
         errors.Internal: grpc.StatusCode.INTERNAL,
     }

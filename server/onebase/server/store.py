@@ -41,7 +41,7 @@ CREATE TABLE responses (
 );
 CREATE TABLE sessions (
     session TEXT PRIMARY KEY, queue TEXT NOT NULL, label TEXT NOT NULL, ttl REAL NOT NULL, active TEXT NOT NULL,
-    leases TEXT NOT NULL
+    leases TEXT NOT NULL, tenant TEXT NOT NULL
 ) WITHOUT ROWID;
 """
 
@@ -50,7 +50,7 @@ CREATE TABLE sessions (
 class AdapterRow:
     """An adapter. `reserved` is the highest version that it may have had before the server ended."""
 
-    name: str
+    name: str  # with its tenant, if it has one: the registry's key
     uid: int
     kind: str
     create_time: float
@@ -89,6 +89,7 @@ class SessionRow:
     ttl: float
     active: str
     leases: tuple[str, ...]
+    tenant: str
 
 
 class WrongStateError(Exception):
@@ -157,10 +158,12 @@ class Store:
 
     def sessions(self) -> list[SessionRow]:
         """The sessions."""
-        rows = self._db.execute("SELECT session, queue, label, ttl, active, leases FROM sessions ORDER BY session")
+        rows = self._db.execute(
+            "SELECT session, queue, label, ttl, active, leases, tenant FROM sessions ORDER BY session"
+        )
         return [
-            SessionRow(session, queue, label, ttl, active, tuple(json.loads(leases)))
-            for session, queue, label, ttl, active, leases in rows
+            SessionRow(session, queue, label, ttl, active, tuple(json.loads(leases)), tenant)
+            for session, queue, label, ttl, active, leases, tenant in rows
         ]
 
     # ------------------------------------------------------------------------------------------------- writing
@@ -217,8 +220,8 @@ class Store:
         """Notes a session as it is now."""
         with self._transaction():
             self._db.execute(
-                "INSERT OR REPLACE INTO sessions VALUES (?, ?, ?, ?, ?, ?)",
-                (row.session, row.queue, row.label, row.ttl, row.active, json.dumps(row.leases)),
+                "INSERT OR REPLACE INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (row.session, row.queue, row.label, row.ttl, row.active, json.dumps(row.leases), row.tenant),
             )
 
     def end_session(self, session: str) -> None:

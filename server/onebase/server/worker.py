@@ -59,6 +59,7 @@ class Worker:
         self._stop = False
         self._steps = 0
         self._executor = Executor(engine, limits, self._begin_aside)
+        self._turn: float | None = None  # when the turn under way began; None while there is nothing to do
         self._files = ThreadPoolExecutor(FILE_THREADS, thread_name_prefix="onebase-files")
         self._back: deque[tuple[Job[Any], Aside, Future[Any]]] = deque()  # from those threads
         self._thread = threading.Thread(target=self._run, name="onebase-worker", daemon=True)
@@ -129,6 +130,11 @@ class Worker:
             kv_slots=kv.slots,
         )
 
+    def stuck_seconds(self) -> float:
+        """How long the turn under way has gone on; 0 while there is nothing to do."""
+        began = self._turn
+        return 0.0 if began is None else time.monotonic() - began
+
     def drain(self, seconds: float) -> None:
         """Refuses new jobs, except to save adapters, and lets those under way finish for so long."""
         with self._wake:
@@ -169,10 +175,12 @@ class Worker:
     def _take_in(self) -> bool:
         """Waits until there is something to do, and sorts new jobs into their queues; False to stop."""
         with self._wake:
+            self._turn = None
             while not (self._inbox or self._tasks or self._admin or self._back or self._stop):
                 self._wake.wait()
             if self._stop:
                 return False
+            self._turn = time.monotonic()
             jobs = list(self._inbox)
             self._inbox.clear()
         for job in jobs:

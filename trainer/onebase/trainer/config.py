@@ -169,7 +169,9 @@ class TrainConfig:
     prompts: PromptsConfig
     """Prompts to train on."""
     server: str = "127.0.0.1:7070"
-    """Address of the onebase server."""
+    """Address of the onebase server. Its token, if it wants one, is in the environment: ONEBASE_TOKEN."""
+    tls_ca: str = ""
+    """Talk TLS, and know the server by the certificates in this file (PEM); "system": by the system's."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """The policy."""
     critic: CriticConfig | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -57,7 +58,7 @@ def train(
     with contextlib.ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
         shown = stack.enter_context(display or make_display(f"onebase train {config.policy.name}"))
-        client = client or stack.enter_context(_connect(config.server))
+        client = client or stack.enter_context(_connect(config))
         session, origin = attach(
             client, config.policy, state, value_head=config.algorithm == "ppo" and config.critic is None
         )
@@ -246,10 +247,15 @@ def _state_to_resume(config: TrainConfig) -> TrainerState | None:
     return state
 
 
-def _connect(server: str) -> Client:
+def _connect(config: TrainConfig) -> Client:
     from onebase.client import connect
+    from onebase.client.channel import tls_of
 
-    try:
-        return connect(server)
+    try:  # the token is no setting: settings are logged, and kept with checkpoints
+        return connect(
+            config.server,
+            token=os.environ.get("ONEBASE_TOKEN", ""),
+            tls=tls_of(config.tls_ca or os.environ.get("ONEBASE_TLS_CA", "")),
+        )
     except ValueError as error:
         raise ConfigError("server", str(error)) from error

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import grpc
 
 from onebase.client.attempts import Attempts
-from onebase.client.channel import open_async_channel
+from onebase.client.channel import Security, open_async_channel
 from onebase.client.codec.rpc import Call
 from onebase.client.errors import CancelledError, OnebaseError, translate
 from onebase.client.retry import Backoff
@@ -26,13 +26,18 @@ class Transport:
         target: host and port of the server.
         timeout: seconds that a call may take, retries included, unless it says otherwise.
         backoff: how long to wait between retries.
+        security: the token and TLS.
     """
 
-    def __init__(self, target: str, *, timeout: float, backoff: Backoff | None = None) -> None:
+    def __init__(
+        self, target: str, *, timeout: float, backoff: Backoff | None = None, security: Security | None = None
+    ) -> None:
         self.target = target
         self._timeout = timeout
         self._backoff = backoff or Backoff()
-        self._channel = open_async_channel(target)
+        security = security or Security()
+        self._metadata = security.metadata
+        self._channel = open_async_channel(target, security)
         self._closed = asyncio.Event()
 
     async def run(self, call: Call[Result], timeout: float | None = None) -> Result:
@@ -60,9 +65,11 @@ class Transport:
         write, read = call.rpc.request.SerializeToString, call.rpc.answer.FromString
         if body is None:
             send = self._channel.unary_unary(path, request_serializer=write, response_deserializer=read)
-            return lambda remaining: send(call.request, timeout=remaining)
+            return lambda remaining: send(call.request, timeout=remaining, metadata=self._metadata)
         upload = self._channel.stream_unary(path, request_serializer=write, response_deserializer=read)
-        return lambda remaining: upload(itertools.chain((call.request,), body()), timeout=remaining)
+        return lambda remaining: upload(
+            itertools.chain((call.request,), body()), timeout=remaining, metadata=self._metadata
+        )
 
     async def collect(self, call: Call[Result], timeout: float | None = None) -> list[Result]:
         """Sends a call whose answer is a stream, and reads all of it; a failure at any time begins it anew.
@@ -97,7 +104,7 @@ class Transport:
             request_serializer=call.rpc.request.SerializeToString,
             response_deserializer=call.rpc.answer.FromString,
         )
-        return send(call.request, timeout=remaining)
+        return send(call.request, timeout=remaining, metadata=self._metadata)
 
     def attempts(self, call: Call[Any], timeout: float | None) -> Attempts:
         """The attempts of one call, of which the clock starts now."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, TypeAlias
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
+from onebase.client.channel import Security, tls_of
 from onebase.client.client import Client, connect
 from onebase.client.types import ChatMessage, Content
 
@@ -47,9 +49,70 @@ class Chatting:
         return [ChatMessage("assistant", content)] if self.on and isinstance(content, str) else content
 
 
+_said: ContextVar[Security | None] = ContextVar("onebase_security", default=None)
+"""What --token and --tls-ca say in the command that runs."""
+
+
 def open_client(server: str) -> Client:
-    """A client of this server; wrong usage if the address is none."""
+    """A client of this server, with what --token and --tls-ca say; wrong usage if it cannot be one."""
+    said = _said.get() or Security()
     try:
-        return connect(server, wait=WAIT_SECONDS)
+        return connect(server, token=said.token, tls=said.tls, wait=WAIT_SECONDS)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--server") from None
+
+
+def add_security(command: Any) -> None:
+    """Gives --token and --tls-ca to a command that takes a --server, and to its subcommands; nothing is said yet."""
+    _said.set(None)
+    for one in getattr(command, "commands", {}).values():
+        add_security(one)
+    if any("--server" in parameter.opts for parameter in command.params):
+        command.params += _options()
+
+
+def _options() -> list[Any]:
+    app = typer.Typer(add_completion=False)
+    app.command()(_security)
+    return [one for one in typer.main.get_command(app).params if one.opts[0] in ("--token", "--tls-ca")]
+
+
+def _keep_token(token: str) -> None:
+    if token:
+        try:
+            _said.set(replace(_said.get() or Security(), token=token))
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--token") from None
+
+
+def _keep_tls_ca(path: str) -> None:
+    if path:
+        _said.set(replace(_said.get() or Security(), tls=tls_of(path)))
+
+
+def _security(
+    token: Annotated[
+        str,
+        typer.Option(
+            "--token",
+            envvar="ONEBASE_TOKEN",
+            show_default=False,
+            help="Who asks, where the server wants to know. Others on this machine do not see it in the environment.",
+            expose_value=False,
+            callback=_keep_token,
+        ),
+    ] = "",
+    tls_ca: Annotated[
+        str,
+        typer.Option(
+            "--tls-ca",
+            envvar="ONEBASE_TLS_CA",
+            metavar="FILE",
+            show_default=False,
+            help='Talk TLS, and know the server by the certificates in this file (PEM); "system": by the system\'s.',
+            expose_value=False,
+            callback=_keep_tls_ca,
+        ),
+    ] = "",
+) -> None:
+    """The options that `add_security` gives."""

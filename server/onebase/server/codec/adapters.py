@@ -175,11 +175,11 @@ def read_pooling(pooling: int) -> Pooling | None:
     return _POOLINGS[types_pb2.Pooling.ValueType(pooling)]
 
 
-def adapter_message(entry: Entry, *, leased: bool) -> types_pb2.Adapter:
-    """An adapter as clients see it."""
+def adapter_message(entry: Entry, *, leased: bool, all_names: bool = False) -> types_pb2.Adapter:
+    """An adapter as clients see it; with `all_names`, among those of all tenants: "tenant/name"."""
     facts = entry.facts
     return types_pb2.Adapter(
-        name=entry.name,
+        name=entry.key if all_names else entry.name,
         kind=_KIND_MESSAGES[facts.kind],
         version=facts.version,
         lora=types_pb2.LoraSpec(

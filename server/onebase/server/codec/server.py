@@ -9,6 +9,7 @@ from onebase.server.config import Limits
 from onebase.server.errors import InvalidArgument
 from onebase.server.jobs import BaseFacts, Work, WorkerStatus
 from onebase.server.leases import Session
+from onebase.server.names import name_of
 from onebase.v1 import server_pb2, sessions_pb2, types_pb2
 
 _DEFAULT_TTL = 60.0
@@ -50,7 +51,7 @@ def session_message(session: Session) -> sessions_pb2.Session:
         session_id=session.session_id,
         ppo_adapter_name=session.active,
         label=session.label,
-        leases=list(session.leases),
+        leases=[name_of(key) for key in session.leases],
         ttl_seconds=session.ttl,
     )
 
@@ -60,7 +61,7 @@ def session_status(session: Session, *, age: float, idle: float) -> server_pb2.S
     return server_pb2.SessionStatus(
         label=session.label,
         ppo_adapter_name=session.active,
-        leases=list(session.leases),
+        leases=[name_of(key) for key in session.leases],
         requests_in_flight=session.in_flight,
         age_seconds=age,
         idle_seconds=idle,

@@ -18,10 +18,12 @@ import logging
 import math
 import re
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
@@ -49,6 +51,9 @@ from onebase.server.jobs import (
 log = logging.getLogger(__name__)
 
 PREFIX = "base_model.model."
+
+_TRAINED_COPIES = 4
+"""What training keeps of each parameter: weights, gradients, two moments."""
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
 """What tensors may be saved in; int64 is the number of an optimizer's steps."""
@@ -94,6 +99,7 @@ class Formats:
         """A fresh policy or critic: A as PEFT begins it (Kaiming uniform), B zero; its head as torch begins it."""
         config = lora_config(job.lora, conv1d=self._conv1d, base=self._facts.model)
         targets = self.targets(config, "lora.target_modules")
+        check_room(targets, job, self._device, "lora")
         random = torch.Generator().manual_seed(job.seed)
         lora = {}
         for name, target in targets.items():
@@ -113,6 +119,11 @@ class Formats:
             FailedPrecondition: the score head has several labels.
         """
         old = source.weights
+        shapes = {
+            name: Target(pair.a.shape[0], pair.scaling, pair.a.shape[1], pair.b.shape[0])
+            for name, pair in old.lora.items()
+        }
+        check_room(shapes, job, self._device, "init_from")
         lora = {
             name: LoraPair.of(self._parameter(pair.a), self._parameter(pair.b), pair.scaling, self._dtype)
             for name, pair in old.lora.items()
@@ -198,6 +209,7 @@ class Formats:
                 "RANK_TOO_LARGE", f"r={max(ranks)} is over this server's limit of {max_rank}", field="path"
             )
         targets = self.targets(config, "path")
+        check_room(targets, job, self._device, "path")
         tensors = files.tensors(files.adapter())
         lora = {name: self._read_pair(name, target, tensors, job.kind.trained) for name, target in targets.items()}
         value_head, score_head = self._heads(job, files, tensors)
@@ -419,6 +431,33 @@ def _as_value_head(score: Head, what: str, field: str) -> Head:
 
 def _bad_manifest(key: str, value: object, wanted: str) -> InvalidArgument:
     return InvalidArgument("BAD_MANIFEST", f"onebase.json says {key} is {value!r}: use {wanted}", field="path")
+
+
+def check_room(
+    targets: Mapping[str, Target], job: CreateAdapterJob | LoadAdapterJob, device: torch.device, field: str
+) -> None:
+    """Refuses an adapter that is too large, by its shape alone, before anything is allocated.
+
+    Raises:
+        ResourceExhausted: QUOTA_ADAPTER_BYTES, NO_MEMORY.
+    """
+    parameters = sum(target.rank * (target.in_features + target.out_features) for target in targets.values())
+    wanted = 4 * parameters * (_TRAINED_COPIES if job.kind.trained else 1)
+    if job.max_bytes is not None and wanted > job.max_bytes:
+        raise ResourceExhausted(
+            "QUOTA_ADAPTER_BYTES",
+            f"adapter {job.name!r} takes {wanted} bytes, with gradients and moments if it is trained, and the quota "
+            f"has {job.max_bytes} left: use a smaller rank or fewer target modules, or delete an adapter",
+            field=field,
+        )
+    there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if wanted > there:
+        raise ResourceExhausted(
+            "NO_MEMORY",
+            f"adapter {job.name!r} takes {wanted} bytes, with gradients and moments if it is trained, and {device} has "
+            f"{there} left: use a smaller rank or fewer target modules",
+            field=field,
+        )
 
 
 def _take(tensors: dict[str, torch.Tensor], key: str, shape: tuple[int, ...]) -> torch.Tensor:

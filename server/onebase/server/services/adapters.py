@@ -124,7 +124,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
                     yield files.download_data(piece)
 
     def _message(self, entry: Entry) -> types_pb2.Adapter:
-        return codec.adapter_message(entry, leased=self._edge.sessions.holder(entry.name) is not None)
+        return codec.adapter_message(entry, leased=self._edge.sessions.holder(entry.key) is not None)
 
     def _receipt(self, method: str, request: Message, session: Session | None) -> Receipt:
         """What the call that makes an entry is answered, before the session has its lease."""

@@ -16,6 +16,7 @@ from onebase.server.calls import deadline_of
 from onebase.server.codec.adapters import adapter_message
 from onebase.server.codec.server import base_message, limits_message, session_status, status_message
 from onebase.server.edge import Edge
+from onebase.server.identity import OPERATOR, caller
 from onebase.server.jobs import AdapterKind
 from onebase.v1 import server_pb2, server_pb2_grpc
 
@@ -42,12 +43,13 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
         await edge.catalog.refresh(deadline_of(context))
         sessions = edge.sessions
         rss, peak_rss = process.memory()
+        operator = caller().tenant == OPERATOR  # sees what all tenants have, as "tenant/name"
         return status_message(
             edge.worker.status(),
             sessions=[session_status(s, age=sessions.age(s), idle=sessions.idle(s)) for s in sessions.live()],
             adapters=[
-                adapter_message(entry, leased=sessions.holder(entry.name) is not None)
-                for entry in edge.registry.entries()
+                adapter_message(entry, leased=sessions.holder(entry.key) is not None, all_names=operator)
+                for entry in (edge.registry.of_tenant(None) if operator else edge.registry.entries())
             ],
             process={
                 "uptime_seconds": time.monotonic() - edge.started,

@@ -40,7 +40,7 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
         async def work(session: Session | None, deadline: float | None) -> training_pb2.ForwardBackwardResponse:
             entry = edge.access.trainable(_needed(session), request.adapter, "adapter")
             job = await read_forward_backward(request, entry, edge.reader)
-            edge.sessions.require(session, entry.name)
+            edge.access.require(session, entry)
             result = await settle(edge.worker, job, session, deadline)
             edge.registry.update(result.facts)
             return forward_backward_response(entry.name, result)
@@ -55,7 +55,7 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
         async def work(session: Session | None, deadline: float | None) -> training_pb2.OptimStepResponse:
             entry = edge.access.trainable(_needed(session), request.adapter, "adapter")
             job = read_optim_step(request, entry)
-            edge.sessions.require(session, entry.name)
+            edge.access.require(session, entry)
             await edge.keeper.before_step(entry)
             job.save_to = edge.keeper.step_path(entry)
             result = await settle(edge.worker, job, session, deadline)

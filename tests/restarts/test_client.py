@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from faults.conftest import Start
+from restarts.conftest import Start
 
 from onebase.client import AdamW, CrossEntropyLoss, LoraSpec, SamplingParams, TrainingSequence, connect
 from onebase.client.errors import FailedPreconditionError

@@ -17,9 +17,9 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from faults.conftest import Start, checkpoints, died_of_sigkill
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+from restarts.conftest import Start, checkpoints, died_of_sigkill
 
 from onebase.v1 import (
     adapters_pb2,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults.conftest import Start
+from restarts.conftest import Start
 from support import ONEBASE, environment
 
 from onebase.client import connect

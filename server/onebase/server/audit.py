@@ -1,0 +1,95 @@
+"""The audit log: one line of JSON for each call that changes something, or that is refused.
+
+Rename the file to rotate it: the next line begins a new one. What is written is who, what and how it ended; never a
+token, a session's id, a text or a number of a request.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import logging.handlers
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from onebase.server.identity import Caller
+from onebase.server.methods import RULES
+
+_ADAPTER_FIELDS = ("name", "adapter", "ppo_adapter_name", "reference")
+_MAX_SHOWN = 128
+
+
+@dataclass
+class Record:
+    """What is known of a call by its end."""
+
+    method: str
+    caller: Caller | None = None
+    """None until it is known."""
+    request: Any = None
+    """The message, or the first one of a stream; None until it is parsed."""
+    outcome: str = "OK"
+    reason: str = ""
+    began: float = field(default_factory=time.monotonic)
+
+
+class AuditLog:
+    """Writes records to a file; without a path it writes none.
+
+    Args:
+        path: appended to, made readable by its owner alone.
+        clock: seconds since 1970.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, path: Path | None, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._handler: logging.Handler | None = None
+        if path is not None:
+            path.touch(mode=0o600)
+            self._handler = logging.handlers.WatchedFileHandler(path, encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        """One line, if the call changed something or was refused."""
+        if self._handler is None:
+            return
+        rule = RULES.get(record.method)
+        if record.outcome == "OK" and not (rule and rule.changes):
+            return
+        line = json.dumps(self._line(record), ensure_ascii=True)
+        self._handler.handle(logging.LogRecord("onebase.audit", logging.INFO, "", 0, line, None, None))
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._handler is not None:
+            self._handler.close()
+
+    def _line(self, record: Record) -> dict[str, object]:
+        who = record.caller
+        return {
+            "time": round(self._clock(), 3),
+            "tenant": who.tenant if who else "",
+            "token": who.token if who else "",
+            "method": record.method,
+            "adapter": _adapter(record.request),
+            "request_id": _text(record.request, "request_id"),
+            "outcome": record.outcome,
+            "reason": record.reason,
+            "milliseconds": round((time.monotonic() - record.began) * 1000, 1),
+        }
+
+
+def _adapter(request: Any) -> str:
+    """The adapter that a request names, whatever its field is called; of an upload, its header's."""
+    return next((text for name in _ADAPTER_FIELDS if (text := _text(request, name))), "")
+
+
+def _text(request: Any, name: str) -> str:
+    header = getattr(request, "header", None)
+    value = getattr(request if header is None else header, name, "")
+    return value[:_MAX_SHOWN] if isinstance(value, str) else ""

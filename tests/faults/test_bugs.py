@@ -1,0 +1,57 @@
+"""A bug in a handler, in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import grpc
+import pytest
+from server.harness import pair, refused
+from support import environment
+
+from onebase.v1 import inference_pb2, inference_pb2_grpc
+
+pytestmark = pytest.mark.e2e
+
+SCRIPT = """
+import asyncio, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from server.fakes import FakeText, FakeWorker
+from onebase.server.app import Parts, Report, serve
+from onebase.server.config import EngineConfig, ServerConfig
+
+worker = FakeWorker()
+worker.failures += [KeyError("the secret of life"), MemoryError("the secret of life")]
+config = ServerConfig(engine=EngineConfig(model="fake"), port=0, port_file=Path({port_file!r}))
+asyncio.run(serve(Parts(worker, FakeText()), config, Report()))
+"""
+
+
+def test_36_a_bug_shows_an_id_and_nothing_else(tmp_path: Path) -> None:
+    port = tmp_path / "port"
+    script = SCRIPT.format(tests=str(Path(__file__).parents[1]), port_file=str(port))
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment(), stderr=subprocess.PIPE, text=True)
+    try:
+        until = time.monotonic() + 30
+        while not port.exists():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        with grpc.insecure_channel(f"127.0.0.1:{int(port.read_text())}") as channel:
+            stub = inference_pb2_grpc.InferenceServiceStub(channel)
+            request = inference_pb2.LogprobRequest(adapter="base", sequences=[pair((9,), (7,))])
+            told = [refused(stub.Logprob, request) for _ in range(2)]
+            assert len(stub.Logprob(request).results) == 1  # and it lives
+    finally:
+        process.terminate()
+        log = process.communicate(timeout=20)[1]
+    for refusal in told:
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.INTERNAL, "INTERNAL")
+        assert "secret" not in refusal.message
+        assert "Error" not in refusal.message
+        opaque = refusal.message.split("internal error ")[1][:16]
+        assert opaque in log  # where its story is
+    assert "the secret of life" in log

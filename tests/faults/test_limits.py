@@ -1,0 +1,126 @@
+"""Too much at once: floods, bombs, and clients that do not read."""
+
+from __future__ import annotations
+
+import time
+
+import grpc
+import pytest
+from faults.conftest import PROMPT, QUOTA, Place, endless
+from server.harness import pair, refusal_of, refused, text_of
+from server.tenants import Client
+
+from onebase.v1 import adapters_pb2, inference_pb2, server_pb2, sessions_pb2
+
+pytestmark = pytest.mark.e2e
+
+FULL = grpc.StatusCode.RESOURCE_EXHAUSTED
+INFO = server_pb2.GetServerInfoRequest()
+
+
+def slow() -> inference_pb2.LogprobRequest:
+    return inference_pb2.LogprobRequest(adapter="base", sequences=[pair(tuple(range(4, 60)), tuple(range(4, 60)))] * 32)
+
+
+def test_10_a_full_queue_says_when_to_come_again(place: Place) -> None:
+    red = place.as_("red")
+    session = red.sessions.OpenSession(sessions_pb2.OpenSessionRequest()).session_id
+    streams = [red.inference.Generate(endless()) for _ in range(QUOTA)]
+    place.wait_until(lambda now: sum(one.waiting + one.running for one in now.queues) >= QUOTA, 20)
+    refusal = refused(red.inference.Logprob, slow())
+    assert (refusal.code, refusal.reason) == (FULL, "QUOTA_REQUESTS")
+    assert 0 < (refusal.retry_after or 0) <= 30
+    red.sessions.CloseSession(sessions_pb2.CloseSessionRequest(session_id=session))
+    for stream in streams:
+        stream.cancel()
+    place.wait_until(lambda now: all(one.waiting + one.running == 0 for one in now.queues), 20)
+    assert red.inference.Logprob(slow()).results
+
+
+def test_11_of_a_tenant_that_floods_only_its_own_calls_are_refused(place: Place) -> None:
+    red, blue = place.as_("red"), place.as_("blue")
+    flood = [red.inference.Logprob.future(slow()) for _ in range(6 * QUOTA)]
+    began = time.monotonic()
+    for _ in range(10):
+        assert blue.inference.Logprob(slow()).results
+    assert time.monotonic() - began < 30
+    codes = [one.code() for one in flood]
+    assert set(codes) == {grpc.StatusCode.OK, FULL}
+    assert codes.count(grpc.StatusCode.OK) >= QUOTA
+
+
+def test_13_a_message_over_the_limit_is_refused(place: Place) -> None:
+    red = place.as_("red")
+    refusal = refused(place.channel.unary_unary("/onebase.v1.InferenceService/Logprob"), bytes(65 * 2**20))
+    assert refusal.code is FULL
+    assert red.server.GetServerInfo(INFO)
+
+
+def test_14_a_bomb_of_gzip_takes_no_memory(place: Place) -> None:
+    before = place.rss()
+    call = place.channel.unary_unary("/onebase.v1.InferenceService/Logprob")
+    metadata = (("authorization", f"Bearer {place.operator.token}"),)
+    refusal = refused(call, bytes(512 * 2**20), metadata=metadata, compression=grpc.Compression.Gzip, timeout=100)
+    assert refusal.code is FULL
+    assert place.rss() - before < 200 * 2**20
+
+
+def test_19_what_is_too_long_is_refused(place: Place) -> None:
+    red = place.as_("red")
+    long = inference_pb2.LogprobRequest(adapter="base", sequences=[pair(tuple(range(4, 100)), tuple(range(4, 100)))])
+    refusal = refused(red.inference.Logprob, long)
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "CONTEXT_TOO_LONG")
+    for wanted in (2**31 - 1, 1000, -1):
+        absurd = inference_pb2.GenerateRequest(
+            adapter="base", prompts=[text_of(PROMPT)], sampling={"max_new_tokens": wanted}
+        )
+        refusal = refused(red.inference.Generate, absurd)
+        assert (refusal.code, refusal.field) == (grpc.StatusCode.INVALID_ARGUMENT, "sampling.max_new_tokens")
+
+
+def test_24_a_bomb_of_ranks_is_refused_before_anything_is_allocated(place: Place) -> None:
+    red, before = place.as_("red"), place.rss()
+
+    def ask(**lora: object) -> adapters_pb2.CreateAdapterRequest:
+        lora = {"alpha": 1, "target_modules": ["all-linear"], **lora}
+        return adapters_pb2.CreateAdapterRequest(name="bomb", lora=lora)
+
+    for rank in (2**31 - 1, 513):
+        for spec in ({"rank": rank}, {"rank": 1, "rank_pattern": {"q_proj": rank}}):
+            refusal = refused(red.adapters.CreateAdapter, ask(**spec))
+            assert (refusal.code, refusal.reason) == (FULL, "LIMIT_EXCEEDED")
+    # Within the largest rank, one after the other: until the tenant's bytes are used up, and never over.
+    made = 0
+    while True:
+        try:
+            red.adapters.CreateAdapter(
+                adapters_pb2.CreateAdapterRequest(
+                    name=f"large-{made}", lora={"rank": 512, "alpha": 1, "target_modules": ["all-linear"]}
+                )
+            )
+            made += 1
+        except grpc.RpcError as error:
+            refusal = refusal_of(error)
+            break
+    assert (refusal.code, refusal.reason, refusal.field) == (FULL, "QUOTA_ADAPTER_BYTES", "lora")
+    mine = [one for one in place.status().adapters if one.name.startswith("red/large")]
+    assert len(mine) == made > 0
+    assert 4 * sum(one.memory.weights_bytes for one in mine) <= 64 * 2**20
+    assert place.rss() - before < 128 * 2**20
+    for one in mine:
+        red.adapters.DeleteAdapter(adapters_pb2.DeleteAdapterRequest(name=one.name.removeprefix("red/")))
+
+
+def test_31_a_client_that_does_not_read_is_ended_and_takes_no_memory(place: Place) -> None:
+    before = place.rss()
+    # A connection that takes little in advance; by default it is some megabytes, which are the client's own.
+    small = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 4096)]
+    with grpc.insecure_channel(place.server.address, options=small) as channel:
+        stream = Client(channel, place.as_("red").token).inference.Generate(endless())
+        next(stream)
+        place.wait_until(lambda now: now.kv_slots_used == 0, 20)  # nothing was read since
+        assert place.rss() - before < 100 * 2**20
+        with pytest.raises(grpc.RpcError) as told:
+            list(stream)
+    refusal = refusal_of(told.value)
+    assert (refusal.code, refusal.reason) == (FULL, "SLOW_CONSUMER")

@@ -1,0 +1,77 @@
+"""Streams whose clients neither read nor send: memory is bounded, and after the idle limit they are ended."""
+
+from __future__ import annotations
+
+import time
+
+import grpc
+from server.harness import Live, refusal_of, text_of
+
+from onebase.server.config import EngineConfig, Security, ServerConfig
+from onebase.server.jobs import GenerateJob
+from onebase.v1 import adapters_pb2, inference_pb2, inference_pb2_grpc, types_pb2
+
+
+def served():
+    security = Security(stream_idle_seconds=0.5)
+    return Live(ServerConfig(engine=EngineConfig(model="fake"), port=0, drain_seconds=1, security=security))
+
+
+def test_who_does_not_read_is_told_so_and_the_work_ends():
+    with served() as live:
+        live.worker.endless = True
+        request = inference_pb2.GenerateRequest(
+            adapter="base", prompts=[text_of("a")], sampling={"max_new_tokens": 20}, stream_tokens=True
+        )
+        # A connection that takes little in advance; by default it is some megabytes, which are the client's own.
+        small = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 4096)]
+        channel = grpc.insecure_channel(f"127.0.0.1:{live.port}", options=small)
+        answers = inference_pb2_grpc.InferenceServiceStub(channel).Generate(request)
+        next(answers)
+        (job,) = live.worker.wait_submitted(GenerateJob)
+        live.worker.wait_done(job)  # nobody reads, so it is dropped
+        time.sleep(1)
+        try:
+            list(answers)  # what was on its way already
+        except grpc.RpcError as error:
+            refusal = refusal_of(error)
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "SLOW_CONSUMER")
+        assert "nothing was read for 0.5 s" in refusal.message
+        assert refusal.retry_after == 1
+        channel.close()
+
+
+def test_who_reads_slowly_but_reads_is_served():
+    with served() as live:
+        request = inference_pb2.GenerateRequest(
+            adapter="base", prompts=[text_of("a")], sampling={"max_new_tokens": 8}, stream_tokens=True
+        )
+        count = 0
+        for _ in live.inference.Generate(request):
+            time.sleep(0.2)
+            count += 1
+        assert count == 8
+
+
+def test_an_upload_that_stops_is_ended():
+    with served() as live:
+
+        def parts():
+            header = adapters_pb2.UploadAdapterHeader(
+                name="p",
+                kind=types_pb2.ADAPTER_KIND_POLICY,
+                files=[
+                    {"name": name, "bytes": 4, "sha256": "0" * 64}
+                    for name in ("adapter_config.json", "adapter_model.safetensors")
+                ],
+            )
+            yield adapters_pb2.UploadAdapterRequest(header=header)
+            time.sleep(10)
+
+        began = time.monotonic()
+        try:
+            live.adapters.UploadAdapter(parts())
+        except grpc.RpcError as error:
+            refusal = refusal_of(error)
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "SLOW_PRODUCER")
+        assert time.monotonic() - began < 5

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from certificates import Certificates, make_certificates
+from server.harness import Live
+from server.tenants import Guarded
+
+from onebase.client import SamplingParams, UnauthenticatedError, UnavailableError, connect, connect_async
+from onebase.server.config import ConfigError, EngineConfig, Security, ServerConfig
+
+
+@pytest.fixture(scope="module")
+def pem(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return make_certificates(tmp_path_factory.mktemp("pem"))
+
+
+def served(pem, **more):
+    security = Security(tls_cert=pem.cert, tls_key=pem.key, **more)
+    return Live(ServerConfig(engine=EngineConfig(model="fake"), port=0, drain_seconds=5, security=security))
+
+
+def test_a_client_that_knows_the_authority_is_served_and_others_are_not(pem, tmp_path):
+    with served(pem) as live:
+        target = f"127.0.0.1:{live.port}"
+        with connect(target, tls=pem.ca, wait=10) as client:
+            assert client.info().base.model == "fake"
+        for tls in (None, True):  # plain text; the system's authorities
+            with pytest.raises(UnavailableError):
+                connect(target, tls=tls, wait=1)
+
+
+async def test_with_asyncio_too(pem, tmp_path):
+    with Guarded(tmp_path, security={"tls_cert": pem.cert, "tls_key": pem.key}) as guarded:
+        target, token = f"127.0.0.1:{guarded.port}", guarded.make("red")
+        async with connect_async(target, tls=pem.ca, token=token, wait=10) as client:
+            assert (await client.info()).base.model == "fake"
+        with pytest.raises(UnauthenticatedError):
+            await connect_async(target, tls=pem.ca, wait=10)
+
+
+def test_a_token_and_tls_go_together(pem, tmp_path):
+    with Guarded(tmp_path, security={"tls_cert": pem.cert, "tls_key": pem.key}) as guarded:
+        target = f"127.0.0.1:{guarded.port}"
+        with connect(target, tls=str(pem.ca), token=guarded.make("red"), wait=10) as client:
+            assert [one.name for one in client.adapters()] == []
+            assert list(
+                client.stream("w", adapter="base", sampling=SamplingParams(max_new_tokens=2))
+            )  # streams carry it too
+        with pytest.raises(UnauthenticatedError) as told:
+            connect(target, tls=pem.ca, token="ob_x_y", wait=10)
+        assert told.value.reason == "TOKEN_UNKNOWN"
+
+
+def test_where_clients_must_show_a_certificate_only_those_that_have_one_are_served(pem):
+    with served(pem, tls_client_ca=pem.ca) as live:
+        target = f"127.0.0.1:{live.port}"
+        pair = (pem.client_cert, pem.client_key)
+        with connect(target, tls=pem.ca, tls_certificate=pair, wait=10) as client:
+            assert client.info().base.model == "fake"
+        with pytest.raises(UnavailableError):
+            connect(target, tls=pem.ca, wait=1)
+
+
+def test_a_token_does_not_leave_the_machine_in_plain_text():
+    with pytest.raises(ValueError, match="plain text: give tls=True"):
+        connect("gpu-1:7070", token="ob_x_y", wait=1)
+    with pytest.raises(UnavailableError):  # unless it is meant
+        connect("gpu-1.invalid:7070", token="ob_x_y", tls=False, wait=1)
+    with pytest.raises(ValueError, match="token is none"):
+        connect("127.0.0.1:7070", token="two words")
+    with pytest.raises(ValueError, match=r"tls is '/nowhere\.pem'"):
+        connect("127.0.0.1:7070", tls="/nowhere.pem")
+    with pytest.raises(ValueError, match="tls_certificate is set, and tls is not"):
+        connect("127.0.0.1:7070", tls_certificate=("a", "b"))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "gpu-1"])
+def test_other_machines_are_served_over_tls_or_where_it_is_meant(pem, host):
+    def config(**security):
+        return ServerConfig(engine=EngineConfig(model="fake"), host=host, security=Security(**security))
+
+    with pytest.raises(ConfigError, match=r"there is no TLS: give --tls-cert and --tls-key, or say --insecure"):
+        config()
+    config(insecure=True)
+    config(tls_cert=pem.cert, tls_key=pem.key)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
+def test_this_machine_is_served_in_plain_text(host):
+    ServerConfig(engine=EngineConfig(model="fake"), host=host)
+
+
+def test_a_file_that_is_missing_is_named(pem, tmp_path):
+    with pytest.raises(ConfigError, match="tls_key is '/nowhere'"):
+        Security(tls_cert=pem.cert, tls_key=Path("/nowhere"))
+    with pytest.raises(ConfigError, match="give --tls-cert and --tls-key, or neither"):
+        Security(tls_cert=pem.cert)
+    with pytest.raises(ConfigError, match="it needs --tls-cert"):
+        Security(tls_client_ca=pem.ca)
+    with pytest.raises(ConfigError, match="onebase token create"):
+        Security(tokens=tmp_path / "none")
