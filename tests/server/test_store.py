@@ -98,7 +98,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(session=SESSIONS, active=NAMES, leases=st.lists(NAMES, unique=True))
     def put_session(self, session, active, leases):
-        self.sessions[session] = SessionRow(session, "q", "label", 1.5, active, tuple(leases))
+        self.sessions[session] = SessionRow(session, "q", "label", 1.5, active, tuple(leases), "red")
         self.store.put_session(self.sessions[session])
 
     @rule(session=SESSIONS)

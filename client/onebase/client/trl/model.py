@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onebase.client import types as t
+from onebase.client.channel import tls_of
 from onebase.client.client import Client, connect
 from onebase.client.errors import AlreadyExistsError
 from onebase.client.trl.arrays import Array, Batch, draw_seed, pad_rows, read_batch
@@ -81,8 +82,9 @@ class AutoModelForCausalLMWithValueHead:
         """A policy on a server's base.
 
         Args:
-            pretrained_model_name_or_path: "host:port" of a server that runs; or a model's id or directory, for which a
-                server is started on this machine that ends with the program.
+            pretrained_model_name_or_path: "host:port" of a server that runs (ONEBASE_TOKEN and ONEBASE_TLS_CA say who
+                asks); a `Client`; or a model's id or directory, for which a server is started on this machine that
+                ends with the program.
             peft_config: a LoraConfig, which makes a fresh policy; or a PEFT directory to begin from. Without it the
                 policy `ppo_adapter_name` must be on the server, and goes on from where it is.
             reward_adapter: the name of a reward adapter on the server, or a PEFT directory.
@@ -116,7 +118,8 @@ class AutoModelForCausalLMWithValueHead:
                     flags += ["--dtype", str(torch_dtype).removeprefix("torch.")]
                 server = LocalServer(target, flags)
                 target = server.address
-            client = connect(target)
+            authority = tls_of(os.environ.get("ONEBASE_TLS_CA", "")) if server is None else None
+            client = connect(target, token=os.environ.get("ONEBASE_TOKEN", ""), tls=authority)
         _check_quantization(client, quantization)
         reward = "" if reward_adapter is None else _reward(client, os.fspath(reward_adapter), reward_adapter_name)
         model = cls(client, reward, server, return_logits=return_logits)
