@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaC
 
 from onebase.server.config import EngineConfig
 from onebase.server.engine import Engine, open_engine
-from onebase.server.errors import AlreadyExists, FailedPrecondition
+from onebase.server.errors import AlreadyExists, FailedPrecondition, ResourceExhausted
 from onebase.server.jobs import AdapterKind, CreateAdapterJob, LoadAdapterJob, LoraSpec
 
 pytestmark = PEFT_WARNINGS
@@ -123,11 +124,11 @@ def test_it_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.M
     engine = opened(tmp_path / "base", tmp_path / "policy")
 
     def full(*_: object, **__: object) -> None:
-        raise OSError("no space left")
+        raise OSError(errno.ENOSPC, "no space left")
 
     with monkeypatch.context() as patch:
         patch.setattr(engine.merger._tokenizer, "save_pretrained", full)
-        with pytest.raises(OSError, match="no space"):
+        with pytest.raises(ResourceExhausted, match="disk is full"):
             engine.merger.save(engine.adapters[1], tmp_path / "merged", overwrite=False)
     assert {path.name for path in tmp_path.iterdir()} == {"base", "policy"}
     engine.merger.save(engine.adapters[1], tmp_path / "merged", overwrite=False)

@@ -146,7 +146,8 @@ def write_directory(path: Path, fill: Callable[[Path], object], manifest: Mappin
         AlreadyExists: the path is taken, and `overwrite` is not set or something else is there.
         ResourceExhausted: DISK_FULL; what was there is as it was.
     """
-    _check_free(path, overwrite=overwrite)
+    with _SWAP:  # or the moment between another write's two renames looks like somebody else's directory
+        _check_free(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     token = uuid.uuid4().hex
     fresh, old = path.with_name(f".{path.name}.{token}.new"), path.with_name(f".{path.name}.{token}.old")
