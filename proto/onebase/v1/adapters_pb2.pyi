@@ -301,6 +301,102 @@ class SaveAdapterResponse(google.protobuf.message.Message):
 Global___SaveAdapterResponse: typing_extensions.TypeAlias = SaveAdapterResponse
 
 @typing.final
+class CheckpointAdapterRequest(google.protobuf.message.Message):
+    """Request of CheckpointAdapter."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    CLIENT_STATE_FIELD_NUMBER: builtins.int
+    session_id: builtins.str
+    """The session; needed if the adapter is leased and a client_state is given."""
+    request_id: builtins.str
+    """Names this call."""
+    name: builtins.str
+    """The adapter's name."""
+    client_state: builtins.bytes
+    """As in OptimStepRequest; unset keeps what is there."""
+    def __init__(
+        self,
+        *,
+        session_id: builtins.str = ...,
+        request_id: builtins.str = ...,
+        name: builtins.str = ...,
+        client_state: builtins.bytes | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_client_state", b"_client_state", "client_state", b"client_state"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_client_state", b"_client_state", "client_state", b"client_state", "name", b"name", "request_id", b"request_id", "session_id", b"session_id"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_client_state", b"_client_state"]) -> typing.Literal["client_state"] | None: ...
+
+Global___CheckpointAdapterRequest: typing_extensions.TypeAlias = CheckpointAdapterRequest
+
+@typing.final
+class CheckpointAdapterResponse(google.protobuf.message.Message):
+    """Response of CheckpointAdapter."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: builtins.int
+    @property
+    def adapter(self) -> onebase.v1.types_pb2.AdapterVersion:
+        """The version that is durable now."""
+
+    def __init__(
+        self,
+        *,
+        adapter: onebase.v1.types_pb2.AdapterVersion | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["adapter", b"adapter"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter"]) -> None: ...
+
+Global___CheckpointAdapterResponse: typing_extensions.TypeAlias = CheckpointAdapterResponse
+
+@typing.final
+class GetClientStateRequest(google.protobuf.message.Message):
+    """Request of GetClientState."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """The adapter's name."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name"]) -> None: ...
+
+Global___GetClientStateRequest: typing_extensions.TypeAlias = GetClientStateRequest
+
+@typing.final
+class GetClientStateResponse(google.protobuf.message.Message):
+    """Response of GetClientState."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: builtins.int
+    CLIENT_STATE_FIELD_NUMBER: builtins.int
+    client_state: builtins.bytes
+    """Empty if nothing was left."""
+    @property
+    def adapter(self) -> onebase.v1.types_pb2.AdapterVersion:
+        """The version that it was left with."""
+
+    def __init__(
+        self,
+        *,
+        adapter: onebase.v1.types_pb2.AdapterVersion | None = ...,
+        client_state: builtins.bytes = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["adapter", b"adapter"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "client_state", b"client_state"]) -> None: ...
+
+Global___GetClientStateResponse: typing_extensions.TypeAlias = GetClientStateResponse
+
+@typing.final
 class AdapterFile(google.protobuf.message.Message):
     """A file of an adapter's directory."""
 
@@ -310,7 +406,9 @@ class AdapterFile(google.protobuf.message.Message):
     BYTES_FIELD_NUMBER: builtins.int
     SHA256_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """Its name: adapter_config.json, adapter_model.safetensors, {value_head,optimizer}.safetensors or onebase.json."""
+    """Its name: adapter_config.json, adapter_model.safetensors, {value_head,optimizer}.safetensors, client_state.bin or
+    onebase.json.
+    """
     bytes: builtins.int
     """Its length in bytes."""
     sha256: builtins.str

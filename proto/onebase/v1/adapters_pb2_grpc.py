@@ -77,6 +77,16 @@ class AdapterServiceStub(object):
                 request_serializer=onebase_dot_v1_dot_adapters__pb2.UploadAdapterRequest.SerializeToString,
                 response_deserializer=onebase_dot_v1_dot_types__pb2.Adapter.FromString,
                 _registered_method=True)
+        self.CheckpointAdapter = channel.unary_unary(
+                '/onebase.v1.AdapterService/CheckpointAdapter',
+                request_serializer=onebase_dot_v1_dot_adapters__pb2.CheckpointAdapterRequest.SerializeToString,
+                response_deserializer=onebase_dot_v1_dot_adapters__pb2.CheckpointAdapterResponse.FromString,
+                _registered_method=True)
+        self.GetClientState = channel.unary_unary(
+                '/onebase.v1.AdapterService/GetClientState',
+                request_serializer=onebase_dot_v1_dot_adapters__pb2.GetClientStateRequest.SerializeToString,
+                response_deserializer=onebase_dot_v1_dot_adapters__pb2.GetClientStateResponse.FromString,
+                _registered_method=True)
         self.DownloadAdapter = channel.unary_stream(
                 '/onebase.v1.AdapterService/DownloadAdapter',
                 request_serializer=onebase_dot_v1_dot_adapters__pb2.DownloadAdapterRequest.SerializeToString,
@@ -151,6 +161,21 @@ class AdapterServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CheckpointAdapter(self, request, context):
+        """Makes the newest version durable now, where the server has a state directory; FAILED_PRECONDITION (NOT_DURABLE)
+        where it has none. With a client_state, that replaces what is kept with the adapter.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetClientState(self, request, context):
+        """What a trainer left with its adapter's newest version, see OptimStepRequest.client_state. Only for its owner.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DownloadAdapter(self, request, context):
         """Gives the files of a PEFT directory, as SaveAdapter would write them, to the client: the header, then the bytes.
         """
@@ -195,6 +220,16 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.UploadAdapter,
                     request_deserializer=onebase_dot_v1_dot_adapters__pb2.UploadAdapterRequest.FromString,
                     response_serializer=onebase_dot_v1_dot_types__pb2.Adapter.SerializeToString,
+            ),
+            'CheckpointAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckpointAdapter,
+                    request_deserializer=onebase_dot_v1_dot_adapters__pb2.CheckpointAdapterRequest.FromString,
+                    response_serializer=onebase_dot_v1_dot_adapters__pb2.CheckpointAdapterResponse.SerializeToString,
+            ),
+            'GetClientState': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetClientState,
+                    request_deserializer=onebase_dot_v1_dot_adapters__pb2.GetClientStateRequest.FromString,
+                    response_serializer=onebase_dot_v1_dot_adapters__pb2.GetClientStateResponse.SerializeToString,
             ),
             'DownloadAdapter': grpc.unary_stream_rpc_method_handler(
                     servicer.DownloadAdapter,
@@ -398,6 +433,60 @@ class AdapterService(object):
             '/onebase.v1.AdapterService/UploadAdapter',
             onebase_dot_v1_dot_adapters__pb2.UploadAdapterRequest.SerializeToString,
             onebase_dot_v1_dot_types__pb2.Adapter.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckpointAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/onebase.v1.AdapterService/CheckpointAdapter',
+            onebase_dot_v1_dot_adapters__pb2.CheckpointAdapterRequest.SerializeToString,
+            onebase_dot_v1_dot_adapters__pb2.CheckpointAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetClientState(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/onebase.v1.AdapterService/GetClientState',
+            onebase_dot_v1_dot_adapters__pb2.GetClientStateRequest.SerializeToString,
+            onebase_dot_v1_dot_adapters__pb2.GetClientStateResponse.FromString,
             options,
             channel_credentials,
             insecure,

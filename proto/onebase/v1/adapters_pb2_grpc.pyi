@@ -138,6 +138,38 @@ _AdapterServiceUploadAdapterType = typing_extensions.TypeVar(
     ],
 )
 
+_AdapterServiceCheckpointAdapterType = typing_extensions.TypeVar(
+    '_AdapterServiceCheckpointAdapterType',
+    grpc.UnaryUnaryMultiCallable[
+        onebase.v1.adapters_pb2.CheckpointAdapterRequest,
+        onebase.v1.adapters_pb2.CheckpointAdapterResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        onebase.v1.adapters_pb2.CheckpointAdapterRequest,
+        onebase.v1.adapters_pb2.CheckpointAdapterResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        onebase.v1.adapters_pb2.CheckpointAdapterRequest,
+        onebase.v1.adapters_pb2.CheckpointAdapterResponse,
+    ],
+)
+
+_AdapterServiceGetClientStateType = typing_extensions.TypeVar(
+    '_AdapterServiceGetClientStateType',
+    grpc.UnaryUnaryMultiCallable[
+        onebase.v1.adapters_pb2.GetClientStateRequest,
+        onebase.v1.adapters_pb2.GetClientStateResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        onebase.v1.adapters_pb2.GetClientStateRequest,
+        onebase.v1.adapters_pb2.GetClientStateResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        onebase.v1.adapters_pb2.GetClientStateRequest,
+        onebase.v1.adapters_pb2.GetClientStateResponse,
+    ],
+)
+
 _AdapterServiceDownloadAdapterType = typing_extensions.TypeVar(
     '_AdapterServiceDownloadAdapterType',
     grpc.UnaryStreamMultiCallable[
@@ -154,7 +186,7 @@ _AdapterServiceDownloadAdapterType = typing_extensions.TypeVar(
     ],
 )
 
-class AdapterServiceStub(typing.Generic[_AdapterServiceCreateAdapterType, _AdapterServiceGetAdapterType, _AdapterServiceListAdaptersType, _AdapterServiceDeleteAdapterType, _AdapterServiceLoadAdapterType, _AdapterServiceSaveAdapterType, _AdapterServiceUploadAdapterType, _AdapterServiceDownloadAdapterType]):
+class AdapterServiceStub(typing.Generic[_AdapterServiceCreateAdapterType, _AdapterServiceGetAdapterType, _AdapterServiceListAdaptersType, _AdapterServiceDeleteAdapterType, _AdapterServiceLoadAdapterType, _AdapterServiceSaveAdapterType, _AdapterServiceUploadAdapterType, _AdapterServiceCheckpointAdapterType, _AdapterServiceGetClientStateType, _AdapterServiceDownloadAdapterType]):
     """The adapters of this server. A name is unique; the session that creates, loads or activates a policy holds its lease,
     and only that session may train, replace or delete it. So it is with critics, which are never active: a session that
     trains one whose lease is free gets it. Anybody may read any adapter.
@@ -194,6 +226,14 @@ class AdapterServiceStub(typing.Generic[_AdapterServiceCreateAdapterType, _Adapt
             onebase.v1.adapters_pb2.UploadAdapterRequest,
             onebase.v1.types_pb2.Adapter,
         ],
+        grpc.UnaryUnaryMultiCallable[
+            onebase.v1.adapters_pb2.CheckpointAdapterRequest,
+            onebase.v1.adapters_pb2.CheckpointAdapterResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            onebase.v1.adapters_pb2.GetClientStateRequest,
+            onebase.v1.adapters_pb2.GetClientStateResponse,
+        ],
         grpc.UnaryStreamMultiCallable[
             onebase.v1.adapters_pb2.DownloadAdapterRequest,
             onebase.v1.adapters_pb2.DownloadAdapterResponse,
@@ -229,6 +269,14 @@ class AdapterServiceStub(typing.Generic[_AdapterServiceCreateAdapterType, _Adapt
         grpc.aio.StreamUnaryMultiCallable[
             onebase.v1.adapters_pb2.UploadAdapterRequest,
             onebase.v1.types_pb2.Adapter,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            onebase.v1.adapters_pb2.CheckpointAdapterRequest,
+            onebase.v1.adapters_pb2.CheckpointAdapterResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            onebase.v1.adapters_pb2.GetClientStateRequest,
+            onebase.v1.adapters_pb2.GetClientStateResponse,
         ],
         grpc.aio.UnaryStreamMultiCallable[
             onebase.v1.adapters_pb2.DownloadAdapterRequest,
@@ -269,6 +317,14 @@ class AdapterServiceStub(typing.Generic[_AdapterServiceCreateAdapterType, _Adapt
     DATA_LOSS if a file is not what its hash says. Nothing of a broken upload stays.
     """
 
+    CheckpointAdapter: _AdapterServiceCheckpointAdapterType
+    """Makes the newest version durable now, where the server has a state directory; FAILED_PRECONDITION (NOT_DURABLE)
+    where it has none. With a client_state, that replaces what is kept with the adapter.
+    """
+
+    GetClientState: _AdapterServiceGetClientStateType
+    """What a trainer left with its adapter's newest version, see OptimStepRequest.client_state. Only for its owner."""
+
     DownloadAdapter: _AdapterServiceDownloadAdapterType
     """Gives the files of a PEFT directory, as SaveAdapter would write them, to the client: the header, then the bytes."""
 
@@ -300,6 +356,14 @@ AdapterServiceAsyncStub: typing_extensions.TypeAlias = AdapterServiceStub[
     grpc.aio.StreamUnaryMultiCallable[
         onebase.v1.adapters_pb2.UploadAdapterRequest,
         onebase.v1.types_pb2.Adapter,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        onebase.v1.adapters_pb2.CheckpointAdapterRequest,
+        onebase.v1.adapters_pb2.CheckpointAdapterResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        onebase.v1.adapters_pb2.GetClientStateRequest,
+        onebase.v1.adapters_pb2.GetClientStateResponse,
     ],
     grpc.aio.UnaryStreamMultiCallable[
         onebase.v1.adapters_pb2.DownloadAdapterRequest,
@@ -384,6 +448,24 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
         header, then come the files' bytes in the header's order. What is checked, and what fails, is as for LoadAdapter;
         DATA_LOSS if a file is not what its hash says. Nothing of a broken upload stays.
         """
+
+    @abc.abstractmethod
+    def CheckpointAdapter(
+        self,
+        request: onebase.v1.adapters_pb2.CheckpointAdapterRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[onebase.v1.adapters_pb2.CheckpointAdapterResponse, collections.abc.Awaitable[onebase.v1.adapters_pb2.CheckpointAdapterResponse]]:
+        """Makes the newest version durable now, where the server has a state directory; FAILED_PRECONDITION (NOT_DURABLE)
+        where it has none. With a client_state, that replaces what is kept with the adapter.
+        """
+
+    @abc.abstractmethod
+    def GetClientState(
+        self,
+        request: onebase.v1.adapters_pb2.GetClientStateRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[onebase.v1.adapters_pb2.GetClientStateResponse, collections.abc.Awaitable[onebase.v1.adapters_pb2.GetClientStateResponse]]:
+        """What a trainer left with its adapter's newest version, see OptimStepRequest.client_state. Only for its owner."""
 
     @abc.abstractmethod
     def DownloadAdapter(

@@ -145,6 +145,24 @@ class KeepAliveRequest(google.protobuf.message.Message):
 Global___KeepAliveRequest: typing_extensions.TypeAlias = KeepAliveRequest
 
 @typing.final
+class AttendSessionRequest(google.protobuf.message.Message):
+    """Request of AttendSession."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: builtins.int
+    session_id: builtins.str
+    """The session."""
+    def __init__(
+        self,
+        *,
+        session_id: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["session_id", b"session_id"]) -> None: ...
+
+Global___AttendSessionRequest: typing_extensions.TypeAlias = AttendSessionRequest
+
+@typing.final
 class CloseSessionRequest(google.protobuf.message.Message):
     """Request of CloseSession."""
 

@@ -58,6 +58,11 @@ class SessionServiceStub(object):
                 request_serializer=onebase_dot_v1_dot_sessions__pb2.KeepAliveRequest.SerializeToString,
                 response_deserializer=onebase_dot_v1_dot_sessions__pb2.Session.FromString,
                 _registered_method=True)
+        self.AttendSession = channel.unary_stream(
+                '/onebase.v1.SessionService/AttendSession',
+                request_serializer=onebase_dot_v1_dot_sessions__pb2.AttendSessionRequest.SerializeToString,
+                response_deserializer=onebase_dot_v1_dot_sessions__pb2.Session.FromString,
+                _registered_method=True)
         self.CloseSession = channel.unary_unary(
                 '/onebase.v1.SessionService/CloseSession',
                 request_serializer=onebase_dot_v1_dot_sessions__pb2.CloseSessionRequest.SerializeToString,
@@ -102,6 +107,16 @@ class SessionServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AttendSession(self, request, context):
+        """Tells the server that the session's client is there: a stream that lives as long as the client does. The first
+        message comes at once, others when the session changes. While it is open the session's ttl does not run. When it
+        breaks, and none is open any more, the client has vanished: its adapters are made durable and their device memory
+        is freed at once, and its ttl begins to run. It may come back until then, and goes on where it was.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CloseSession(self, request, context):
         """Ends a session and gives its leases back. Its adapters stay.
         """
@@ -130,6 +145,11 @@ def add_SessionServiceServicer_to_server(servicer, server):
             'KeepAlive': grpc.unary_unary_rpc_method_handler(
                     servicer.KeepAlive,
                     request_deserializer=onebase_dot_v1_dot_sessions__pb2.KeepAliveRequest.FromString,
+                    response_serializer=onebase_dot_v1_dot_sessions__pb2.Session.SerializeToString,
+            ),
+            'AttendSession': grpc.unary_stream_rpc_method_handler(
+                    servicer.AttendSession,
+                    request_deserializer=onebase_dot_v1_dot_sessions__pb2.AttendSessionRequest.FromString,
                     response_serializer=onebase_dot_v1_dot_sessions__pb2.Session.SerializeToString,
             ),
             'CloseSession': grpc.unary_unary_rpc_method_handler(
@@ -249,6 +269,33 @@ class SessionService(object):
             target,
             '/onebase.v1.SessionService/KeepAlive',
             onebase_dot_v1_dot_sessions__pb2.KeepAliveRequest.SerializeToString,
+            onebase_dot_v1_dot_sessions__pb2.Session.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AttendSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/onebase.v1.SessionService/AttendSession',
+            onebase_dot_v1_dot_sessions__pb2.AttendSessionRequest.SerializeToString,
             onebase_dot_v1_dot_sessions__pb2.Session.FromString,
             options,
             channel_credentials,

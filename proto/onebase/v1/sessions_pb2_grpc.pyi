@@ -89,6 +89,22 @@ _SessionServiceKeepAliveType = typing_extensions.TypeVar(
     ],
 )
 
+_SessionServiceAttendSessionType = typing_extensions.TypeVar(
+    '_SessionServiceAttendSessionType',
+    grpc.UnaryStreamMultiCallable[
+        onebase.v1.sessions_pb2.AttendSessionRequest,
+        onebase.v1.sessions_pb2.Session,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        onebase.v1.sessions_pb2.AttendSessionRequest,
+        onebase.v1.sessions_pb2.Session,
+    ],
+    default=grpc.UnaryStreamMultiCallable[
+        onebase.v1.sessions_pb2.AttendSessionRequest,
+        onebase.v1.sessions_pb2.Session,
+    ],
+)
+
 _SessionServiceCloseSessionType = typing_extensions.TypeVar(
     '_SessionServiceCloseSessionType',
     grpc.UnaryUnaryMultiCallable[
@@ -105,7 +121,7 @@ _SessionServiceCloseSessionType = typing_extensions.TypeVar(
     ],
 )
 
-class SessionServiceStub(typing.Generic[_SessionServiceOpenSessionType, _SessionServiceGetSessionType, _SessionServiceSetActiveAdapterType, _SessionServiceKeepAliveType, _SessionServiceCloseSessionType]):
+class SessionServiceStub(typing.Generic[_SessionServiceOpenSessionType, _SessionServiceGetSessionType, _SessionServiceSetActiveAdapterType, _SessionServiceKeepAliveType, _SessionServiceAttendSessionType, _SessionServiceCloseSessionType]):
     """Sessions of this server. A session has one active adapter, `ppo_adapter_name`: the policy that a request means when
     it names none. It is a fact about the session, not about the device, so no other session can change it.
 
@@ -128,6 +144,10 @@ class SessionServiceStub(typing.Generic[_SessionServiceOpenSessionType, _Session
         ],
         grpc.UnaryUnaryMultiCallable[
             onebase.v1.sessions_pb2.KeepAliveRequest,
+            onebase.v1.sessions_pb2.Session,
+        ],
+        grpc.UnaryStreamMultiCallable[
+            onebase.v1.sessions_pb2.AttendSessionRequest,
             onebase.v1.sessions_pb2.Session,
         ],
         grpc.UnaryUnaryMultiCallable[
@@ -154,6 +174,10 @@ class SessionServiceStub(typing.Generic[_SessionServiceOpenSessionType, _Session
             onebase.v1.sessions_pb2.KeepAliveRequest,
             onebase.v1.sessions_pb2.Session,
         ],
+        grpc.aio.UnaryStreamMultiCallable[
+            onebase.v1.sessions_pb2.AttendSessionRequest,
+            onebase.v1.sessions_pb2.Session,
+        ],
         grpc.aio.UnaryUnaryMultiCallable[
             onebase.v1.sessions_pb2.CloseSessionRequest,
             onebase.v1.sessions_pb2.CloseSessionResponse,
@@ -176,6 +200,13 @@ class SessionServiceStub(typing.Generic[_SessionServiceOpenSessionType, _Session
     KeepAlive: _SessionServiceKeepAliveType
     """Keeps a session alive. Any call that names the session does so too."""
 
+    AttendSession: _SessionServiceAttendSessionType
+    """Tells the server that the session's client is there: a stream that lives as long as the client does. The first
+    message comes at once, others when the session changes. While it is open the session's ttl does not run. When it
+    breaks, and none is open any more, the client has vanished: its adapters are made durable and their device memory
+    is freed at once, and its ttl begins to run. It may come back until then, and goes on where it was.
+    """
+
     CloseSession: _SessionServiceCloseSessionType
     """Ends a session and gives its leases back. Its adapters stay."""
 
@@ -194,6 +225,10 @@ SessionServiceAsyncStub: typing_extensions.TypeAlias = SessionServiceStub[
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         onebase.v1.sessions_pb2.KeepAliveRequest,
+        onebase.v1.sessions_pb2.Session,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        onebase.v1.sessions_pb2.AttendSessionRequest,
         onebase.v1.sessions_pb2.Session,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
@@ -244,6 +279,18 @@ class SessionServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[onebase.v1.sessions_pb2.Session, collections.abc.Awaitable[onebase.v1.sessions_pb2.Session]]:
         """Keeps a session alive. Any call that names the session does so too."""
+
+    @abc.abstractmethod
+    def AttendSession(
+        self,
+        request: onebase.v1.sessions_pb2.AttendSessionRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[onebase.v1.sessions_pb2.Session], collections.abc.AsyncIterator[onebase.v1.sessions_pb2.Session]]:
+        """Tells the server that the session's client is there: a stream that lives as long as the client does. The first
+        message comes at once, others when the session changes. While it is open the session's ttl does not run. When it
+        breaks, and none is open any more, the client has vanished: its adapters are made durable and their device memory
+        is freed at once, and its ttl begins to run. It may come back until then, and goes on where it was.
+        """
 
     @abc.abstractmethod
     def CloseSession(

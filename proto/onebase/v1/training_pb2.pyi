@@ -481,6 +481,7 @@ class OptimStepRequest(google.protobuf.message.Message):
     ADAMW_FIELD_NUMBER: builtins.int
     MAX_GRAD_NORM_FIELD_NUMBER: builtins.int
     EXPECTED_PENDING_FIELD_NUMBER: builtins.int
+    CLIENT_STATE_FIELD_NUMBER: builtins.int
     session_id: builtins.str
     """The session that holds the adapter's lease."""
     request_id: builtins.str
@@ -493,6 +494,10 @@ class OptimStepRequest(google.protobuf.message.Message):
     """Scale the gradients down to this global norm, over this adapter's parameters alone; 0 does not clip."""
     expected_pending: builtins.int
     """As in ForwardBackwardRequest."""
+    client_state: builtins.bytes
+    """What the client wants back with the version that this step makes, as its step counter and its random generator's
+    state: opaque, kept in every checkpoint of it. Unset keeps what is there; at most 1 MiB.
+    """
     @property
     def adamw(self) -> Global___AdamW:
         """AdamW's settings."""
@@ -507,9 +512,12 @@ class OptimStepRequest(google.protobuf.message.Message):
         adamw: Global___AdamW | None = ...,
         max_grad_norm: builtins.float = ...,
         expected_pending: builtins.int | None = ...,
+        client_state: builtins.bytes | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_expected_pending", b"_expected_pending", "_expected_version", b"_expected_version", "adamw", b"adamw", "expected_pending", b"expected_pending", "expected_version", b"expected_version"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_expected_pending", b"_expected_pending", "_expected_version", b"_expected_version", "adamw", b"adamw", "adapter", b"adapter", "expected_pending", b"expected_pending", "expected_version", b"expected_version", "max_grad_norm", b"max_grad_norm", "request_id", b"request_id", "session_id", b"session_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_client_state", b"_client_state", "_expected_pending", b"_expected_pending", "_expected_version", b"_expected_version", "adamw", b"adamw", "client_state", b"client_state", "expected_pending", b"expected_pending", "expected_version", b"expected_version"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_client_state", b"_client_state", "_expected_pending", b"_expected_pending", "_expected_version", b"_expected_version", "adamw", b"adamw", "adapter", b"adapter", "client_state", b"client_state", "expected_pending", b"expected_pending", "expected_version", b"expected_version", "max_grad_norm", b"max_grad_norm", "request_id", b"request_id", "session_id", b"session_id"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_client_state", b"_client_state"]) -> typing.Literal["client_state"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_expected_pending", b"_expected_pending"]) -> typing.Literal["expected_pending"] | None: ...
     @typing.overload

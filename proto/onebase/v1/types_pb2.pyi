@@ -378,6 +378,8 @@ class Adapter(google.protobuf.message.Message):
     SOURCE_FIELD_NUMBER: builtins.int
     APPEND_EOS_FIELD_NUMBER: builtins.int
     POOLING_FIELD_NUMBER: builtins.int
+    RESIDENT_FIELD_NUMBER: builtins.int
+    DURABLE_VERSION_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Unique name on this server: 1 to 64 of [A-Za-z0-9._-], beginning with a letter or a digit. "base" is reserved."""
     kind: Global___AdapterKind.ValueType
@@ -404,6 +406,10 @@ class Adapter(google.protobuf.message.Message):
     """
     pooling: Global___Pooling.ValueType
     """Where this reward adapter's score is read, POOLING_LAST_TOKEN where nothing says so; unset for other kinds."""
+    resident: builtins.bool
+    """Whether it is in device memory. One that is not lies in a checkpoint, and comes back when it is used."""
+    durable_version: builtins.int
+    """The newest version that would be there after a crash; unset where nothing outlives the server."""
     @property
     def lora(self) -> Global___LoraSpec:
         """Its LoRA shape."""
@@ -429,10 +435,15 @@ class Adapter(google.protobuf.message.Message):
         source: builtins.str = ...,
         append_eos: builtins.bool | None = ...,
         pooling: Global___Pooling.ValueType = ...,
+        resident: builtins.bool = ...,
+        durable_version: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_append_eos", b"_append_eos", "append_eos", b"append_eos", "lora", b"lora", "memory", b"memory"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_append_eos", b"_append_eos", "append_eos", b"append_eos", "create_time", b"create_time", "kind", b"kind", "leased", b"leased", "lora", b"lora", "memory", b"memory", "name", b"name", "num_labels", b"num_labels", "parameter_count", b"parameter_count", "pending_gradients", b"pending_gradients", "pooling", b"pooling", "source", b"source", "value_head", b"value_head", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_append_eos", b"_append_eos", "_durable_version", b"_durable_version", "append_eos", b"append_eos", "durable_version", b"durable_version", "lora", b"lora", "memory", b"memory"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_append_eos", b"_append_eos", "_durable_version", b"_durable_version", "append_eos", b"append_eos", "create_time", b"create_time", "durable_version", b"durable_version", "kind", b"kind", "leased", b"leased", "lora", b"lora", "memory", b"memory", "name", b"name", "num_labels", b"num_labels", "parameter_count", b"parameter_count", "pending_gradients", b"pending_gradients", "pooling", b"pooling", "resident", b"resident", "source", b"source", "value_head", b"value_head", "version", b"version"]) -> None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_append_eos", b"_append_eos"]) -> typing.Literal["append_eos"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_durable_version", b"_durable_version"]) -> typing.Literal["durable_version"] | None: ...
 
 Global___Adapter: typing_extensions.TypeAlias = Adapter
 

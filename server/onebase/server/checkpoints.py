@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from onebase.server.errors import DataLoss
@@ -72,6 +72,11 @@ class StateDirectory:
     def path_of(self, folder: str) -> Path:
         """Where a checkpoint is."""
         return self._folder / folder
+
+    @contextlib.contextmanager
+    def opened(self, folder: str) -> Iterator[Path]:
+        """A checkpoint's directory on this machine's disk, for as long as the block runs."""
+        yield self.path_of(folder)
 
     def row(self, path: Path, uid: int, version: int) -> CheckpointRow:
         """A checkpoint that was just written, as the store shall know it."""

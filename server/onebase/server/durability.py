@@ -86,6 +86,9 @@ class Volatile:
     def lease_ended(self, key: str) -> None:
         """Nobody trains this adapter any more."""
 
+    def abandoned(self, key: str) -> None:
+        """Whoever trains this adapter is gone for now: saves it, and frees its device memory then."""
+
     def session_changed(self, session: Session) -> None:
         """Notes a session as it is now; `synced` waits for it."""
 
@@ -236,6 +239,9 @@ class Durable(Volatile):
         for uid, track in self._tracks.items():
             if track.key == key and track.newest > track.durable:
                 self._begin(uid, track)
+
+    def abandoned(self, key: str) -> None:  # noqa: D102
+        self.lease_ended(key)
 
     def tick(self) -> None:  # noqa: D102
         for uid, track in self._tracks.items():
