@@ -233,8 +233,10 @@ def test_a_damaged_checkpoint_is_data_loss_and_the_one_before_is_offered(start: 
         client.train("p", number=1)
         os.kill(server.process.pid, signal.SIGKILL)
         server.process.wait()
-    damaged = max((state / "checkpoints").glob("000002-*"), key=lambda path: path.stat().st_mtime)
-    weights = damaged / "adapter_model.safetensors"
+    with closing(sqlite3.connect(state / "registry.sqlite")) as store:
+        newest = "SELECT folder FROM checkpoints JOIN adapters USING (uid) WHERE name = 'p' ORDER BY version DESC"
+        (folder,) = store.execute(newest).fetchone()
+    weights = state / "checkpoints" / folder / "adapter_model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
