@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import grpc
 from client.wire import Failure, floats, ids, length, version
 
@@ -75,6 +77,17 @@ class Sessions(Servicer, sessions_pb2_grpc.SessionServiceServicer):
 
     def KeepAlive(self, request, context):
         return self.fake.answer("KeepAlive", request, context, lambda: self._find(request, context))
+
+    def AttendSession(self, request, context):
+        if not self.fake.attends:
+            yield from super().AttendSession(request, context)  # UNIMPLEMENTED
+        yield self.fake.answer("AttendSession", request, context, lambda: self._find(request, context))
+        gone = threading.Event()
+        context.add_callback(gone.set)
+        while request.session_id in self.fake.sessions and not gone.wait(0.01):
+            if self.fake.cuts:
+                self.fake.cuts -= 1
+                context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
 
     def SetActiveAdapter(self, request, context):
         def work():

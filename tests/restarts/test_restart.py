@@ -208,7 +208,7 @@ def test_sessions_come_back_with_their_leases_and_active_adapter(start: Start) -
         gone = sessions_pb2.GetSessionRequest(session_id=ended)
         assert refused(client.sessions.GetSession, gone) == (Code.NOT_FOUND, "SESSION_NOT_FOUND")
         client.open()
-        assert refused(client.forward, "p") == (Code.PERMISSION_DENIED, "NOT_LEASE_HOLDER")
+        assert refused(client.forward, "p") == (Code.ABORTED, "NOT_LEASE_HOLDER")
         taking = sessions_pb2.OpenSessionRequest(ppo_adapter_name="p", ttl_seconds=60)
         assert refused(client.sessions.OpenSession, taking) == (Code.ABORTED, "ADAPTER_LEASED")
         client.session = session

@@ -17,6 +17,7 @@ from restarts.conftest import Start
 from support import ONEBASE, environment
 
 from onebase.client import connect
+from onebase.trainer.attach import LEASE_SECONDS
 
 pytestmark = pytest.mark.e2e
 STEPS = 4
@@ -118,3 +119,36 @@ def test_two_runs_whose_server_is_killed_end_bit_for_bit_as_undisturbed_ones(
     for name in WEIGHTS:
         assert numbers(tmp_path / "run" / name) == numbers(tmp_path / "undisturbed" / name)
         assert len(numbers(tmp_path / "run" / name)) == STEPS + 1  # with the evaluation before
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_trainer_that_is_killed_goes_on_at_once_when_it_is_started_again(
+    config: Path, tmp_path: Path, start: Start, saved: bool
+) -> None:
+    """Also one that was killed before its first checkpoint: nobody waits for the ttl of the session that it left."""
+    folder = tmp_path / "run"
+    with start("--root", str(tmp_path / "root")) as server:
+        flags = ("--server", server.address, "--output_dir", str(folder), "--steps", "500")
+        command = [*ONEBASE, "train", str(config), *flags, "--save_every", str(int(saved))]
+        run = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            wait_for_step(folder, 3)
+        finally:
+            run.kill()
+            run.communicate()
+        before, state = lines(folder), folder / "trainer_state.json"
+        assert state.exists() == saved
+        done = json.loads(state.read_text())["step"] if saved else 0
+        began = time.monotonic()
+        run = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            while not (now := lines(folder)) or now[-1] in before or now[-1]["step"] < 1:
+                assert run.poll() is None
+                assert time.monotonic() - began < LEASE_SECONDS
+                time.sleep(0.02)
+            print(f"first step after {time.monotonic() - began:.1f} s")
+            assert now[-1]["step"] == done + 1
+        finally:
+            run.send_signal(signal.SIGTERM)
+            _, errors = run.communicate(timeout=60)
+        assert run.returncode == 0, errors.decode()

@@ -121,7 +121,7 @@ def test_each_push_of_a_policy_is_its_next_version(live, session):
 
 def test_only_the_lease_holder_replaces(live, session, spool):
     refusal = refused(live.adapters.UploadAdapter, upload(header("p1", replace=True)))
-    assert (refusal.code, refusal.reason) == (grpc.StatusCode.PERMISSION_DENIED, "NOT_LEASE_HOLDER")
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.ABORTED, "NOT_LEASE_HOLDER")
     assert refused(live.adapters.UploadAdapter, upload(header("p1", session))).reason == "ADAPTER_EXISTS"
     wait_empty(spool)
 

@@ -158,7 +158,8 @@ class Server:
         self.edge: Edge = build_edge(parts.worker, parts.text, config, clock, parts.keeper)
         self._health = health.aio.HealthServicer()
         doorman, self._audit = _open_doors(config.security)
-        guard = Guard(self.edge.gate.refusal, doorman.admit, self._audit, config.security.stream_idle_seconds)
+        self._admit = doorman.admit
+        guard = Guard(self.edge.gate.refusal, self._admit, self._audit, config.security.stream_idle_seconds)
         self._server = grpc.aio.server(interceptors=(guard,), options=server_options(config.limits))
         self._register()
         self._sweeper: asyncio.Task[None] | None = None
@@ -216,6 +217,7 @@ class Server:
     async def stop(self, drain_seconds: float) -> None:
         """Refuses new calls, lets work in flight finish for up to so long, then ends everything."""
         self.edge.gate.state = State.DRAINING
+        self.edge.sessions.dismiss()
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         await asyncio.to_thread(self._worker.drain, drain_seconds)
         if self._sweeper is not None:
@@ -253,7 +255,7 @@ class Server:
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(edge), server)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(edge), server)
         server_pb2_grpc.add_ServerServiceServicer_to_server(ServerService(edge), server)
-        sessions_pb2_grpc.add_SessionServiceServicer_to_server(SessionService(edge), server)
+        sessions_pb2_grpc.add_SessionServiceServicer_to_server(SessionService(edge, self._admit), server)
         training_pb2_grpc.add_TrainingServiceServicer_to_server(TrainingService(edge), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

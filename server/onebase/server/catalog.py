@@ -162,9 +162,8 @@ class Catalog:
 
         Raises:
             AlreadyExists: the name is taken, and `replace` is not set.
-            PermissionDenied: another session holds the lease of what would be replaced.
             FailedPrecondition: what would be replaced is of another kind.
-            Aborted: what would be replaced was stepped in the meantime.
+            Aborted: another session holds the lease of what would be replaced, or it was stepped in the meantime.
             OnebaseError: the worker's.
         """
         reservation = self._registry.reserve(loaded.name, replacing=loaded.replace)
@@ -228,8 +227,7 @@ class Catalog:
 
         Raises:
             NotFound: no such adapter.
-            PermissionDenied: another session holds its lease.
-            Aborted: another call is replacing it.
+            Aborted: another session holds its lease, or another call is replacing it.
         """
         if not self._registry.damaged(name):
             self._registry.check_may_change(self._registry.get(name, "name"))

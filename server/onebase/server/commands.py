@@ -303,13 +303,13 @@ StreamIdle = Annotated[
         help="End a stream whose client neither reads nor sends for so many seconds.", rich_help_panel=_SECURITY
     ),
 ]
-_QUOTA = "requests, completions (at once), tokens_per_second, adapters, adapter_bytes; 8G is 8 GiB"
+_QUOTA = "requests, completions (at once), tokens_per_second, adapters, adapter_bytes, sessions; 8G is 8 GiB"
 TenantQuota = Annotated[
     str,
     typer.Option(
         metavar="NAME=N,…",
-        help=f"Most that one tenant may have of {_QUOTA}. With --tokens, requests is a quarter of the queue if not "
-        "said otherwise.",
+        help=f"Most that one tenant may have of {_QUOTA}. With --tokens, requests and sessions are a quarter of what "
+        "the server takes if not said otherwise.",
         rich_help_panel=_SECURITY,
     ),
 ]

@@ -125,6 +125,7 @@ class Limits:
     max_rank: int = 512
     max_message_bytes: int = 64 * 2**20
     max_upload_bytes: int = 4 * 2**30
+    max_sessions: int = 4096
 
     def __post_init__(self) -> None:
         for key, value in vars(self).items():
@@ -144,6 +145,8 @@ class Quota:
     adapters: int = 0
     adapter_bytes: int = 0
     """Float32 parameters of adapters; of those that are trained also gradients and moments."""
+    sessions: int = 0
+    """Open sessions."""
 
     def __post_init__(self) -> None:
         for key, value in vars(self).items():
@@ -293,10 +296,15 @@ class ServerConfig:
         self._check_adapters()
 
     def quota_of_tenants(self) -> Quota:
-        """What each tenant may have; one of several never has more than a quarter of the queue."""
-        if self.security.tokens is None or self.tenant_quota.requests:
-            return self.tenant_quota
-        return replace(self.tenant_quota, requests=max(1, self.limits.max_queued_requests // 4))
+        """What each tenant may have; one of several never has more than a quarter of the queue, or of the sessions."""
+        mine = self.tenant_quota
+        if self.security.tokens is None:
+            return mine
+        return replace(
+            mine,
+            requests=mine.requests or max(1, self.limits.max_queued_requests // 4),
+            sessions=mine.sessions or max(1, self.limits.max_sessions // 4),
+        )
 
     def _check_adapters(self) -> None:
         names = [source.name for source in (*self.rewards, *self.policies, *self.references, *self.critics)]

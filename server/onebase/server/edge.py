@@ -119,10 +119,13 @@ def build_edge(
         clock: of the sessions; monotonic, in seconds.
         keeper: of what outlives the process; None: nothing does.
     """
-    sessions, registry, texts = Sessions(clock), Registry(), Texts(text)
+    tenant = config.quota_of_tenants()
+    most = min(config.quota.sessions or config.limits.max_sessions, config.limits.max_sessions)
+    sessions = Sessions(clock, max_sessions=most, max_per_tenant=tenant.sessions)
+    registry, texts = Registry(), Texts(text)
     keeper = keeper or Volatile()
     sessions.changed, sessions.ended = keeper.session_changed, keeper.session_ended
-    tenant = config.quota_of_tenants()
+    sessions.abandoned = keeper.abandoned
     worker = QuotaWorker(worker, tenant, config.quota)
     adapters = AdapterQuotas(registry, tenant, config.quota)
     return Edge(

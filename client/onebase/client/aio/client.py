@@ -229,7 +229,7 @@ class AsyncClient(Calls):
         Args:
             ppo_adapter_name: the active adapter; may be "" and set later.
             label: a name for people, shown in the status.
-            ttl: seconds that the session outlives a client that dies, 1 to 3600.
+            ttl: seconds that the session outlives a client that vanishes, 1 to 3600.
             resume: the id of a session to go on with, if it still lives.
             wait: seconds to wait for the lease if another session holds it; `AbortedError` after that.
             timeout: seconds for each attempt.
