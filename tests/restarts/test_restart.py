@@ -24,6 +24,7 @@ from restarts.conftest import Start, checkpoints, died_of_sigkill
 from onebase.v1 import (
     adapters_pb2,
     adapters_pb2_grpc,
+    inference_pb2,
     inference_pb2_grpc,
     sessions_pb2,
     sessions_pb2_grpc,
@@ -101,6 +102,10 @@ class Plain:
     def train(self, name: str = "p", request_id: str = "", number: int = 0) -> training_pb2.OptimStepResponse:
         self.forward(name, number)
         return self.step(name, request_id)
+
+    def score(self, adapter: str = "base") -> inference_pb2.LogprobResponse:
+        row = types_pb2.Sequence(prompt=tokens(5, 6), completion=tokens(7, 8, 9))
+        return self.inference.Logprob(inference_pb2.LogprobRequest(adapter=adapter, sequences=[row]))
 
     def version(self, name: str = "p") -> int:
         return self.adapters.GetAdapter(adapters_pb2.GetAdapterRequest(name=name)).version

@@ -108,6 +108,7 @@ class FakeWorker:
         self.value_heads = True  # of loaded policies that ask for none
         self.full = False  # the disk
         self.stuck = 0.0  # seconds
+        self.ticket = ""  # of a crash
         self.endless = False  # completions that go on until they are cancelled
         self._held: tuple[type, ...] = ()
         self._pending: list[jobs.Job] = []
@@ -136,6 +137,13 @@ class FakeWorker:
 
     def stuck_seconds(self):
         return self.stuck
+
+    def lost(self):
+        return self.ticket
+
+    def abandon(self, why):
+        self.ticket = self.ticket or f"abandoned: {why}"
+        return self.ticket
 
     def drain(self, seconds):
         until = time.monotonic() + seconds

@@ -17,6 +17,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
@@ -41,6 +42,7 @@ from onebase.server.services.inference import InferenceService
 from onebase.server.services.server import ServerService
 from onebase.server.services.sessions import SessionService
 from onebase.server.services.training import TrainingService
+from onebase.server.successor import EXIT_CODE
 from onebase.server.tokens import Doorman, TokenFileError
 from onebase.v1 import (
     adapters_pb2,
@@ -70,6 +72,7 @@ SERVICES = tuple(
 _SWEEP_SECONDS = 1.0
 _CHATTY = ("bitsandbytes",)  # warns of kernels that it would use for 4-bit bases on a CPU
 _LAST_ANSWERS_SECONDS = 5.0  # for answers on their way out when all work has ended
+_LOST_ANSWERS_SECONDS = 1.0  # and when the engine crashed, so that nobody waits for more than the restart
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ class Report:
     """Calls are served on this port."""
     draining: Callable[[], None] = lambda: None
     """The server was told to stop, and finishes the work in flight."""
+    lost: Callable[[str, int], NoReturn] = lambda _ticket, _port: os._exit(EXIT_CODE)
+    """The engine crashed, logged under a ticket, and everybody was answered; the port. Ends the process."""
 
 
 def make_roots(config: ServerConfig) -> None:
@@ -164,6 +169,9 @@ class Server:
         self._register()
         self._sweeper: asyncio.Task[None] | None = None
         self._stuck = False
+        self.port = 0
+        self.lost = asyncio.Event()
+        """Set when the engine crashed."""
 
     async def start(self) -> int:
         """Binds, and answers UNAVAILABLE from now on; returns the port.
@@ -184,6 +192,7 @@ class Server:
         await self._server.start()
         self._worker.start()
         self._sweeper = asyncio.create_task(self._sweep())
+        self.port = port
         return port
 
     async def load(self, report: Report) -> None:
@@ -228,6 +237,12 @@ class Server:
         self.edge.texts.close()
         self._audit.close()
 
+    async def give_up(self) -> None:
+        """After a crash: lets the answers out, and writes nothing more."""
+        self.edge.gate.state = State.LOST
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._server.stop(_LOST_ANSWERS_SECONDS)
+
     def _is_there(self, name: str, kind: AdapterKind) -> bool:
         """Whether the state directory has this adapter: it goes on from there."""
         registry = self.edge.registry
@@ -267,13 +282,21 @@ class Server:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(_SWEEP_SECONDS)
-            self.edge.sessions.sweep()
-            self.edge.keeper.tick()
+            try:
+                self.edge.sessions.sweep()
+                self.edge.keeper.tick()
+            except Exception:  # whatever it is, a crash must still be noticed
+                log.exception("sessions could not be swept")
             await self._watch()
 
     async def _watch(self) -> None:
         """Health says so while the engine makes no progress."""
-        seconds = self._worker.stuck_seconds()
+        seconds, limit = self._worker.stuck_seconds(), self._config.stall_restart_seconds
+        if limit and seconds > limit:
+            self._worker.abandon(f"a step went on for {seconds:.0f} s")
+        if self._worker.lost():
+            self.lost.set()
+            return
         stuck = seconds > self._config.stall_seconds
         if stuck == self._stuck or self.edge.gate.state is not State.SERVING:
             return
@@ -311,7 +334,7 @@ async def running(
 
 
 async def serve(parts: Parts, config: ServerConfig, report: Report) -> None:
-    """Serves until SIGTERM or SIGINT, then drains and returns.
+    """Serves until SIGTERM or SIGINT, then drains and returns; after a crash of the engine it does not return.
 
     Raises:
         ConfigError: the address cannot be had.
@@ -321,8 +344,23 @@ async def serve(parts: Parts, config: ServerConfig, report: Report) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    async with running(parts, config, report):
-        await stopping.wait()
+    try:
+        async with running(parts, config, report) as server:
+            await _either(stopping, server.lost)
+            if server.lost.is_set():
+                await server.give_up()
+                report.lost(parts.worker.lost(), server.port)
+    except OnebaseError:
+        if ticket := parts.worker.lost():  # while it was loading
+            report.lost(ticket, config.port)
+        raise
+
+
+async def _either(*events: asyncio.Event) -> None:
+    waits = [asyncio.ensure_future(event.wait()) for event in events]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
 
 
 def check_address(config: ServerConfig) -> None:

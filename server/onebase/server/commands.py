@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from onebase.server.config import ServerConfig
     from onebase.server.jobs import AdapterFacts, BaseFacts
     from onebase.server.registry import Entry
+    from onebase.server.successor import Restarts
 
 _ADAPTERS, _ENGINE, _NETWORK, _STATE = "Adapters", "Engine", "Network and files", "Durability"
 _SECURITY = "Security"
@@ -257,6 +258,14 @@ StallSeconds = Annotated[
         help="Health turns NOT_SERVING while one step of the engine goes on for longer.", rich_help_panel=_NETWORK
     ),
 ]
+StallRestartSeconds = Annotated[
+    float,
+    typer.Option(
+        help="Take a step of the engine that goes on for longer for a crash: with --state the server starts again by "
+        "itself and goes on from what is durable, without it ends with code 70. 0: never.",
+        rich_help_panel=_NETWORK,
+    ),
+]
 TlsCert = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="The server's certificates (PEM); needs --tls-key.", rich_help_panel=_SECURITY),
@@ -336,6 +345,7 @@ def serve(
     port_file: PortFile = None,
     drain_seconds: DrainSeconds = 30.0,
     stall_seconds: StallSeconds = 300.0,
+    stall_restart_seconds: StallRestartSeconds = 0.0,
     max_upload_bytes: MaxUploadBytes = 4 * 2**30,
     state: State = None,
     durability: Durability = "checkpoint",
@@ -390,7 +400,9 @@ def serve(
 
         onebase status
 
-    Ctrl-C or SIGTERM stops it: work in flight is finished first, for up to --drain-seconds.
+    Ctrl-C or SIGTERM stops it: work in flight is finished first, for up to --drain-seconds. If the engine crashes, a
+    server with --state starts again by itself, on the same port; without it, or after 3 times in 10 minutes, it ends
+    with code 70.
     """
     console = Console(highlight=False)
     from onebase.server.config import ConfigError, EngineConfig, Limits, Security, ServerConfig
@@ -439,6 +451,7 @@ def serve(
             quota=quota("--quota", whole_quota),
             drain_seconds=drain_seconds,
             stall_seconds=stall_seconds,
+            stall_restart_seconds=stall_restart_seconds,
             policy_rank=policy_rank,
             policy_alpha=policy_alpha,
         )
@@ -451,17 +464,21 @@ def serve(
 def _run(config: ServerConfig, console: Console) -> None:
     from onebase.server.app import check_address, open_parts
     from onebase.server.app import serve as serve_parts
+    from onebase.server.successor import Restarts
 
+    restarts = Restarts.inherited()
+    config = restarts.keep_port(config)
     check_address(config)
     with console.status(f"Opening {escape(config.engine.model)} …"):
         parts = open_parts(config)
     console.print(_base_line(parts.worker.facts), soft_wrap=True)
-    asyncio.run(serve_parts(parts, config, _report(config, console)))
+    asyncio.run(serve_parts(parts, config, _report(config, restarts, console)))
     console.print("Stopped.")
 
 
-def _report(config: ServerConfig, console: Console) -> Report:
+def _report(config: ServerConfig, restarts: Restarts, console: Console) -> Report:
     from onebase.server.app import Report
+    from onebase.server.successor import end
 
     def ready(port: int) -> None:
         address = f"{config.host}:{port}"
@@ -480,6 +497,7 @@ def _report(config: ServerConfig, console: Console) -> Report:
         damaged=lambda _name, error: console.print(f"  [bold red]damaged[/] {escape(str(error))}", soft_wrap=True),
         ready=ready,
         draining=draining,
+        lost=lambda ticket, port: end(config, restarts, ticket, port),
     )
 
 

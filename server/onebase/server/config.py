@@ -269,6 +269,8 @@ class ServerConfig:
     """How long work in flight may go on after SIGTERM."""
     stall_seconds: float = 300.0
     """A step of the engine that goes on for so long turns health NOT_SERVING until it ends."""
+    stall_restart_seconds: float = 0.0
+    """One that goes on for so long is taken for a crash; 0 is never."""
     policy_rank: int = 16
     """LoRA rank of the policies and critics made here from the start."""
     policy_alpha: float = 32.0
@@ -287,6 +289,9 @@ class ServerConfig:
         _require(drain_fine, "drain_seconds", self.drain_seconds, "use 0 or more")
         stall_fine = math.isfinite(self.stall_seconds) and self.stall_seconds > 0
         _require(stall_fine, "stall_seconds", self.stall_seconds, "use a number above 0")
+        restart = self.stall_restart_seconds
+        restart_fine = math.isfinite(restart) and restart >= 0
+        _require(restart_fine, "stall_restart_seconds", restart, "use 0 or more")
         rank_way_out = f"use 1 to {self.limits.max_rank}"
         _require(1 <= self.policy_rank <= self.limits.max_rank, "policy_rank", self.policy_rank, rank_way_out)
         alpha_fine = math.isfinite(self.policy_alpha) and self.policy_alpha > 0

@@ -158,8 +158,18 @@ class Durable(Volatile):
         Raises:
             OnebaseError: what an OSError means to a client.
         """
+
+        def guarded() -> R:
+            try:
+                failpoints.hit("store")
+                return work()
+            except Exception:
+                raise
+            except BaseException as error:  # what ends a thread must not end the event loop, which would raise it too
+                raise RuntimeError(f"the store's thread was ended by {error!r}") from error
+
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+            return await asyncio.get_running_loop().run_in_executor(self._thread, guarded)
         except OSError as error:
             raise disk_full(error) from error
 

@@ -35,6 +35,7 @@ class State(enum.Enum):
     LOADING = "loading"
     SERVING = "serving"
     DRAINING = "draining"
+    LOST = "lost"
 
 
 @dataclass
@@ -52,6 +53,8 @@ class Gate:
                 return Unavailable("LOADING", "the server still loads its adapters: try again soon", retry_after=1.0)
             case State.DRAINING:
                 return Unavailable("DRAINING", "the server is stopping: go on with it when it has started again")
+            case State.LOST:
+                return Unavailable("WORKER_CRASHED", "the engine crashed: repeat the call", retry_after=2.0)
 
 
 @dataclass(frozen=True)
