@@ -20,6 +20,8 @@ from collections import Counter
 
 VARIABLE = "ONEBASE_FAILPOINTS"
 
+PLACES = ("before_rename", "after_rename", "after_commit")
+
 _hits: Counter[str] = Counter()
 _lock = threading.Lock()
 
