@@ -89,15 +89,16 @@ def make_place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..
     """Starts servers, and ends them."""
     with ExitStack() as stack:
 
-        def make(*flags: str) -> Place:
+        def make(*flags: str, guarded: bool = True) -> Place:
             folder = tmp_path_factory.mktemp("faults")
             root = Path(shutil.copytree(FIXTURES, folder / "root"))
             tokens = TokenFile(folder / "tokens.json")
             tokens.add("unused", (Scope.STATUS,), (), None)
+            guard = ("--tokens", str(folder / "tokens.json")) if guarded else ()
             server = stack.enter_context(
                 start_server(
                     root / "base", "--policy", f"p={root / 'policy'}", "--reward", f"r={root / 'reward'}",
-                    "--root", str(root), "--tokens", str(folder / "tokens.json"), *FLAGS, *flags,
+                    "--root", str(root), *guard, *FLAGS, *flags,
                 )
             )  # fmt: skip
             channel = stack.enter_context(grpc.insecure_channel(server.address))
@@ -146,7 +147,8 @@ sys.path.insert(0, {tests!r})
 import grpc
 from faults.conftest import endless
 from server.tenants import Client
-with grpc.insecure_channel({address!r}) as channel:
+from onebase.client.channel import OPTIONS
+with grpc.insecure_channel({address!r}, options=OPTIONS) as channel:
     try:
         for _ in Client(channel, {token!r}).inference.Generate(endless()):
             print("one", flush=True)
