@@ -12,9 +12,7 @@ def note(told: Any, reason: str = "") -> None:
     """Notes what a client saw.
 
     Args:
-        told: a gRPC code or its name; or an error of onebase.client, whose reason is taken too.
+        told: a gRPC code or its name.
         reason: of the ErrorInfo; "" for what the transport says by itself.
     """
-    if isinstance(told, Exception):
-        told, reason = told.code, getattr(told, "reason", "")  # type: ignore[attr-defined]
     TOLD.append(f"{getattr(told, 'name', told)} {reason}".strip())

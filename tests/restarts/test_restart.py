@@ -106,7 +106,7 @@ class Plain:
         return self.step(name, request_id)
 
     def generate(self, name: str = "p", n: int = 8) -> Iterator[inference_pb2.GenerateResponse]:
-        sampling = types_pb2.SamplingParams(max_new_tokens=48, n=n, seed=3, ignore_eos=True)
+        sampling = inference_pb2.SamplingParams(max_new_tokens=48, n=n, seed=3, ignore_eos=True)
         return self.inference.Generate(
             inference_pb2.GenerateRequest(
                 session_id=self.session,

@@ -40,4 +40,4 @@ def test_tenants_go_on_apart(start: Start, tmp_path: Path, seen: Callable[..., N
                 assert [one.name for one in other.adapters("policy")] == ["mine"]
                 with pytest.raises(NotFoundError) as hidden:
                     other.generate("w5", adapter="hidden")
-                seen(hidden.value)
+                seen("NOT_FOUND", hidden.value.reason)
