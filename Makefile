@@ -111,6 +111,10 @@ oracle: .venv-oracle/.installed .venv/.installed  ## remake the fixtures with TR
 matrix: .venv/.installed  ## every architecture against transformers and PEFT, into docs/architectures.md
 	PYTHONPATH=tests $(BIN)/python -m matrix.run
 
+.PHONY: faults
+faults: .venv/.installed  ## every fault for real, a random history and the fuzzers, into docs/reliability.md (25 minutes)
+	PYTHONPATH=tests $(BIN)/python -m faults.run
+
 .PHONY: bench
 bench: .venv/.installed  ## ratios against transformers and PEFT, into benchmarks/results/; alone on the machine, please
 	$(BIN)/python benchmarks/run.py

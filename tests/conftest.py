@@ -8,6 +8,8 @@ import signal
 
 import pytest
 
+pytest_plugins = ["faults.plugin"]
+
 if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 ):  # a shell's background jobs ignore it, and so would their children

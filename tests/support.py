@@ -43,7 +43,7 @@ def start_server(
     With `failpoints` it fails as `onebase.server.failpoints` says.
 
     Raises:
-        RuntimeError: it ended or did not serve in time; the message holds its log.
+        RuntimeError: it ended or did not serve in time; the message holds its exit status and its log.
     """
     with tempfile.TemporaryDirectory() as folder:
         port_file, log = Path(folder, "port"), Path(folder, "log")
@@ -55,7 +55,9 @@ def start_server(
             until = time.monotonic() + wait
             while not (port_file.exists() and port_file.read_text().strip()):
                 if process.poll() is not None or time.monotonic() > until:
-                    raise RuntimeError(f"the server does not serve:\n{log.read_text(errors='replace')}")
+                    raise RuntimeError(
+                        f"the server does not serve ({process.poll()}):\n{log.read_text(errors='replace')}"
+                    )
                 time.sleep(0.05)
             yield RunningServer(f"127.0.0.1:{port_file.read_text().strip()}", process, log)
         finally:

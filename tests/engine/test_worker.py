@@ -78,6 +78,7 @@ def test_a_bug_becomes_an_opaque_id(engine: Engine, run: Run, monkeypatch: pytes
     assert run(ScoreJob(rows=[row(1, texts(1)[0])])).rows[0].logprobs is not None
 
 
+@pytest.mark.fault(5)
 def test_a_cancelled_completion_stops_within_a_step_and_frees_its_place(worker: Worker, engine: Engine) -> None:
     job, chunks = generation(1, [texts(1)[0][:4]], n=3, max_new_tokens=80, ignore_eos=True, stream_tokens=True)
     emit = job.emit

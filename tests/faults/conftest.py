@@ -5,12 +5,14 @@ Each test is named after its row of the table of faults; docs/security.md and AR
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +57,24 @@ class Place:
         """Resident bytes of the server."""
         return int(psutil.Process(self.server.process.pid).memory_info().rss)
 
+    @contextmanager
+    def flat(self, most: int) -> Iterator[None]:
+        """Sees to it that the server never has more than so many bytes above what it has now, inside the block."""
+        before, highest, over = self.rss(), [0], threading.Event()
+
+        def watch() -> None:
+            while not over.wait(0.005):
+                highest[0] = max(highest[0], self.rss())
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watcher.join()
+        assert highest[0] - before < most, f"{(highest[0] - before) / 2**20:.0f} MiB more"
+
     def wait_until(self, holds: Callable[[server_pb2.ServerStatus], bool], seconds: float) -> float:
         """Seconds until the status is as it should be."""
         began = time.monotonic()
@@ -69,15 +89,16 @@ def make_place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..
     """Starts servers, and ends them."""
     with ExitStack() as stack:
 
-        def make(*flags: str) -> Place:
+        def make(*flags: str, guarded: bool = True) -> Place:
             folder = tmp_path_factory.mktemp("faults")
             root = Path(shutil.copytree(FIXTURES, folder / "root"))
             tokens = TokenFile(folder / "tokens.json")
             tokens.add("unused", (Scope.STATUS,), (), None)
+            guard = ("--tokens", str(folder / "tokens.json")) if guarded else ()
             server = stack.enter_context(
                 start_server(
                     root / "base", "--policy", f"p={root / 'policy'}", "--reward", f"r={root / 'reward'}",
-                    "--root", str(root), "--tokens", str(folder / "tokens.json"), *FLAGS, *flags,
+                    "--root", str(root), *guard, *FLAGS, *flags,
                 )
             )  # fmt: skip
             channel = stack.enter_context(grpc.insecure_channel(server.address))
@@ -102,6 +123,14 @@ def the_server_lives(place: Place) -> Iterator[None]:
     assert "Traceback" not in place.server.text(), place.server.text()
 
 
+_numbers = itertools.count()
+
+
+def fresh(name: str) -> str:
+    """A name that no test has used."""
+    return f"{name}-{next(_numbers)}"
+
+
 def endless(n: int = 1000) -> inference_pb2.GenerateRequest:
     """Completions that take minutes."""
     return inference_pb2.GenerateRequest(
@@ -118,9 +147,13 @@ sys.path.insert(0, {tests!r})
 import grpc
 from faults.conftest import endless
 from server.tenants import Client
-with grpc.insecure_channel({address!r}) as channel:
-    for _ in Client(channel, {token!r}).inference.Generate(endless()):
-        print("one", flush=True)
+from onebase.client.channel import OPTIONS
+with grpc.insecure_channel({address!r}, options=OPTIONS) as channel:
+    try:
+        for _ in Client(channel, {token!r}).inference.Generate(endless()):
+            print("one", flush=True)
+    except grpc.RpcError as error:
+        print(error.code().name, flush=True)
 """
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from server.harness import pair, refused
+from server.harness import pair, refused, tokens_of
 from support import environment
 
 from onebase.v1 import inference_pb2, inference_pb2_grpc
@@ -25,12 +25,13 @@ from onebase.server.app import Parts, Report, serve
 from onebase.server.config import EngineConfig, ServerConfig
 
 worker = FakeWorker()
-worker.failures += [KeyError("the secret of life"), MemoryError("the secret of life")]
+worker.failures += [KeyError("the secret of life"), MemoryError("the secret of life")] * 2
 config = ServerConfig(engine=EngineConfig(model="fake"), port=0, port_file=Path({port_file!r}))
 asyncio.run(serve(Parts(worker, FakeText()), config, Report()))
 """
 
 
+@pytest.mark.fault(36, times=3)
 def test_36_a_bug_shows_an_id_and_nothing_else(tmp_path: Path) -> None:
     port = tmp_path / "port"
     script = SCRIPT.format(tests=str(Path(__file__).parents[1]), port_file=str(port))
@@ -44,10 +45,16 @@ def test_36_a_bug_shows_an_id_and_nothing_else(tmp_path: Path) -> None:
             stub = inference_pb2_grpc.InferenceServiceStub(channel)
             request = inference_pb2.LogprobRequest(adapter="base", sequences=[pair((9,), (7,))])
             told = [refused(stub.Logprob, request) for _ in range(2)]
+            stream = inference_pb2.GenerateRequest(
+                adapter="base", prompts=[tokens_of(9)], sampling={"max_new_tokens": 2}, stream_tokens=True
+            )
+            told += [refused(stub.Generate, stream) for _ in range(2)]
+            assert len(list(stub.Generate(stream))) > 1
             assert len(stub.Logprob(request).results) == 1  # and it lives
     finally:
         process.terminate()
         log = process.communicate(timeout=20)[1]
+    assert len({refusal.message for refusal in told}) == 4
     for refusal in told:
         assert (refusal.code, refusal.reason) == (grpc.StatusCode.INTERNAL, "INTERNAL")
         assert "secret" not in refusal.message

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from faults.conftest import Place
+from faults.conftest import Place, fresh
 from server.harness import ids, pair, refused, text_of
 from server.test_tokens import call, methods
 
@@ -59,11 +59,14 @@ def test_17_arrays_that_contradict_themselves_are_refused(place: Place, tensor: 
 def test_18_ids_outside_the_vocabulary_are_refused(place: Place, token: int) -> None:
     red = place.as_("red")
     request = inference_pb2.LogprobRequest(adapter="base", sequences=[pair((5,), (token,))])
-    assert refused(red.inference.Logprob, request).code is INVALID
+    refusal = refused(red.inference.Logprob, request)
+    assert (refusal.code, refusal.field) == (INVALID, "sequences[0].completion.tokens")
     prompt = types_pb2.Content(tokens=ids(token))
-    assert (
-        refused(red.inference.Generate, inference_pb2.GenerateRequest(adapter="base", prompts=[prompt])).code is INVALID
+    refusal = refused(
+        red.inference.Generate,
+        inference_pb2.GenerateRequest(adapter="base", prompts=[prompt], sampling={"max_new_tokens": 2}),
     )
+    assert (refusal.code, refusal.field) == (INVALID, "prompts[0].tokens")
 
 
 @pytest.mark.parametrize(
@@ -99,13 +102,39 @@ def test_21_a_path_that_leads_outside_is_refused(place: Place, path: str) -> Non
 
 
 def test_21_a_symlink_in_a_directory_is_not_followed_out_of_it(place: Place) -> None:
-    folder = Path(shutil.copytree(place.root / "policy", place.root / "linked", dirs_exist_ok=True))
-    outside = place.root.parent / "outside.safetensors"
+    name = fresh("linked")
+    folder = Path(shutil.copytree(place.root / "policy", place.root / name))
+    outside = place.root.parent / f"{name}.safetensors"
     shutil.move(folder / "adapter_model.safetensors", outside)
     (folder / "adapter_model.safetensors").symlink_to(outside)
-    request = adapters_pb2.LoadAdapterRequest(name="linked", path="linked", kind=POLICY)
+    request = adapters_pb2.LoadAdapterRequest(name=name, path=name, kind=POLICY)
     refusal = refused(place.as_("red").adapters.LoadAdapter, request)
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.PERMISSION_DENIED, "PATH_OUTSIDE_ROOTS")
+
+
+@pytest.mark.parametrize("escape", ["../{}", "/tmp/{}", "a/../../{}", "{}\0", "./{}", "..", "a/{}", "\\{}"])
+def test_21_a_file_of_an_upload_whose_name_leads_elsewhere_is_refused(place: Place, escape: str) -> None:
+    red, base = place.as_("red"), place.root.parent
+    there = sorted(path.name for path in base.rglob("*"))
+    for name, data in policy(place).items():
+        files = {**policy(place), escape.format(name): data}
+        refusal = refused(red.adapters.UploadAdapter, upload("x", files))
+        assert (refusal.code, refusal.field) == (INVALID, "files[2].name")
+        del files[name]
+        assert refused(red.adapters.UploadAdapter, upload("x", files)).code is INVALID
+        assert not Path("/tmp", name).exists()
+    assert sorted(path.name for path in base.rglob("*")) == there
+
+
+def test_21_a_link_that_is_sent_is_a_file_of_that_text(place: Place) -> None:
+    """Names and bytes are all that an upload has: no archive, so no links in it."""
+    fields = adapters_pb2.AdapterFile.DESCRIPTOR.fields_by_name
+    assert set(fields) == {"name", "bytes", "sha256"}
+    files = {
+        **policy(place),
+        "adapter_model.safetensors": str(place.root / "policy/adapter_model.safetensors").encode(),
+    }
+    assert refused(place.as_("red").adapters.UploadAdapter, upload("x", files)).code is INVALID
 
 
 class Bang:
@@ -119,11 +148,12 @@ class Bang:
 
 
 def test_22_a_pickle_is_refused_and_never_opened(place: Place) -> None:
-    folder = Path(shutil.copytree(place.root / "policy", place.root / "pickled"))
+    name = fresh("pickled")
+    folder = Path(shutil.copytree(place.root / "policy", place.root / name))
     (folder / "adapter_model.safetensors").unlink()
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(Bang(place.root / "opened")))
     red = place.as_("red")
-    load = adapters_pb2.LoadAdapterRequest(name="x", path="pickled", kind=POLICY)
+    load = adapters_pb2.LoadAdapterRequest(name="x", path=name, kind=POLICY)
     assert refused(red.adapters.LoadAdapter, load).code is INVALID
     files = {"adapter_config.json": b"{}", "adapter_model.bin": (folder / "adapter_model.bin").read_bytes()}
     assert refused(red.adapters.UploadAdapter, upload("x", files)).code is INVALID
@@ -172,8 +202,9 @@ BROKEN = {
 @pytest.mark.parametrize("broken", BROKEN)
 def test_23_a_file_of_tensors_that_is_none_is_refused(place: Place, broken: str) -> None:
     files = {**policy(place), "adapter_model.safetensors": BROKEN[broken]}
-    refusal = refused(place.as_("red").adapters.UploadAdapter, upload("x", files))
+    refusal = refused(place.as_("red").adapters.UploadAdapter, upload("broken", files))
     assert refusal.code is INVALID, refusal
+    assert all(one.name != "red/broken" for one in place.status().adapters)
     assert str(place.root.parent) not in refusal.message
 
 

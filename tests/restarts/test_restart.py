@@ -17,7 +17,9 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from faults import told
 from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 from restarts.conftest import Start, checkpoints, died_of_sigkill
 
@@ -107,6 +109,18 @@ class Plain:
         row = types_pb2.Sequence(prompt=tokens(5, 6), completion=tokens(7, 8, 9))
         return self.inference.Logprob(inference_pb2.LogprobRequest(adapter=adapter, sequences=[row]))
 
+    def generate(self, name: str = "p", n: int = 8) -> Iterator[inference_pb2.GenerateResponse]:
+        sampling = inference_pb2.SamplingParams(max_new_tokens=48, n=n, seed=3, ignore_eos=True)
+        return self.inference.Generate(
+            inference_pb2.GenerateRequest(
+                session_id=self.session,
+                adapter=name,
+                prompts=[tokens(5, 6)],
+                sampling=sampling,
+                stream_tokens=True,
+            )
+        )
+
     def version(self, name: str = "p") -> int:
         return self.adapters.GetAdapter(adapters_pb2.GetAdapterRequest(name=name)).version
 
@@ -122,11 +136,12 @@ def refused(call, *arguments, **named) -> tuple[Code, str]:  # type: ignore[no-u
     with pytest.raises(grpc.RpcError) as caught:
         call(*arguments, **named)
     status = rpc_status.from_call(caught.value)
+    info = error_details_pb2.ErrorInfo()
     for detail in status.details if status else ():
-        info = error_details_pb2.ErrorInfo()
         if detail.Unpack(info):
-            return caught.value.code(), info.reason
-    return caught.value.code(), ""
+            break
+    told.note(caught.value.code(), info.reason)
+    return caught.value.code(), info.reason
 
 
 def wait_until_durable(state: Path, version: int) -> None:
@@ -139,7 +154,13 @@ def wait_until_durable(state: Path, version: int) -> None:
     raise AssertionError(f"version {version} is not durable")
 
 
-@pytest.mark.parametrize("place", ["before_rename:kill@4", "after_rename:kill@3"])  # the download is written too
+@pytest.mark.parametrize(
+    "place",
+    [
+        pytest.param("before_rename:kill@4", marks=pytest.mark.fault(1, times=3)),  # the download is written too
+        pytest.param("after_rename:kill@3", marks=pytest.mark.fault(2, times=3)),
+    ],
+)
 def test_a_kill_before_the_commit_leaves_the_checkpoint_before_and_sweeps_the_leftover(
     start: Start, state: Path, place: str
 ) -> None:
@@ -164,6 +185,7 @@ def test_a_kill_before_the_commit_leaves_the_checkpoint_before_and_sweeps_the_le
         assert client.step(request_id="two").adapter.version == 2
 
 
+@pytest.mark.fault(3, 34, times=2)
 def test_a_kill_after_the_commit_gives_the_retry_the_stored_answer_once(start: Start) -> None:
     """Fault 3, for every change whose answer outlives the process; 34 after a restart."""
     with start(*STEP, failpoints="after_commit:kill@3") as server, Plain(server.address) as client:
@@ -194,6 +216,26 @@ def test_a_kill_after_the_commit_gives_the_retry_the_stored_answer_once(start: S
         assert client.create().version == 0
 
 
+@pytest.mark.fault(4, times=2)
+def test_completions_that_were_cut_off_are_drawn_again_and_are_the_same(start: Start) -> None:
+    """Fault 4, for a client that does it by itself."""
+    with start(*STEP) as server, Plain(server.address) as client:
+        session = client.open()
+        client.create()
+        client.train()
+        wanted = [(part.completion_index, part.tokens.data) for part in client.generate()]
+        stream = client.generate()
+        cut = next(stream)
+        os.kill(server.process.pid, signal.SIGKILL)
+        assert refused(list, stream) == (Code.UNAVAILABLE, "")
+        server.process.wait()
+    assert (cut.completion_index, cut.tokens.data) in wanted
+    with start(*STEP) as server, Plain(server.address) as client:
+        client.session = session
+        assert sorted((part.completion_index, part.tokens.data) for part in client.generate()) == sorted(wanted)
+
+
+@pytest.mark.fault(32, 33, times=2)
 def test_sessions_come_back_with_their_leases_and_active_adapter(start: Start) -> None:
     """Faults 32 and 33 after a restart, and the session's own facts."""
     with start(*STEP) as server, Plain(server.address) as client:
@@ -227,6 +269,7 @@ def test_sessions_come_back_with_their_leases_and_active_adapter(start: Start) -
         assert client.version("p") == 1
 
 
+@pytest.mark.fault(29, times=2)
 def test_a_damaged_checkpoint_is_data_loss_and_the_one_before_is_offered(start: Start, state: Path) -> None:
     """Fault 29."""
     with start(*STEP) as server, Plain(server.address) as client:
@@ -276,6 +319,7 @@ def fill(disk: Path) -> Path:
     return path
 
 
+@pytest.mark.fault(28, times=2)
 def test_a_full_disk_loses_nothing_and_passes(start: Start, state: Path, small_disk: Path) -> None:
     """Fault 28, on a real full disk: a step that is not durable is refused, until its retry makes it so."""
     state.symlink_to(small_disk)
@@ -310,6 +354,34 @@ def test_a_full_disk_loses_nothing_and_passes(start: Start, state: Path, small_d
         assert (client.version(), client.weights()) == (2, after)
 
 
+@pytest.mark.fault(35, times=2)
+def test_sigterm_lets_work_in_flight_end_and_no_other_begin(start: Start) -> None:
+    """Fault 35: completions and a pass of training that were begun end; what comes later is refused."""
+    with start("--checkpoint-seconds", "0", "--drain-seconds", "120") as server, Plain(server.address) as client:
+        session = client.open()
+        client.create()
+        client.train()
+        trained = client.weights()
+        stream = client.generate(n=64)
+        next(stream)
+        server.process.send_signal(signal.SIGTERM)
+        until = time.monotonic() + 30
+        health = health_pb2_grpc.HealthStub(client.channel)
+        while health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        for call in (client.version, client.forward, client.open):
+            assert refused(call) == (Code.UNAVAILABLE, "DRAINING")
+        assert server.process.poll() is None
+        ends = [part for part in stream if part.finish_reason]
+        assert len(ends) == 64
+        assert server.process.wait(60) == 0
+    with start() as server, Plain(server.address) as client:
+        client.session = session
+        assert client.weights() == trained
+
+
+@pytest.mark.fault(35, times=2)
 def test_sigterm_saves_what_no_checkpoint_has_and_a_kill_reuses_no_version(start: Start, state: Path) -> None:
     """Fault 35; and what is promised without `--durability step`."""
     with start("--checkpoint-seconds", "0") as server, Plain(server.address) as client:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from restarts.conftest import Start
 
-from onebase.client import LoraSpec, connect
+from onebase.client import LoraSpec, NotFoundError, connect
 from onebase.server.identity import Scope
 from onebase.server.tokens import TokenFile
 
 pytestmark = pytest.mark.e2e
 
 
-def test_tenants_go_on_apart(start: Start, tmp_path: Path) -> None:
+@pytest.mark.fault(26, times=2)
+def test_tenants_go_on_apart(start: Start, tmp_path: Path, seen: Callable[..., None]) -> None:
     tokens = TokenFile(tmp_path / "tokens.json")
     red, blue = (tokens.add(tenant, tuple(Scope), (), None) for tenant in ("red", "blue"))
     flags = ("--tokens", str(tmp_path / "tokens.json"))
@@ -22,6 +24,7 @@ def test_tenants_go_on_apart(start: Start, tmp_path: Path) -> None:
         session = client.open_session(label="before")
         made = session.create_adapter("mine", LoraSpec(rank=4), value_head=True)
         session.set_active("mine")
+        session.create_adapter("hidden", LoraSpec(rank=4))
         with connect(server.address, token=blue) as other:
             other.create_adapter("mine", LoraSpec(rank=8))
         server.process.kill()
@@ -35,3 +38,6 @@ def test_tenants_go_on_apart(start: Start, tmp_path: Path) -> None:
                 with other.open_session(resume=session.id) as theirs:  # which means nothing to another tenant
                     assert theirs.id != session.id
                 assert [one.name for one in other.adapters("policy")] == ["mine"]
+                with pytest.raises(NotFoundError) as hidden:
+                    other.generate("w5", adapter="hidden")
+                seen("NOT_FOUND", hidden.value.reason)

@@ -1,32 +1,51 @@
-"""Two PPO runs through kills of their server: they end bit for bit as the undisturbed ones, and need nobody's help."""
+"""Two PPO runs through kills of their server: they end bit for bit as the undisturbed ones, and need nobody's help.
+
+The server dies at failpoints: in the first step and in later ones, at each place that there is. Here one run goes
+through some of them; `ONEBASE_FAULTS=all`, as `make faults` sets it, sends a run through every place.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import time
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from restarts.conftest import Start
-from support import ONEBASE, environment
+from oracle.fixtures import FIXTURES
+from support import ONEBASE, RunningServer, environment, start_server
 
 from onebase.client import connect
+from onebase.server import failpoints
 from onebase.trainer.attach import LEASE_SECONDS
 
 pytestmark = pytest.mark.e2e
+HIT = re.compile(r'failpoints\.hit\("(\w+)"')
 STEPS = 4
 WEIGHTS = {"up": 1.0, "down": -1.0}
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
+ALL = os.environ.get("ONEBASE_FAULTS") == "all"
+# The hits of a place begin anew with each server. Of the places of a checkpoint, the first server dies while the first
+# policy is made, the second in the first optimizer step, the third in a later one; of the engine's, in the first of its
+# steps, which may be while the server takes up its state, and in two later ones.
+COUNTS = {place: (1, 3, 4) if place.startswith(("before", "after")) else (1, 5, 15) for place in failpoints.PLACES}
+KILLS = {place: [f"{place}:kill@{count}" for count in counts] for place, counts in COUNTS.items()}
+SOME = {"some": ["before_rename:kill@3", "after_commit:kill@2", "moment", "after_rename:kill@5"]}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run on the tiny base; an optimizer step takes the gradients of two calls."""
+    tmp_path = tmp_path_factory.mktemp("config")
     prompts, path = tmp_path / "prompts.jsonl", tmp_path / "config.yaml"
     rows = [{"prompt": f"w{5 + i} w{40 - i} w{20 + 2 * i}"} for i in range(24)]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -59,6 +78,13 @@ def finish(processes: list[subprocess.Popen[bytes]]) -> None:
     for process in processes:
         _, errors = process.communicate(timeout=200)
         assert process.returncode == 0, errors.decode()
+
+
+def end(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Ends what a test that failed left running."""
+    for process in processes:
+        process.kill()
+        process.communicate()
 
 
 def weights(address: str, folder: Path) -> dict[str, dict[str, str]]:
@@ -94,31 +120,96 @@ def wait_for_step(folder: Path, step: int) -> None:
     raise AssertionError(f"step {step} never came")
 
 
-def test_two_runs_whose_server_is_killed_end_bit_for_bit_as_undisturbed_ones(
-    config: Path, tmp_path: Path, start: Start, state: Path
-) -> None:
-    with start("--durability", "step") as server:
-        finish(trained(config, server.address, tmp_path / "undisturbed"))
-        wanted = weights(server.address, tmp_path / "undisturbed")
-    state.rename(tmp_path / "state of the undisturbed")
+def serve(state: Path, port: int = 0, failpoint: str = "") -> AbstractContextManager[RunningServer]:
+    """A server whose every answered step is durable."""
+    flags = (
+        "--state",
+        str(state),
+        "--durability",
+        "step",
+        "--threads",
+        "1",
+        "--reward",
+        f"reward={FIXTURES / 'reward'}",
+    )
+    return start_server(FIXTURES / "base", *flags, port=port, failpoints=failpoint)
 
-    with ExitStack() as stack:
-        server = stack.enter_context(start("--durability", "step"))
-        processes = trained(config, server.address, tmp_path / "run")
-        for step in (1, 2):
-            wait_for_step(tmp_path / "run" / "up", step)
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """How both runs end if nothing happens."""
+
+    weights: dict[str, dict[str, str]]
+    numbers: dict[str, list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with serve(folder / "state") as server:
+        finish(trained(config, server.address, folder))
+        found = weights(server.address, folder)
+    return Undisturbed(found, {name: numbers(folder / name) for name in WEIGHTS})
+
+
+def serve_until(kill: str, stack: ExitStack, state: Path, port: int) -> RunningServer | None:
+    """A server that will die at this failpoint; None if that was while it loaded what it has."""
+    try:
+        return stack.enter_context(serve(state, port, "" if kill == "moment" else kill))
+    except RuntimeError as error:
+        if kill and f"({-signal.SIGKILL})" in str(error):
+            return None
+        raise
+
+
+def wait_for_death(server: RunningServer, kill: str, processes: list[subprocess.Popen[bytes]], folder: Path) -> None:
+    """Until the server is killed: at its failpoint, or here, soon after the next line of the first run's metrics."""
+    there, until = len(lines(folder / "up")), time.monotonic() + 120
+    while server.process.poll() is None:
+        assert time.monotonic() < until, f"{kill} was never reached"
+        assert any(one.poll() is None for one in processes), f"the runs ended before {kill}"
+        if kill == "moment" and len(lines(folder / "up")) > there:
             time.sleep(0.03)
-            os.kill(server.process.pid, signal.SIGKILL)
-            server.process.wait()
-            server = stack.enter_context(start("--durability", "step"))
+            server.process.kill()
+        time.sleep(0.01)
+    assert server.process.returncode == -signal.SIGKILL, server.text()
+
+
+@pytest.mark.fault(times=1)
+@pytest.mark.parametrize("kills", (KILLS if ALL else SOME).values(), ids=KILLS if ALL else SOME)
+def test_two_runs_whose_server_is_killed_end_bit_for_bit_as_undisturbed_ones(
+    kills: list[str],
+    config: Path,
+    undisturbed: Undisturbed,
+    tmp_path: Path,
+    port: int,
+    record_property: Callable[[str, object], None],
+) -> None:
+    state = tmp_path / "state"
+    with ExitStack() as stack:
+        processes: list[subprocess.Popen[bytes]] = []
+        stack.callback(end, processes)
+        for kill in kills:
+            server = serve_until(kill, stack, state, port)
+            if server is not None:
+                processes += () if processes else trained(config, server.address, tmp_path)
+                wait_for_death(server, kill, processes, tmp_path)
+            record_property("kill", kill)
+        server = stack.enter_context(serve(state, port))
         finish(processes)
-        found = weights(server.address, tmp_path / "run")
+        found = weights(server.address, tmp_path)
         assert "NO_GRADIENTS" not in server.text()
-    assert found == wanted
-    assert wanted["up"] != wanted["down"]
+    assert found == undisturbed.weights
+    assert found["up"] != found["down"]
     for name in WEIGHTS:
-        assert numbers(tmp_path / "run" / name) == numbers(tmp_path / "undisturbed" / name)
-        assert len(numbers(tmp_path / "run" / name)) == STEPS + 1  # with the evaluation before
+        assert numbers(tmp_path / name) == undisturbed.numbers[name]
+        assert len(numbers(tmp_path / name)) == STEPS + 1  # with the evaluation before
+
+
+def test_the_places_of_failpoints_are_all_there_are() -> None:
+    package = Path(failpoints.__file__).parent
+    hit = {place for file in package.rglob("*.py") for place in HIT.findall(file.read_text(encoding="utf-8"))}
+    assert hit == set(failpoints.PLACES)
 
 
 @pytest.mark.parametrize("saved", [False, True])

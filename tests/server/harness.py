@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import threading
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import grpc
 import numpy as np
+from faults import told
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from server.fakes import FakeText, FakeWorker
@@ -124,9 +126,10 @@ class Refusal:
 
 
 def refusal_of(error):
-    """What a client is told by an RpcError."""
+    """What a client is told by an RpcError; every status has one ErrorInfo, and details that agree."""
     status = rpc_status.from_call(error)
     if status is None:
+        told.note(error.code())
         return Refusal(error.code(), "", "", error.details(), None)
     found = SimpleNamespace(reason="", field="", retry_after=None)
     for detail in status.details:
@@ -134,15 +137,21 @@ def refusal_of(error):
             info = error_details_pb2.ErrorInfo()
             detail.Unpack(info)
             assert info.domain == "onebase"
+            assert not found.reason
+            assert re.fullmatch("[A-Z][A-Z0-9_]*", info.reason)
             found.reason = info.reason
         elif detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
             bad = error_details_pb2.BadRequest()
             detail.Unpack(bad)
-            found.field = bad.field_violations[0].field
+            (violation,) = bad.field_violations
+            assert violation.field == info.metadata["field"]
+            found.field = violation.field
         elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
             retry = error_details_pb2.RetryInfo()
             detail.Unpack(retry)
             found.retry_after = retry.retry_delay.ToMilliseconds() / 1000
+    assert found.reason
+    told.note(error.code(), found.reason)
     return Refusal(error.code(), found.reason, found.field, error.details(), found.retry_after)
 
 

@@ -13,6 +13,7 @@ from onebase.v1 import inference_pb2, server_pb2, sessions_pb2
 ONE = [pair((9,), (7,))]
 
 
+@pytest.mark.fault(36)
 def test_a_bug_shows_an_id_to_the_client_and_its_story_to_the_log(live, caplog):
     live.worker.failures.append(ZeroDivisionError("the secret of life"))
     refusal = refused(live.inference.Logprob, inference_pb2.LogprobRequest(adapter="p1", sequences=ONE))
@@ -25,6 +26,7 @@ def test_a_bug_shows_an_id_to_the_client_and_its_story_to_the_log(live, caplog):
     assert record.exc_info[0] is ZeroDivisionError
 
 
+@pytest.mark.fault(36)
 def test_a_bug_in_a_stream_is_no_different(live):
     live.worker.failures.append(KeyError("the secret of life"))
     request = inference_pb2.GenerateRequest(adapter="p1", prompts=[text_of("a")], sampling={"max_new_tokens": 2})
@@ -33,6 +35,7 @@ def test_a_bug_in_a_stream_is_no_different(live):
     assert "secret" not in refusal.message
 
 
+@pytest.mark.fault(36)
 def test_a_bug_of_a_service_is_no_different(live, monkeypatch):
     def broken(session_id):
         raise AttributeError("the secret of life")
@@ -50,6 +53,7 @@ def test_bytes_that_are_no_message_are_refused_and_the_server_lives(live, method
     live.server.GetServerInfo(server_pb2.GetServerInfoRequest())
 
 
+@pytest.mark.fault(12)
 def test_malformed_bytes_of_a_stream(live):
     refusal = refused(live.channel.unary_stream("/onebase.v1.InferenceService/Generate"), b"\xff\xff\xff\xff")
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_MESSAGE")
@@ -60,6 +64,7 @@ def test_an_unknown_method_is_unimplemented(live, method):
     assert refused(live.channel.unary_unary(method), b"").code is grpc.StatusCode.UNIMPLEMENTED
 
 
+@pytest.mark.fault(13)
 def test_a_message_over_the_limit_is_refused_and_one_under_it_is_not():
     limits = Limits(max_message_bytes=5 * 2**20)
     with Live(ServerConfig(engine=EngineConfig(model="fake"), port=0, limits=limits)) as live:

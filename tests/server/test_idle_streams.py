@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import grpc
+import pytest
 from server.harness import Live, refusal_of, text_of
 
 from onebase.server.config import EngineConfig, Security, ServerConfig
@@ -17,6 +18,7 @@ def served():
     return Live(ServerConfig(engine=EngineConfig(model="fake"), port=0, drain_seconds=1, security=security))
 
 
+@pytest.mark.fault(31)
 def test_who_does_not_read_is_told_so_and_the_work_ends():
     with served() as live:
         live.worker.endless = True
@@ -53,6 +55,7 @@ def test_who_reads_slowly_but_reads_is_served():
         assert count == 8
 
 
+@pytest.mark.fault(31)
 def test_an_upload_that_stops_is_ended():
     with served() as live:
 

@@ -24,6 +24,7 @@ def served(tmp_path, **config):
     return Guarded(tmp_path, **config)
 
 
+@pytest.mark.fault(10, 11)
 def test_a_tenant_that_floods_is_refused_and_the_others_are_served(tmp_path):
     with served(tmp_path, limits=Limits(max_queued_requests=16)) as live:
         red, blue = live.as_("red"), live.as_("blue")
@@ -42,6 +43,7 @@ def test_a_tenant_that_floods_is_refused_and_the_others_are_served(tmp_path):
         assert logprob(red).result(timeout=20)  # and when they are done there is room again
 
 
+@pytest.mark.fault(10)
 def test_completions_are_counted_while_they_run(tmp_path):
     def ask(client, n):
         sampling = {"max_new_tokens": 2, "n": n}
@@ -64,6 +66,7 @@ def test_completions_are_counted_while_they_run(tmp_path):
         assert len(list(red.inference.Generate(ask(red, 4)))) == 16
 
 
+@pytest.mark.fault(10)
 def test_the_whole_is_bounded_too(tmp_path):
     with served(tmp_path, quota=Quota(requests=2)) as live:
         live.worker.hold(ScoreJob)
@@ -92,6 +95,7 @@ def test_a_bucket_says_exactly_when_it_has_tokens_again():
     assert bucket.wait() > 0  # what was not used for long is not saved up
 
 
+@pytest.mark.fault(10)
 def test_tokens_a_second(tmp_path):
     many = [pair(tuple(range(1, 31)), (7,))]
     with served(tmp_path, tenant_quota=Quota(tokens_per_second=10)) as live:

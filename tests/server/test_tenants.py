@@ -43,6 +43,7 @@ def code(refusal):
     return refusal.code, refusal.reason
 
 
+@pytest.mark.fault(26)
 def test_another_tenants_adapter_is_not_there_in_any_method(guarded, tmp_path):
     red, blue = guarded.as_("red"), guarded.as_("blue")
     red.adapters.CreateAdapter(Create(name="mine", value_head=True))
@@ -99,6 +100,7 @@ def test_tenants_train_adapters_of_the_same_name_apart(guarded):
     )
 
 
+@pytest.mark.fault(26)
 def test_another_tenants_session_is_not_there(guarded):
     red, blue = guarded.as_("red"), guarded.as_("blue")
     session = red.sessions.OpenSession(Open(label="secret plans")).session_id
@@ -162,6 +164,7 @@ class guarded_root:
         self._live.edge.roots._roots = ()
 
 
+@pytest.mark.fault(26)
 def test_a_token_that_names_adapters_means_no_others(guarded):
     whole = guarded.as_("red")
     for name in ("p1", "p2"):

@@ -75,6 +75,7 @@ def test_the_table_of_scopes_has_every_method_that_the_server_serves_and_no_othe
     assert used == set(Scope)
 
 
+@pytest.mark.fault(25, times=2)
 def test_without_a_good_token_every_method_but_health_is_refused_streams_too(guarded):
     served = methods(guarded.channel, guarded.make("red"))
     assert set(served.values()) == {(False, False), (False, True), (True, False), (True, True)}
@@ -99,6 +100,7 @@ def test_health_needs_no_token(guarded):
     assert stub.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
 
 
+@pytest.mark.fault(27, times=1)
 @pytest.mark.parametrize("scope", Scope)
 def test_each_method_is_opened_by_its_scope_and_by_no_other(guarded, scope):
     served = methods(guarded.channel, guarded.make("red"))
@@ -121,6 +123,7 @@ def test_a_refusal_names_the_scope_and_never_the_token(guarded):
     assert token.split("_", 2)[2] not in refusal.message
 
 
+@pytest.mark.fault(25)
 def test_a_token_ends_when_it_expires(guarded):
     refusal = refused(guarded.as_("red", seconds=-1).server.GetServerInfo, INFO)
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAUTHENTICATED, "TOKEN_EXPIRED")
@@ -135,6 +138,7 @@ def test_a_running_server_sees_what_is_made_and_revoked(guarded):
     guarded.as_("red").server.GetServerInfo(INFO)
 
 
+@pytest.mark.fault(25)
 @pytest.mark.parametrize("harm", ["gone", "garbage", "wrong"])
 def test_while_the_file_cannot_be_read_nobody_is_let_in(guarded, tmp_path, harm):
     client, path = guarded.as_("red"), tmp_path / "tokens.json"

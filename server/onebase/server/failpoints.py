@@ -44,6 +44,20 @@ VARIABLE = "ONEBASE_FAILPOINTS"
 HITS = "ONEBASE_FAILPOINT_HITS"
 """How often each place was reached before the process was replaced, as JSON."""
 
+PLACES = (
+    "worker",
+    "infer",
+    "train",
+    "share",
+    "optimizer",
+    "snapshot",
+    "files",
+    "store",
+    "before_rename",
+    "after_rename",
+    "after_commit",
+)
+
 _hits: Counter[str] = Counter(json.loads(os.environ.get(HITS, "{}")))
 _lock = threading.Lock()
 

@@ -1,0 +1,130 @@
+"""Makes every fault, the random history and the fuzzers, and writes what they found.
+
+    python -m faults.run                  all of it, as `make faults` does
+    python -m faults.run --kills 20 --inputs 1000 --times 1
+    python -m faults.run --page           the page anew, from the results that are there
+
+Runs with `PYTHONPATH=tests`. The history and the fuzzers go side by side, a core each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from faults import report
+from faults.rows import ROWS
+
+SHOWN = ("tests/faults", "tests/restarts", "tests/server", "tests/engine/test_worker.py")
+"""Where tests are that show faults."""
+PACKAGES = ("grpcio", "protobuf", "torch", "transformers", "safetensors")
+
+
+def environment() -> dict[str, str]:
+    """What a part of the suite runs in: all of its long form, on the tests' path."""
+    path = [str(report.ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), "ONEBASE_FAULTS": "all"}
+
+
+def begin(name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Starts a part of the suite."""
+    print(f"{datetime.now():%H:%M:%S} {name}: {' '.join(command)}", flush=True)
+    return subprocess.Popen([sys.executable, *command], cwd=report.ROOT, env=environment())
+
+
+def result(path: Path, code: int, wanted: dict[str, int]) -> dict[str, Any]:
+    """What a part has written; a part that did not end well has written nothing to go by.
+
+    Args:
+        path: of its JSON.
+        code: its exit code.
+        wanted: what it was asked for.
+    """
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {**found, **wanted, "exit_code": code}
+
+
+def _version(package: str) -> str:
+    return f"{package} {importlib.metadata.version(package).partition('+')[0]}"
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what this runs."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=report.ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    return {
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "commit": commit or "unknown",
+        "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}",
+        "versions": ", ".join([f"Python {platform.python_version()}", *map(_version, PACKAGES)]),
+    }
+
+
+def faults(folder: Path, times: int, processes: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Makes the faults; returns the rows' outcomes, and that of the trainings that were killed."""
+    path = folder / "faults.json"
+    flags = ("--faults-only", "--fault-results", str(path), "--fault-times", str(times))
+    workers = ("-n", str(processes), "--dist", "loadscope")
+    begin("faults", ["-m", "pytest", "-q", "-p", "no:cacheprovider", *SHOWN, *flags, *workers]).wait()
+    counted = json.loads(path.read_text(encoding="utf-8"))
+    rows = {str(row): report.fault(row, counted["faults"][str(row)]) for row in ROWS}
+    return rows, counted["training"]
+
+
+def main() -> int:
+    """Runs the suite; 1 if anything did not hold."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--times", type=int, default=5, help="run each test so often, if it is quick")
+    parser.add_argument("--kills", type=int, default=200, help="kills of the history")
+    parser.add_argument("--seed", type=int, default=None, help="of the history; the date by default")
+    parser.add_argument("--inputs", type=int, default=100_000, help="of the fuzzers")
+    parser.add_argument("--processes", type=int, default=2, help="for the faults")
+    parser.add_argument("--page", action="store_true", help="only write the page, from the results that are there")
+    asked = parser.parse_args()
+    if asked.page:
+        report.write(report.read())
+        return 0
+    began, seed = time.monotonic(), asked.seed or int(f"{datetime.now(UTC):%Y%m%d}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rows, training = faults(folder, asked.times, asked.processes)
+        history, fuzz = folder / "history.json", folder / "fuzz.json"
+        parts = [
+            begin(
+                "history",
+                ["-m", "history.run", "--kills", str(asked.kills), "--seed", str(seed), "--out", str(history)],
+            ),
+            begin("fuzz", ["-m", "fuzz.run", "--inputs", str(asked.inputs), "--out", str(fuzz)]),
+        ]
+        codes = [part.wait() for part in parts]
+        results = {
+            "faults": rows,
+            "training": training,
+            "history": {
+                "kills": 0, "operations": 0, "violations": -1, "seed": seed,
+                **result(history, codes[0], {"wanted": asked.kills}),
+            },
+            "fuzz": {"inputs": 0, "crashes": -1, **result(fuzz, codes[1], {"wanted": asked.inputs})},
+            "run": {**machine(), "seconds": round(time.monotonic() - began)},
+        }  # fmt: skip
+    report.write(results)
+    for line in (lines := report.wrong(results)):
+        print(line)
+    print(f"{report.RECORD.relative_to(report.ROOT)} and {report.PAGE.relative_to(report.ROOT)} are written")
+    return 1 if lines else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
