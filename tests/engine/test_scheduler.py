@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onebase.server.jobs import Work
 from onebase.server.identity import OPERATOR
+from onebase.server.jobs import Work
 from onebase.server.scheduler import Scheduler
 from onebase.server.turns import FairQueue, Owner
 

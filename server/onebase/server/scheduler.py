@@ -209,7 +209,7 @@ class Scheduler:
     def _ready(self, slots: Slots) -> Iterator[tuple[Owner, GenerateWork]]:
         """Prompts that can go on, and those that can begin: none may take a place that one before it waits for."""
         begun, longest, full = 0, 0, False
-        for owner, task in self.prompts.in_turn(lambda task: task.under_way or not full):
+        for owner, task in self.prompts.in_turn(lambda task: task.under_way or not full):  # noqa: B023  as it is then
             if not task.under_way:
                 longest = max(longest, task.next_length())
                 free = slots(longest) - begun
