@@ -20,6 +20,8 @@ BUGS = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVA
 """What no input may be answered with."""
 SECONDS = 30.0
 """A call that takes longer hangs."""
+_OWN = "INTERNAL: Internal error from Core"
+"""What grpc.aio says by itself where it still sends on a stream that the server has ended: it loses the status."""
 PATIENCE = 0.3
 """How long a stream that goes on until somebody ends it is read."""
 ENDLESS = ("AttendSession", "Watch")
@@ -64,6 +66,14 @@ def call_of(random: Random, method: MethodDescriptor, session: str, valid: dict[
 
 async def send(channel: grpc.aio.Channel, call: Call) -> str | None:
     """Makes a call, reads what comes, and says what is wrong with it, if anything is."""
+    for _ in range(3):
+        problem = await _send(channel, call)
+        if problem != _OWN:
+            break
+    return problem
+
+
+async def _send(channel: grpc.aio.Channel, call: Call) -> str | None:
     kind = f"{'stream' if call.client_streaming else 'unary'}_{'stream' if call.server_streaming else 'unary'}"
     made = getattr(channel, kind)(call.method)
     seconds = PATIENCE if call.endless else SECONDS

@@ -3,9 +3,9 @@
     python -m fuzz.run --inputs 100000 --seed 7 --out fuzz.json
     python -m fuzz.run --replay fuzz.failures/000.json
 
-Four targets: calls of every method (`calls`), adapters that are uploaded (`uploads`), adapters read by the engine's code
-in a process of its own (`files`), and bytes that are no calls (`raw`). An input is drawn from the seed, its target and its
-number. Nothing may crash, hang (a call its deadline, health a second), or be answered with a bug's code; the server's
+Four targets: calls of every method (`calls`), adapters that are uploaded (`uploads`), adapters read by the engine's
+code in a process of its own (`files`), and bytes that are no calls (`raw`). An input is drawn from the seed, its target
+and its number. Nothing may crash, hang (a call its deadline, health a second), or be answered with a bug's code; the server's
 memory is bounded, and the numbers that it gives are the same, bit for bit, before and after. Each input that breaks a
 rule is written to a file that --replay sends again.
 """
@@ -45,7 +45,7 @@ from onebase.server.identity import Scope
 from onebase.server.tokens import TokenFile
 from onebase.v1 import adapters_pb2, inference_pb2, sessions_pb2, training_pb2
 
-SHARES = {"calls": 0.5, "uploads": 0.02, "files": 0.45, "raw": 0.03}
+SHARES = {"calls": 0.75, "uploads": 0.02, "files": 0.2, "raw": 0.03}
 """Of the inputs."""
 AT_ONCE = {"calls": 24, "uploads": 4, "raw": 16}
 HEALTH_SECONDS = 1.0
