@@ -204,9 +204,7 @@ def test_passes_of_several_policies_are_taken_apart_and_their_gradients_are_the_
     assert [result.facts.pending_gradients for result in results] == [1, 1, 1]
 
 
-def test_a_pass_is_cut_where_it_must_and_its_gradients_are_added_once(
-    engine: Engine, device: Device, run: Run
-) -> None:
+def test_a_pass_is_cut_where_it_must_and_its_gradients_are_added_once(engine: Engine, device: Device, run: Run) -> None:
     job = ForwardBackwardJob(adapter=1, rows=train_rows(1, count=8), loss=PpoLoss())
     wanted = run(job)
     gradients = {name: g.numpy().copy() for name, g in engine.adapters[1].gradients.items()}

@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 from oracle.fixtures import FIXTURES
+from restarts.conftest import Start
 from support import ONEBASE, RunningServer, environment, start_server
 
 from onebase.client import connect

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import grpc
 
+from onebase.server.identity import caller
 from onebase.server.jobs import Job
 from onebase.server.leases import Session
 from onebase.server.ports import WorkerLike
@@ -28,6 +29,7 @@ def submit(worker: WorkerLike, job: Job[Any], session: Session | None, deadline:
     Raises:
         OnebaseError: the worker's.
     """
+    job.tenant = caller().tenant
     job.session = session.queue if session is not None else ""
     job.deadline = deadline
     worker.submit(job)

@@ -21,6 +21,8 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from onebase.server.identity import OPERATOR
+
 BASE = 0
 """The uid of the base with no adapter."""
 
@@ -309,7 +311,8 @@ R = TypeVar("R")
 class Job(Generic[R]):
     """A request on its way through the worker. `done` gets the result or an OnebaseError, exactly once."""
 
-    session: str = ""  # whose queue it stands in; "" is everybody without a session
+    tenant: str = OPERATOR  # whose turns it takes
+    session: str = ""  # in which of that tenant's queues; "" is all calls without a session
     deadline: float | None = None  # on time.monotonic's clock
     done: Future[R] = field(default_factory=Future, repr=False)
     _cancelled: threading.Event = field(default_factory=threading.Event, repr=False)

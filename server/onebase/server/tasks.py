@@ -27,6 +27,7 @@ from onebase.server.jobs import (
     Work,
 )
 from onebase.server.memory import is_out_of_memory
+from onebase.server.turns import Owner
 
 if TYPE_CHECKING:
     from onebase.server.engine.adapters import Weights
@@ -52,9 +53,9 @@ class Task(Generic[J]):
         self.ended = False
 
     @property
-    def session(self) -> str:
+    def owner(self) -> Owner:
         """Whose turn it takes."""
-        return self.job.session
+        return Owner(self.job.tenant, self.job.session)
 
     @property
     def work(self) -> Work:
@@ -287,6 +288,11 @@ class GenerateTask(Task[GenerateJob]):
         for filling in self.filling:
             self._leave_filling(engine, filling)
         self.running, self.filling = [], []
+
+    @property
+    def under_way(self) -> bool:
+        """Whether its next prompts only go on, in the slots that they have."""
+        return bool(self.filling)
 
     def next_slots(self) -> int:
         """Slots that its next prompts can use, one for each completion; 0 if those prompts are under way."""

@@ -248,11 +248,11 @@ class Worker:
         if isinstance(job, ScoreJob):
             score = ScoreTask(job)
             self._tasks.append(score)
-            scheduler.scores[job.work].push(job.session, score)
+            scheduler.scores[job.work].push(score.owner, score)
         elif isinstance(job, GenerateJob):
             generate = GenerateTask(job, lambda: scheduler.step_tokens)
             self._tasks.append(generate)
-            scheduler.prompts.push(job.session, generate)
+            scheduler.prompts.push(generate.owner, generate)
         elif isinstance(job, ForwardBackwardJob | OptimStepJob | DropGradientsJob):
             train = self._train_task(job)
             self._tasks.append(train)
@@ -280,9 +280,9 @@ class Worker:
             task.fail(self._engine, error)
         if isinstance(task, ScoreTask):
             for queue in self._scheduler.scores.values():
-                queue.remove(task.session, task)
+                queue.remove(task.owner, task)
         elif isinstance(task, GenerateTask):
-            self._scheduler.prompts.remove(task.session, task)
+            self._scheduler.prompts.remove(task.owner, task)
         else:
             self._scheduler.trains.remove(task.adapter, task)
         if task in self._tasks:

@@ -110,7 +110,7 @@ class SavedFiles:
     def _json(self, name: str) -> dict[str, Any]:
         try:
             found = json.loads((self.path / name).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # brackets a thousand deep
             raise InvalidArgument("BAD_JSON", f"{self.path / name} is not JSON: {error}", field="path") from error
         if not isinstance(found, dict):
             raise InvalidArgument("BAD_JSON", f"{self.path / name} is not a JSON object", field="path")
