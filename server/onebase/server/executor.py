@@ -20,6 +20,7 @@ from onebase.server.engine.batch import Row
 from onebase.server.engine.engine import Decoding, Draw, Scoring, all_facts
 from onebase.server.errors import Internal, OnebaseError
 from onebase.server.jobs import (
+    ClientStateJob,
     CreateAdapterJob,
     DeleteAdapterJob,
     DescribeAdaptersJob,
@@ -168,12 +169,13 @@ class Executor:
         adapter.check_version(job.expected_version)
         adapter.check_pending(job.expected_pending)
         norm, applied = adapter.step(job.adamw, job.max_grad_norm)
+        adapter.leave(job.client_state)
         saved = None if job.save_to is None else self._save_step(task.adapter, job.save_to)
         task.succeed(self._engine, OptimStepResult(adapter.weights.version, norm, applied, adapter.facts(), saved))
 
     def _save_step(self, uid: int, path: Path) -> Future[SaveResult]:
         """Begins to write the version that a step has just made, before any other step can be made."""
-        job = SaveAdapterJob(adapter=uid, path=path, with_optimizer=True)
+        job = SaveAdapterJob(adapter=uid, path=path, with_optimizer=True, with_client_state=True)
         self._begin_aside(job, self._save(job))
         return job.done
 
@@ -223,13 +225,18 @@ class Executor:
         if isinstance(job, DeleteAdapterJob):
             engine.delete(job.adapter)
             return None
+        if isinstance(job, ClientStateJob):
+            return engine.adapter(job.adapter).client_state
         if isinstance(job, DescribeAdaptersJob):
             return all_facts(engine.adapters)
         raise TypeError(f"a job of an unknown kind, {type(job).__name__}")
 
     def _save(self, job: SaveAdapterJob) -> Aside:
         engine = self._engine
-        adapter = engine.snapshot(job.adapter, with_optimizer=job.with_optimizer)
+        engine.adapter(job.adapter).leave(job.client_state)
+        adapter = engine.snapshot(
+            job.adapter, with_optimizer=job.with_optimizer, with_client_state=job.with_client_state
+        )
 
         def write() -> SaveResult:
             if job.merged:

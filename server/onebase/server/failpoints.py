@@ -6,7 +6,9 @@ The Nth time (1 without @N) that a place is reached, its action is taken: `kill`
 `full` raises what a full disk raises. The places, in their order:
 
     before_rename   a checkpoint is written and synced, and not yet in its place
-    after_rename    it is in its place, and the registry does not know it
+    after_rename    it is in its place, and the registry does not know it; with --checkpoints nothing of it is there yet
+    during_put      with --checkpoints: some of its files are there (a hit for each)
+    after_put       with --checkpoints: all of them are, and the registry does not know it
     after_commit    the registry knows it, and nobody was answered
 """
 

@@ -34,6 +34,7 @@ from onebase.server.jobs import (
     BASE,
     AdapterFacts,
     BaseFacts,
+    ClientState,
     Floats,
     ForwardBackwardJob,
     RowResult,
@@ -156,7 +157,7 @@ class Engine:
         """Writes merged models. Any thread may use it."""
         return self._merger
 
-    def snapshot(self, uid: int, *, with_optimizer: bool) -> Adapter:
+    def snapshot(self, uid: int, *, with_optimizer: bool, with_client_state: bool = False) -> Adapter:
         """An adapter as it is now, for another thread to read: steps do not change it, and it takes no copy but of
         the moments, if they are wanted. Give its weights back with `release`.
 
@@ -166,7 +167,8 @@ class Engine:
         adapter = self.adapter(uid)
         adapter.weights.readers += 1
         moments = adapter.moments or Moments.zeros(adapter.weights.parameters()) if with_optimizer else None
-        return dataclasses.replace(adapter, moments=moments and moments.copy(), gradients={}, old=[])
+        kept = adapter.client_state if with_client_state else ClientState()
+        return dataclasses.replace(adapter, moments=moments and moments.copy(), gradients={}, old=[], client_state=kept)
 
     def bind(self, uid: int, version: int | None = None) -> Weights | None:
         """Begins to read an adapter: a version of it, the newest if none is named, which now cannot change.
