@@ -50,6 +50,7 @@ class FakeServer:
     gradients: int = 0
     attends: bool = False
     """Whether sessions can be attended; otherwise they are kept alive by calls."""
+    client_states: dict[str, bytes] = field(default_factory=dict)
     hold: threading.Event | None = None
     """Where it is set, streams stop after their first message until it is set, or the client is gone."""
     cuts: int = 0

@@ -248,6 +248,8 @@ class Training(Servicer, training_pb2_grpc.TrainingServiceServicer):
     def OptimStep(self, request, context):
         def work():
             applied, self.fake.gradients = self.fake.gradients, 0
+            if request.HasField("client_state"):
+                self.fake.client_states[request.adapter or self.fake.active(request)] = request.client_state
             return training_pb2.OptimStepResponse(
                 adapter=version(request.adapter or self.fake.active(request), 8),
                 grad_norm=1.5,
@@ -326,6 +328,25 @@ class Adapters(Servicer, adapters_pb2_grpc.AdapterServiceServicer):
             )
 
         return self.fake.answer("SaveAdapter", request, context, work)
+
+    def CheckpointAdapter(self, request, context):
+        def work():
+            name = request.name or self.fake.active(request)
+            self._keep(request, name)
+            return adapters_pb2.CheckpointAdapterResponse(adapter=version(name))
+
+        return self.fake.answer("CheckpointAdapter", request, context, work)
+
+    def _keep(self, request, name):
+        if request.HasField("client_state"):
+            self.fake.client_states[name] = request.client_state
+
+    def GetClientState(self, request, context):
+        def work():
+            state = self.fake.client_states.get(request.name, b"")
+            return adapters_pb2.GetClientStateResponse(adapter=version(request.name), client_state=state)
+
+        return self.fake.answer("GetClientState", request, context, work)
 
     def UploadAdapter(self, request_iterator, context):
         first = next(request_iterator)

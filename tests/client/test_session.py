@@ -308,6 +308,7 @@ def test_every_call_of_a_session_names_it(server, session):
         "CreateAdapter": lambda: session.create_adapter("new"),
         "LoadAdapter": lambda: session.load_adapter("policy_1", "somewhere"),
         "SaveAdapter": lambda: session.save_adapter("there"),
+        "CheckpointAdapter": lambda: session.checkpoint_adapter(),
         "DeleteAdapter": lambda: session.delete_adapter("new"),
     }
 
@@ -344,6 +345,20 @@ def test_adapters_are_made_loaded_saved_and_deleted(server, session, tmp_path):
     assert (server.requests["CreateAdapter"][0].seed, server.requests["CreateAdapter"][0].value_head) == (3, False)
     assert server.requests["LoadAdapter"][0].replace
     assert server.requests["SaveAdapter"][0].with_optimizer
+
+
+def test_a_clients_own_state_goes_with_a_step_or_a_checkpoint_and_comes_back(server, session):
+    session.optim_step(t.AdamW(1e-3))
+    assert not server.requests["OptimStep"][-1].HasField("client_state")
+    session.optim_step(t.AdamW(1e-3), client_state=b"")
+    assert server.requests["OptimStep"][-1].HasField("client_state")
+    assert session.checkpoint_adapter(client_state=b"a") == t.AdapterVersion("policy_1", 7)
+    assert session.client_state("policy_1") == t.ClientState(t.AdapterVersion("policy_1", 7), b"a")
+    policy = session.policy()
+    policy.optim_step(t.AdamW(1e-3), client_state=b"b")
+    assert policy.client_state().data == b"b"
+    assert policy.checkpoint().version == 7
+    assert server.requests["CheckpointAdapter"][-1].request_id
 
 
 # ------------------------------------------------------------------------------------------------------- policy

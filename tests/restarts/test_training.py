@@ -38,7 +38,9 @@ ALL = os.environ.get("ONEBASE_FAULTS") == "all"
 # The hits of a place begin anew with each server. Of the places of a checkpoint, the first server dies while the first
 # policy is made, the second in the first optimizer step, the third in a later one; of the engine's, in the first of its
 # steps, which may be while the server takes up its state, and in two later ones.
-COUNTS = {place: (1, 3, 4) if place.startswith(("before", "after")) else (1, 5, 15) for place in failpoints.PLACES}
+COUNTS = {
+    place: (1, 3, 4) if place.startswith(("before", "after", "during")) else (1, 5, 15) for place in failpoints.PLACES
+}
 KILLS = {place: [f"{place}:kill@{count}" for count in counts] for place, counts in COUNTS.items()}
 SOME = {"some": ["before_rename:kill@3", "after_commit:kill@2", "moment", "after_rename:kill@5"]}
 
@@ -121,18 +123,10 @@ def wait_for_step(folder: Path, step: int) -> None:
     raise AssertionError(f"step {step} never came")
 
 
-def serve(state: Path, port: int = 0, failpoint: str = "") -> AbstractContextManager[RunningServer]:
+def serve(state: Path, *flags: str, port: int = 0, failpoint: str = "") -> AbstractContextManager[RunningServer]:
     """A server whose every answered step is durable."""
-    flags = (
-        "--state",
-        str(state),
-        "--durability",
-        "step",
-        "--threads",
-        "1",
-        "--reward",
-        f"reward={FIXTURES / 'reward'}",
-    )
+    reward = f"reward={FIXTURES / 'reward'}"
+    flags += ("--state", str(state), "--durability", "step", "--threads", "1", "--reward", reward)
     return start_server(FIXTURES / "base", *flags, port=port, failpoints=failpoint)
 
 
@@ -153,10 +147,10 @@ def undisturbed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Undis
     return Undisturbed(found, {name: numbers(folder / name) for name in WEIGHTS})
 
 
-def serve_until(kill: str, stack: ExitStack, state: Path, port: int) -> RunningServer | None:
+def serve_until(kill: str, stack: ExitStack, state: Path, *flags: str, port: int) -> RunningServer | None:
     """A server that will die at this failpoint; None if that was while it loaded what it has."""
     try:
-        return stack.enter_context(serve(state, port, "" if kill == "moment" else kill))
+        return stack.enter_context(serve(state, *flags, port=port, failpoint="" if kill == "moment" else kill))
     except RuntimeError as error:
         if kill and f"({-signal.SIGKILL})" in str(error):
             return None
@@ -187,16 +181,17 @@ def test_two_runs_whose_server_is_killed_end_bit_for_bit_as_undisturbed_ones(
     record_property: Callable[[str, object], None],
 ) -> None:
     state = tmp_path / "state"
+    bucket = ("--checkpoints", f"file://{tmp_path / 'bucket'}") if kills[0].partition(":")[0].endswith("put") else ()
     with ExitStack() as stack:
         processes: list[subprocess.Popen[bytes]] = []
         stack.callback(end, processes)
         for kill in kills:
-            server = serve_until(kill, stack, state, port)
+            server = serve_until(kill, stack, state, *bucket, port=port)
             if server is not None:
                 processes += () if processes else trained(config, server.address, tmp_path)
                 wait_for_death(server, kill, processes, tmp_path)
             record_property("kill", kill)
-        server = stack.enter_context(serve(state, port))
+        server = stack.enter_context(serve(state, *bucket, port=port))
         finish(processes)
         found = weights(server.address, tmp_path)
         assert "NO_GRADIENTS" not in server.text()

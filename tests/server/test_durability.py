@@ -13,8 +13,9 @@ from server.harness import Clock, Live, refused
 
 from onebase.server.checkpoints import StateDirectory
 from onebase.server.config import AdapterSource, ConfigError, EngineConfig, ServerConfig, StateConfig
-from onebase.server.durability import RESERVED_VERSIONS, open_durable
+from onebase.server.durability import RESERVED_VERSIONS
 from onebase.server.jobs import AdapterKind, LoadAdapterJob
+from onebase.server.opening import open_durable
 from onebase.v1 import adapters_pb2, sessions_pb2, training_pb2, types_pb2
 
 
@@ -79,7 +80,7 @@ def version(live, name="p"):
 def committed(live, name="p"):
     """The version of each of the adapter's checkpoints, the newest first."""
     uid = live.uid(name)
-    return [row.version for row in live.keeper._thread.submit(live.keeper.store.checkpoints, uid).result()]
+    return [row.version for row in live.keeper._errands._store.submit(live.keeper.store.checkpoints, uid).result()]
 
 
 def eventually(check):

@@ -202,7 +202,7 @@ class Client(Calls):
         Args:
             name: the adapter.
             path: a directory on the server, absolute or relative to the server's first root.
-            with_optimizer: also write the AdamW moments, so that training can go on from there.
+            with_optimizer: also write the AdamW moments and the client state, so that training can go on from there.
             overwrite: replace what is there; otherwise `AlreadyExistsError`.
             merged: write the base with the adapter merged into it, as a transformers model with its tokenizer, in the
                 base's dtype; a value head is not part of it. `FailedPreconditionError` for a quantized base.

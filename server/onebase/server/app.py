@@ -27,12 +27,13 @@ from onebase.server.audit import AuditLog
 from onebase.server.catalog import LoadedAdapter, NewAdapter
 from onebase.server.checkpoints import StateDirectory, StateInUseError
 from onebase.server.config import AdapterSource, ConfigError, Limits, Security, ServerConfig, StateConfig
-from onebase.server.durability import Durable, Volatile, open_durable
+from onebase.server.durability import Durable
 from onebase.server.edge import Edge, State, build_edge
 from onebase.server.errors import OnebaseError
 from onebase.server.guard import Guard
 from onebase.server.jobs import AdapterKind, LoraSpec
 from onebase.server.leases import Clock
+from onebase.server.opening import open_durable
 from onebase.server.ports import TextLike, WorkerLike
 from onebase.server.process import share_one_heap
 from onebase.server.registry import Entry
@@ -44,6 +45,7 @@ from onebase.server.services.sessions import SessionService
 from onebase.server.services.training import TrainingService
 from onebase.server.successor import EXIT_CODE
 from onebase.server.tokens import Doorman, TokenFileError
+from onebase.server.volatile import Volatile
 from onebase.v1 import (
     adapters_pb2,
     adapters_pb2_grpc,
@@ -141,7 +143,7 @@ def _open_state(config: StateConfig | None) -> StateDirectory | None:
     if config is None:
         return None
     try:
-        return StateDirectory(config.path)
+        return StateDirectory(config.path, config.checkpoints)
     except StateInUseError as error:
         raise ConfigError(f"state is {str(config.path)!r}: {error}") from error
     except OSError as error:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onebase.server.calls import perform, settle, submit
-from onebase.server.durability import Volatile
 from onebase.server.errors import Aborted, FailedPrecondition, OnebaseError
+from onebase.server.identity import caller
 from onebase.server.jobs import (
     AdapterFacts,
     AdapterKind,
@@ -37,6 +37,7 @@ from onebase.server.ports import WorkerLike
 from onebase.server.quotas import AdapterQuotas
 from onebase.server.registry import Entry, Registry, Reservation
 from onebase.server.store import ResponseRow
+from onebase.server.volatile import Volatile
 
 log = logging.getLogger(__name__)
 
@@ -219,6 +220,8 @@ class Catalog:
             with_optimizer=saved.with_optimizer,
             overwrite=saved.overwrite,
             merged=saved.merged,
+            # What a trainer has left there is nobody else's: who may not change the adapter may not read it either.
+            with_client_state=saved.with_optimizer and caller().may_change(entry.owner, entry.name),
         )
         return await settle(self._worker, job, session, deadline)
 

@@ -116,6 +116,25 @@ State = Annotated[
         rich_help_panel=_STATE,
     ),
 ]
+Checkpoints = Annotated[
+    str,
+    typer.Option(
+        metavar="URL",
+        help="Keep the adapters' checkpoints there instead of in --state DIR: any URL that fsspec knows, as "
+        "s3://bucket/prefix, gs://bucket/prefix or file:///directory; pip install its driver (s3fs, gcsfs), which "
+        "takes its credentials from the environment. It belongs to one state.",
+        rich_help_panel=_STATE,
+    ),
+]
+Adopt = Annotated[
+    bool,
+    typer.Option(
+        "--adopt",
+        help="Take over the adapters at --checkpoints URL whose --state DIR is lost, with a new and empty DIR. "
+        "Sessions and answers are not among them.",
+        rich_help_panel=_STATE,
+    ),
+]
 Durability = Annotated[
     str,
     typer.Option(
@@ -348,6 +367,8 @@ def serve(
     stall_restart_seconds: StallRestartSeconds = 0.0,
     max_upload_bytes: MaxUploadBytes = 4 * 2**30,
     state: State = None,
+    checkpoints: Checkpoints = "",
+    adopt: Adopt = False,
     durability: Durability = "checkpoint",
     checkpoint_steps: CheckpointSteps = 0,
     checkpoint_seconds: CheckpointSeconds = 60.0,
@@ -442,7 +463,16 @@ def serve(
             references=sources("--reference", references, with_path=True),
             critics=sources("--critic", critics, with_path=False),
             roots=tuple(roots or ()),
-            state=state_config(state, durability, checkpoint_steps, checkpoint_seconds, keep_checkpoints, restore),
+            state=state_config(
+                state,
+                durability,
+                checkpoint_steps,
+                checkpoint_seconds,
+                keep_checkpoints,
+                restore,
+                checkpoints,
+                adopt,
+            ),
             limits=Limits(max_upload_bytes=max_upload_bytes),
             security=Security(
                 tls_cert, tls_key, tls_client_ca, insecure, tokens, audit_log, stream_idle_seconds=stream_idle_seconds

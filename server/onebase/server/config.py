@@ -186,6 +186,10 @@ class StateConfig:
     """How many checkpoints of an adapter stay."""
     restore: tuple[tuple[str, int], ...] = ()
     """Adapters that go back to an older version, by name."""
+    checkpoints: str = ""
+    """The URL where checkpoints lie; "" is in the directory."""
+    adopt: bool = False
+    """Take over what lies there, where the directory that it belonged to is lost."""
 
     def __post_init__(self) -> None:
         fine = self.durability in ("checkpoint", "step")
@@ -195,6 +199,7 @@ class StateConfig:
         _require(seconds_fine, "checkpoint_seconds", self.seconds, "use 0 or more")
         _require(self.keep >= 1, "keep_checkpoints", self.keep, "use 1 or more")
         _require(self.path.is_dir() or not self.path.exists(), "state", str(self.path), "it is a file")
+        _require(bool(self.checkpoints) or not self.adopt, "adopt", True, "give the URL of --checkpoints too")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from onebase.server.calls import deadline_of
 from onebase.server.catalog import Catalog
 from onebase.server.codec.sequences import SequenceReader
 from onebase.server.config import ServerConfig
-from onebase.server.durability import Volatile
 from onebase.server.errors import OnebaseError, Unavailable
 from onebase.server.idempotency import Idempotency, of_tenant
 from onebase.server.leases import Clock, Session, Sessions
@@ -25,6 +24,7 @@ from onebase.server.ports import TextLike, WorkerLike
 from onebase.server.quotas import AdapterQuotas, QuotaWorker
 from onebase.server.registry import Registry
 from onebase.server.texts import Texts
+from onebase.server.volatile import Volatile
 
 M = TypeVar("M", bound=Message)
 

@@ -14,6 +14,7 @@ from onebase.server.engine.batch import Row
 from onebase.server.engine.engine import Decoding, Draw, Scoring, all_facts
 from onebase.server.isolation import AnyTask, Isolation, told
 from onebase.server.jobs import (
+    ClientStateJob,
     CreateAdapterJob,
     DeleteAdapterJob,
     DescribeAdaptersJob,
@@ -175,6 +176,7 @@ class Executor:
         adapter.check_version(job.expected_version)
         adapter.check_pending(job.expected_pending)
         norm, applied = adapter.step(job.adamw, job.max_grad_norm)
+        adapter.leave(job.client_state)
         saved = None if job.save_to is None else self._save_step(task.adapter, job.save_to)
         task.succeed(self._engine, OptimStepResult(adapter.weights.version, norm, applied, adapter.facts(), saved))
 
@@ -183,7 +185,7 @@ class Executor:
 
         The step is made: what fails here fails its saving alone, which can be asked for again.
         """
-        job = SaveAdapterJob(adapter=uid, path=path, with_optimizer=True)
+        job = SaveAdapterJob(adapter=uid, path=path, with_optimizer=True, with_client_state=True)
         try:
             self._begin_aside(job, self._save(job))
         except Exception as error:
@@ -214,13 +216,18 @@ class Executor:
         if isinstance(job, DeleteAdapterJob):
             engine.delete(job.adapter)
             return None
+        if isinstance(job, ClientStateJob):
+            return engine.adapter(job.adapter).client_state
         if isinstance(job, DescribeAdaptersJob):
             return all_facts(engine.adapters)
         raise TypeError(f"a job of an unknown kind, {type(job).__name__}")
 
     def _save(self, job: SaveAdapterJob) -> Aside:
         engine = self._engine
-        adapter = engine.snapshot(job.adapter, with_optimizer=job.with_optimizer)
+        engine.adapter(job.adapter).leave(job.client_state)
+        adapter = engine.snapshot(
+            job.adapter, with_optimizer=job.with_optimizer, with_client_state=job.with_client_state
+        )
 
         def write() -> SaveResult:
             if job.merged:

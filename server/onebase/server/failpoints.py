@@ -24,7 +24,9 @@ The places, in their order:
     files           a thread of the files begins
     store           the store's thread begins
     before_rename   a checkpoint is written and synced, and not yet in its place
-    after_rename    it is in its place, and the registry does not know it
+    after_rename    it is in its place, and the registry does not know it; with --checkpoints nothing of it is there yet
+    during_put      with --checkpoints: some of its files are there (a hit for each)
+    after_put       with --checkpoints: all of them are, and the registry does not know it
     after_commit    the registry knows it, and nobody was answered
 """
 
@@ -55,6 +57,8 @@ PLACES = (
     "store",
     "before_rename",
     "after_rename",
+    "during_put",
+    "after_put",
     "after_commit",
 )
 

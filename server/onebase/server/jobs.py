@@ -29,6 +29,9 @@ BASE = 0
 PEFT_DEFAULT = "peft-default"
 """As the only target module: the layers that PEFT adapts of this architecture where nobody names any."""
 
+MAX_CLIENT_STATE = 2**20
+"""Most bytes that a trainer keeps with its adapter."""
+
 Tokens = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
@@ -178,6 +181,15 @@ class OptimStepResult:
     gradients_applied: int
     facts: AdapterFacts
     saved: Future[SaveResult] | None = None  # of the new version, where `save_to` asked for it
+
+
+@dataclass(frozen=True)
+class ClientState:
+    """What a trainer keeps with its adapter: opaque to the server."""
+
+    data: bytes = b""
+    version: int = 0
+    """The adapter's version that it was left with."""
 
 
 @dataclass(frozen=True)
@@ -426,6 +438,7 @@ class OptimStepJob(Job[OptimStepResult]):
     max_grad_norm: float = 0.0  # 0 does not clip
     expected_version: int | None = None
     expected_pending: int | None = None  # passes whose gradients must not have been lost
+    client_state: bytes | None = None  # kept with the new version; None keeps what is there
     save_to: Path | None = None  # also write exactly the new version there, with its optimizer
 
     work = Work.TRAIN
@@ -476,8 +489,17 @@ class SaveAdapterJob(Job[SaveResult]):
     adapter: int
     path: Path
     with_optimizer: bool = False
+    with_client_state: bool = False
     overwrite: bool = False
     merged: bool = False
+    client_state: bytes | None = None  # replaces, before it is written, what is kept with the adapter
+
+
+@dataclass(eq=False, kw_only=True)
+class ClientStateJob(Job[ClientState]):
+    """Reads what is kept with an adapter for its trainer."""
+
+    adapter: int
 
 
 @dataclass(eq=False, kw_only=True)

@@ -236,12 +236,15 @@ class AsyncSession(Calls):
         adapter: str = "",
         expected_version: int | None = None,
         expected_pending: int | None = None,
+        client_state: bytes | None = None,
         timeout: float | None = None,
     ) -> t.OptimStep:
         """One AdamW step with the pending gradients, which makes the adapter's next version.
 
         `max_grad_norm` scales the adapter's gradients down to this global norm; 0 does not clip. What is expected is
-        checked as in `forward_backward`.
+        checked as in `forward_backward`. `client_state` is kept with that version, in every checkpoint of it, until
+        another replaces it: what a trainer wants back with the weights, as its step counter and its generator's state;
+        at most 1 MiB, and None keeps what is there. `client_state()` reads it.
         """
         call = training.optim_step(
             adamw,
@@ -249,6 +252,7 @@ class AsyncSession(Calls):
             adapter=adapter,
             expected_version=expected_version,
             expected_pending=expected_pending,
+            client_state=client_state,
             session_id=self.id,
             request_id=new_request_id(),
         )

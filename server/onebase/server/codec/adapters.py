@@ -10,7 +10,7 @@ from onebase.server.catalog import LoadedAdapter, NewAdapter, SavedAdapter
 from onebase.server.codec.fields import integer, number, out_of_range, required
 from onebase.server.config import Limits
 from onebase.server.errors import InvalidArgument, ResourceExhausted
-from onebase.server.jobs import AdapterFacts, AdapterKind, LoraSpec, Pooling, SaveResult
+from onebase.server.jobs import AdapterFacts, AdapterKind, ClientState, LoraSpec, Pooling, SaveResult
 from onebase.server.names import BASE_NAME, check_name, check_new_name
 from onebase.server.paths import Roots
 from onebase.server.registry import Entry
@@ -175,8 +175,13 @@ def read_pooling(pooling: int) -> Pooling | None:
     return _POOLINGS[types_pb2.Pooling.ValueType(pooling)]
 
 
-def adapter_message(entry: Entry, *, leased: bool, all_names: bool = False) -> types_pb2.Adapter:
-    """An adapter as clients see it; with `all_names`, among those of all tenants: "tenant/name"."""
+def adapter_message(
+    entry: Entry, *, leased: bool, durable: int | None = None, all_names: bool = False
+) -> types_pb2.Adapter:
+    """An adapter as clients see it; with `all_names`, among those of all tenants: "tenant/name".
+
+    `durable` is its newest version that would be there after a crash, if any.
+    """
     facts = entry.facts
     return types_pb2.Adapter(
         name=entry.key if all_names else entry.name,
@@ -205,6 +210,7 @@ def adapter_message(entry: Entry, *, leased: bool, all_names: bool = False) -> t
         source=entry.source,
         append_eos=facts.append_eos,
         pooling=_pooling_message(facts),
+        durable_version=durable,
     )
 
 
@@ -220,6 +226,17 @@ def save_response(name: str, result: SaveResult) -> adapters_pb2.SaveAdapterResp
         adapter=types_pb2.AdapterVersion(name=name, version=result.version),
         bytes=result.bytes,
     )
+
+
+def checkpoint_response(name: str, version: int) -> adapters_pb2.CheckpointAdapterResponse:
+    """The version of the adapter of that name that is durable."""
+    return adapters_pb2.CheckpointAdapterResponse(adapter=types_pb2.AdapterVersion(name=name, version=version))
+
+
+def client_state_response(name: str, state: ClientState) -> adapters_pb2.GetClientStateResponse:
+    """What is kept with the adapter of that name."""
+    version = types_pb2.AdapterVersion(name=name, version=state.version)
+    return adapters_pb2.GetClientStateResponse(adapter=version, client_state=state.data)
 
 
 def _read_lora(lora: types_pb2.LoraSpec, limits: Limits) -> LoraSpec:

@@ -18,7 +18,16 @@ from torch.optim.adamw import adamw
 from onebase.server import failpoints
 from onebase.server.engine.lora import LoraPair
 from onebase.server.errors import Aborted, FailedPrecondition
-from onebase.server.jobs import PEFT_DEFAULT, AdamW, AdapterFacts, AdapterKind, AdapterMemory, LoraSpec, Pooling
+from onebase.server.jobs import (
+    PEFT_DEFAULT,
+    AdamW,
+    AdapterFacts,
+    AdapterKind,
+    AdapterMemory,
+    ClientState,
+    LoraSpec,
+    Pooling,
+)
 
 _serials = itertools.count(1)
 
@@ -118,6 +127,12 @@ class Adapter:
     window: int = 0  # how many old versions are kept for those who may ask
     append_eos: bool | None = None  # of a reward: whether an end-of-sequence token belongs behind what it reads
     pooling: Pooling = Pooling.LAST_TOKEN  # of a reward: where its score is read
+    client_state: ClientState = field(default_factory=ClientState)
+
+    def leave(self, data: bytes | None) -> None:
+        """Keeps something for the client with the newest version; None keeps what is there."""
+        if data is not None:
+            self.client_state = ClientState(data, self.weights.version)
 
     def facts(self) -> AdapterFacts:
         """What is true of it now."""

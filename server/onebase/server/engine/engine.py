@@ -36,6 +36,7 @@ from onebase.server.jobs import (
     BASE,
     AdapterFacts,
     BaseFacts,
+    ClientState,
     Floats,
     ForwardBackwardJob,
     RowResult,
@@ -158,7 +159,7 @@ class Engine:
         """Writes merged models. Any thread may use it."""
         return self._merger
 
-    def snapshot(self, uid: int, *, with_optimizer: bool) -> Adapter:
+    def snapshot(self, uid: int, *, with_optimizer: bool, with_client_state: bool = False) -> Adapter:
         """An adapter as it is now, for another thread to read: steps do not change it, and it takes no copy but of
         the moments, if they are wanted. Give its weights back with `release`.
 
@@ -168,7 +169,10 @@ class Engine:
         adapter = self.adapter(uid)
         failpoints.hit("snapshot")
         moments = adapter.moments or Moments.zeros(adapter.weights.parameters()) if with_optimizer else None
-        taken = dataclasses.replace(adapter, moments=moments and moments.copy(), gradients={}, old=[])
+        kept = adapter.client_state if with_client_state else ClientState()
+        taken = dataclasses.replace(
+            adapter, moments=moments and moments.copy(), gradients={}, old=[], client_state=kept
+        )
         adapter.weights.readers += 1
         return taken
 

@@ -4,6 +4,7 @@
     adapter_model.safetensors    base_model.model.{layer}.lora_{A,B}.weight; rewards: base_model.model.score.weight
     value_head.safetensors       v_head.summary.{weight,bias}, where there is a value head (TRL's names)
     optimizer.safetensors        AdamW's moments, where they were asked for
+    client_state.bin             what the trainer keeps with the adapter, beside the moments: bytes, never looked into
     onebase.json                 version, kind, the base's fingerprint and precision, the tokenizer's fingerprint, and a
                                  SHA-256 of each file; of rewards also append_eos and pooling
     tokenizer.json, …            not written; where TRL wrote them, they must be the base's
@@ -32,7 +33,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from onebase.server.engine.adapters import Adapter, Head, Moments, Weights
-from onebase.server.engine.files import SavedFiles, write_directory
+from onebase.server.engine.files import CLIENT_STATE, SavedFiles, write_directory
 from onebase.server.engine.lora import LoraPair
 from onebase.server.engine.precision import widens
 from onebase.server.engine.settings import HEAD_NAMES, check_config, lora_config, read_config, trainable_config
@@ -41,6 +42,7 @@ from onebase.server.errors import FailedPrecondition, InvalidArgument, ResourceE
 from onebase.server.jobs import (
     AdapterKind,
     BaseFacts,
+    ClientState,
     CreateAdapterJob,
     LoadAdapterJob,
     Pooling,
@@ -229,6 +231,7 @@ class Formats:
             self._declare(adapter, job, manifest)
         if job.with_optimizer:
             adapter.moments = self._read_moments(files, weights)
+            adapter.client_state = _read_client_state(files, manifest, version)
         return adapter
 
     def _check_base(self, manifest: dict[str, Any], path: Path) -> None:
@@ -376,6 +379,7 @@ class Formats:
             files["optimizer.safetensors"] = _moments_state(Moments.zeros(weights.parameters()))
         config = copy.copy(adapter.config)
         config.inference_mode = True
+        kept = adapter.client_state
         manifest: dict[str, Any] = {
             "format": 1,
             "kind": adapter.kind.value,
@@ -385,12 +389,16 @@ class Formats:
         }
         if adapter.kind is AdapterKind.REWARD:
             manifest |= {"append_eos": adapter.append_eos, "pooling": adapter.pooling.value}
+        if kept.data:
+            manifest["client_state"] = kept.version
 
         def fill(folder: Path) -> None:
             config.save_pretrained(str(folder))
             for name, tensors in files.items():
                 own = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
                 save_file(own, folder / name, {"format": "pt"})
+            if kept.data:
+                (folder / CLIENT_STATE).write_bytes(kept.data)
 
         size = write_directory(path, fill, manifest, overwrite=overwrite)
         return SaveResult(path, weights.version, size)
@@ -404,6 +412,19 @@ def base_entry(facts: BaseFacts) -> dict[str, str]:
         "dtype": facts.dtype,
         "quantization": facts.quantization,
     }
+
+
+def _read_client_state(files: SavedFiles, manifest: dict[str, Any], version: int) -> ClientState:
+    """What the trainer kept with an adapter that gets this version here.
+
+    Raises:
+        DataLoss, InvalidArgument: it is not what was written, or too long.
+    """
+    written = manifest.get("client_state", 0)
+    if not isinstance(written, int):
+        raise _bad_manifest("client_state", written, "a version")
+    data = files.client_state()
+    return ClientState(data, version if written == manifest.get("version", 0) else written) if data else ClientState()
 
 
 def _moments_state(moments: Moments) -> dict[str, torch.Tensor]:

@@ -8,19 +8,22 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc
 from google.protobuf.message import Message
 
-from onebase.server.calls import deadline_of
+from onebase.server.calls import deadline_of, perform
 from onebase.server.catalog import Receipt, SavedAdapter
 from onebase.server.codec import adapters as codec
 from onebase.server.codec import files
+from onebase.server.codec.training import read_client_state
 from onebase.server.edge import Edge
 from onebase.server.errors import OnebaseError
 from onebase.server.idempotency import record
+from onebase.server.jobs import ClientStateJob
 from onebase.server.leases import Session
 from onebase.server.registry import Entry
 from onebase.server.spool import Spool, described, pieces, receive
@@ -85,9 +88,42 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         async def work(session: Session | None, deadline: float | None) -> adapters_pb2.SaveAdapterResponse:
             entry = edge.registry.get(request.name, "name")
             saved = codec.read_save(request, edge.roots)
-            return codec.save_response(entry.name, await edge.catalog.save(saved, entry, session, deadline))
+            response = codec.save_response(entry.name, await edge.catalog.save(saved, entry, session, deadline))
+            answered = record("SaveAdapter", request, response)
+            finish = partial(edge.keeper.answered, answered)  # it is there now: a repeated call must not save it again
+            edge.idempotency.applied("SaveAdapter", request, response, finish)
+            await finish()
+            return response
 
         return await edge.once("SaveAdapter", request, context, work)
+
+    async def CheckpointAdapter(
+        self, request: adapters_pb2.CheckpointAdapterRequest, context: Context
+    ) -> adapters_pb2.CheckpointAdapterResponse:
+        edge = self._edge
+
+        async def work(session: Session | None, _deadline: float | None) -> adapters_pb2.CheckpointAdapterResponse:
+            state = read_client_state(request)
+            entry = edge.access.trainable(session, request.name, "name")
+            edge.registry.check_may_change(entry)
+            if state is not None:
+                edge.access.require(session, entry)
+
+            def answer(version: int) -> ResponseRow | None:
+                return record("CheckpointAdapter", request, codec.checkpoint_response(entry.name, version))
+
+            return codec.checkpoint_response(entry.name, await edge.keeper.checkpoint(entry, state, answer))
+
+        return await edge.once("CheckpointAdapter", request, context, work)
+
+    async def GetClientState(
+        self, request: adapters_pb2.GetClientStateRequest, context: Context
+    ) -> adapters_pb2.GetClientStateResponse:
+        entry = self._edge.registry.get(request.name, "name")
+        self._edge.registry.check_may_change(entry)
+        job = ClientStateJob(adapter=entry.uid)
+        state = await perform(self._edge.worker, job, None, deadline_of(context))
+        return codec.client_state_response(entry.name, state)
 
     async def UploadAdapter(
         self, request_iterator: AsyncIterator[adapters_pb2.UploadAdapterRequest], context: Context
@@ -124,14 +160,16 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
                     yield files.download_data(piece)
 
     def _message(self, entry: Entry) -> types_pb2.Adapter:
-        return codec.adapter_message(entry, leased=self._edge.sessions.holder(entry.key) is not None)
+        leased, durable = self._edge.sessions.holder(entry.key), self._edge.keeper.durable_version(entry.uid)
+        return codec.adapter_message(entry, leased=leased is not None, durable=durable)
 
     def _receipt(self, method: str, request: Message, session: Session | None) -> Receipt:
         """What the call that makes an entry is answered, before the session has its lease."""
 
         def receipt(entry: Entry) -> ResponseRow | None:
             taken = self._edge.sessions.holder(entry.name) is not None or (session is not None and entry.kind.trained)
-            return record(method, request, codec.adapter_message(entry, leased=taken))
+            made = codec.adapter_message(entry, leased=taken, durable=entry.facts.version)
+            return record(method, request, made)
 
         return receipt
 

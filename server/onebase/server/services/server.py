@@ -48,7 +48,12 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
             edge.worker.status(),
             sessions=[session_status(s, age=sessions.age(s), idle=sessions.idle(s)) for s in sessions.live()],
             adapters=[
-                adapter_message(entry, leased=sessions.holder(entry.key) is not None, all_names=operator)
+                adapter_message(
+                    entry,
+                    leased=sessions.holder(entry.key) is not None,
+                    durable=edge.keeper.durable_version(entry.uid),
+                    all_names=operator,
+                )
                 for entry in (edge.registry.of_tenant(None) if operator else edge.registry.entries())
             ],
             process={
