@@ -80,7 +80,7 @@ def _present(args: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def _create(args: dict[str, Any]) -> adapters_pb2.CreateAdapterRequest:
-    lora = None if "init_from" in args else types_pb2.LoraSpec(rank=args["rank"], target_modules=["all-linear"])
+    lora = None if "init_from" in args else types_pb2.LoraSpec(rank=args["rank"], alpha=8.0, target_modules=["all-linear"])
     return adapters_pb2.CreateAdapterRequest(value_head=True, lora=lora, **_present(args, "name", "seed", "init_from"))
 
 

@@ -86,7 +86,7 @@ class Chaos:
     folder: Path
     seed: int
     flags: tuple[str, ...] = ()
-    pace: float = 0.02
+    pace: float = 0.05
     ends: Counter[str] = field(default_factory=Counter)
     """How the server ended, how many times."""
     clients_killed: int = 0
@@ -102,7 +102,7 @@ class Chaos:
         self._writer.write(clock=time.time() - time.monotonic())
         self._lives = [0] * CLIENTS
         self._clients: list[Forked | None] = [None] * CLIENTS
-        self._epoch = -1
+        self.epoch = -1
 
     @property
     def kills(self) -> int:
@@ -141,14 +141,14 @@ class Chaos:
         return _Serving(self)
 
     def _start(self, failpoints: str = "", flags: tuple[str, ...] = ()) -> tuple[Forked, float]:
-        self._epoch += 1
+        self.epoch += 1
         began = time.monotonic()
         env = {"ONEBASE_FAILPOINTS": failpoints}
-        return self.forks.start(self.argv(self._epoch, *flags), self.folder / "server.log", **env), began
+        return self.forks.start(self.argv(self.epoch, *flags), self.folder / "server.log", **env), began
 
     def _until_serving(self, server: Forked, began: float) -> bool:
         """Waits for its port and tells the clients; False if it ended before."""
-        port = self.folder / f"port-{self._epoch}"
+        port = self.folder / f"port-{self.epoch}"
         while not (port.exists() and port.read_text().strip()):
             if server.poll() is not None:
                 return False
@@ -157,12 +157,12 @@ class Chaos:
             time.sleep(0.01)
         self.starts.append(time.monotonic() - began)
         address, part = self.folder / "address", self.folder / "address.part"
-        part.write_text(json.dumps({"epoch": self._epoch, "address": f"127.0.0.1:{port.read_text().strip()}"}))
+        part.write_text(json.dumps({"epoch": self.epoch, "address": f"127.0.0.1:{port.read_text().strip()}"}))
         part.rename(address)
         return True
 
     def _ended(self, began: float, how: str) -> None:
-        epoch = journal.Epoch(self._epoch, began, time.monotonic(), how)
+        epoch = journal.Epoch(self.epoch, began, time.monotonic(), how)
         self._writer.write(**asdict(epoch))
         self.ends[how] += 1
 

@@ -18,7 +18,7 @@ from typing import Any
 import grpc
 from history import journal
 from history.calls import READS, ROWS, Cancelled, Stubs, facts_of, keep_blob, refusal, request_of, send
-from history.journal import DURABLE, MAKING, OK, Op
+from history.journal import DURABLE, OK, Op
 
 TENANTS = ("red", "blue")
 SHARED = ("p0", "p1")
@@ -171,28 +171,20 @@ class Client:
         return done
 
     def _reuse(self, op: Op) -> None:
-        """The same request_id with another payload: must be refused."""
-        other = self.new("reuse", of=op.kind, **{**op.args, "name": "reused"})
+        """The same request_id with another payload, written down as a kind of its own: must be refused."""
+        other = self.new("reuse", of=op.kind, epoch=op.attempts[-1].epoch)
         other.session, other.request_id = op.session, op.request_id
-        kind, other.kind = other.kind, op.kind
-        other.args = {**op.args, "name": "reused"}
-        self.attempt_reuse(other, kind)
-
-    def attempt_reuse(self, op: Op, kind: str) -> None:
-        """Sends what is written down as another kind of operation."""
-        sent = Op(op.id, op.kind, op.client, op.tenant, op.session, op.request_id, op.args)
-        sent.kind, op.kind = op.kind, kind
+        request = request_of(op.kind, {**op.args, "name": "reused"})
+        request.session_id, request.request_id = op.session, op.request_id
+        data = (self.folder / "blobs" / op.args["blob"]).read_bytes() if op.kind == "upload" else b""
         stubs = self._connected()
-        request = request_of(sent.kind, sent.args)
-        request.session_id, request.request_id = sent.session, sent.request_id
-        data = (self.folder / "blobs" / sent.args["blob"]).read_bytes() if sent.kind == "upload" else b""
-        self.writer.begin(op, self.epoch, time.monotonic())
+        self.writer.begin(other, self.epoch, time.monotonic())
         try:
-            send(stubs, sent.kind, request, TIMEOUT, None, data)
-            self.writer.end(op, time.monotonic(), OK)
+            send(stubs, op.kind, request, TIMEOUT, None, data)
+            self.writer.end(other, time.monotonic(), OK)
         except grpc.RpcError as error:
             code, reason = refusal(error)
-            self.writer.end(op, time.monotonic(), code, reason)
+            self.writer.end(other, time.monotonic(), code, reason)
 
     # -------------------------------------------------------------------------------------------- what is done
 
@@ -359,4 +351,3 @@ def main() -> None:
         client.run()
     except Stopped:
         pass
-    assert MAKING <= DURABLE

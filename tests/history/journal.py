@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +148,18 @@ class History:
     epochs: dict[int, Epoch]
     clock: float = 0.0
     """Seconds since 1970 at 0 of the monotonic clock."""
+
+    @cached_property
+    def _by_name(self) -> dict[tuple[str, str], list[Op]]:
+        found: dict[tuple[str, str], list[Op]] = defaultdict(list)
+        for op in self.ops:
+            found[op.tenant, op.name].append(op)
+        return found
+
+    def about(self, tenant: str, name: str, *kinds: str) -> list[Op]:
+        """The operations that name an adapter, of these kinds if any are given."""
+        found = self._by_name.get((tenant, name), [])
+        return [op for op in found if not kinds or op.kind in kinds]
 
     def end_of(self, op: Op) -> float:
         """When it had certainly had its effect, if it ever has one."""

@@ -126,6 +126,8 @@ class Catalog:
         with self._released_on_error(reservation):
             async with self._quotas.room(reservation.owner) as room:
                 facts = await self._create(new, reservation, source, room, session, deadline)
+                if source is not None and (now := self._registry.current(source.uid)) is not None:
+                    await self._keeper.seen({now.uid: now.facts.version})  # a copy must not outlive what it copies
                 entry = self._registry.prospect(reservation, facts, "")
                 await self._keep(entry, receipt)
         return self._bind(reservation, entry, session)

@@ -13,9 +13,10 @@ All of this runs on the event loop; disks are waited for on one thread of its ow
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,14 @@ class Volatile:
 
     async def before_step(self, entry: Entry) -> None:
         """Is awaited before each optimizer step."""
+
+    def stepping(self, entry: Entry) -> contextlib.AbstractContextManager[None]:
+        """A step is under way inside the block, until it is as durable as it will be."""
+        del entry
+        return contextlib.nullcontext()
+
+    async def seen(self, versions: Mapping[int, int]) -> None:
+        """Returns when these versions (uid → version) may be shown: a step that can still be lost is seen by nobody."""
 
     async def stepped(self, entry: Entry, result: OptimStepResult, record: ResponseRow | None) -> None:
         """Takes a step in; returns when it is as durable as the settings promise.
@@ -122,6 +131,14 @@ class _Track:
     records: list[tuple[int, ResponseRow]] = field(default_factory=list)
     """Answers of steps, by version, that are not durable."""
     saving: asyncio.Task[None] | None = None
+    steps_under_way: int = 0
+    progress: asyncio.Event = field(default_factory=asyncio.Event)
+    """Is set, and another one made, when a step is durable or has ended."""
+
+    def go_on(self) -> None:
+        """Wakes whoever waits for progress."""
+        self.progress.set()
+        self.progress = asyncio.Event()
 
 
 class Durable(Volatile):
@@ -209,6 +226,31 @@ class Durable(Volatile):
         await self._through(self.on_thread(lambda: self.store.reserve(entry.uid, reserved)))
         track.reserved = max(track.reserved, reserved)
 
+    @contextlib.contextmanager
+    def stepping(self, entry: Entry) -> Iterator[None]:  # noqa: D102
+        track = self._tracks.get(entry.uid)
+        if track is None:
+            yield
+            return
+        track.steps_under_way += 1
+        try:
+            yield
+        finally:
+            track.steps_under_way -= 1
+            track.go_on()
+
+    async def seen(self, versions: Mapping[int, int]) -> None:
+        """With `--durability step`, what was shown stays. A step that a full disk keeps from being durable is shown."""
+        if self.config.durability != "step":
+            return
+        for uid, version in versions.items():
+            while (
+                (track := self._tracks.get(uid)) is not None
+                and track.steps_under_way
+                and track.durable < version
+            ):
+                await track.progress.wait()
+
     async def stepped(self, entry: Entry, result: OptimStepResult, record: ResponseRow | None) -> None:  # noqa: D102
         track = self._tracks.get(entry.uid)
         if track is None:
@@ -281,6 +323,7 @@ class Durable(Volatile):
         await self._commit(saved, uid, commit)
         if track is not None:
             track.durable = max(track.durable, saved.version)
+            track.go_on()
             track.since = self._clock()
             track.records = [(version, record) for version, record in track.records if version > saved.version]
 

@@ -47,12 +47,15 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         return await edge.once("CreateAdapter", request, context, work)
 
     async def GetAdapter(self, request: adapters_pb2.GetAdapterRequest, context: Context) -> types_pb2.Adapter:
-        return self._message(self._edge.registry.get(request.name, "name"))
+        entry = self._edge.registry.get(request.name, "name")
+        await self._edge.keeper.seen({entry.uid: entry.facts.version})
+        return self._message(entry)
 
     async def ListAdapters(
         self, request: adapters_pb2.ListAdaptersRequest, context: Context
     ) -> adapters_pb2.ListAdaptersResponse:
         entries = self._edge.registry.entries(codec.read_kind(request.kind))
+        await self._edge.keeper.seen({entry.uid: entry.facts.version for entry in entries})
         return adapters_pb2.ListAdaptersResponse(adapters=[self._message(entry) for entry in entries])
 
     async def DeleteAdapter(
@@ -85,7 +88,9 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         async def work(session: Session | None, deadline: float | None) -> adapters_pb2.SaveAdapterResponse:
             entry = edge.registry.get(request.name, "name")
             saved = codec.read_save(request, edge.roots)
-            return codec.save_response(entry.name, await edge.catalog.save(saved, entry, session, deadline))
+            result = await edge.catalog.save(saved, entry, session, deadline)
+            await edge.keeper.seen({entry.uid: result.version})
+            return codec.save_response(entry.name, result)
 
         return await edge.once("SaveAdapter", request, context, work)
 
@@ -116,6 +121,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             entry = edge.registry.get(request.name, "name")
             saved = SavedAdapter(entry.name, folder / "adapter", request.with_optimizer)
             result = await edge.catalog.save(saved, entry, session, deadline_of(context))
+            await edge.keeper.seen({entry.uid: result.version})
             there = await described(result.path)
             yield files.download_header(entry.name, result.version, there)
             data = pieces(there, result.path)
