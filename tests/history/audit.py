@@ -27,7 +27,13 @@ def audit(folder: Path, address: str, tokens: Mapping[str, str], epoch: int) -> 
         stubs, writer = Stubs(address, token), Writer(folder / f"client-{number}.jsonl")
         names = _ask(folder, stubs, writer, Op(f"{number}.0", "list", number, tenant, "", "", {}), epoch)
         for count, name in enumerate(names, 1):
-            _ask(folder, stubs, writer, Op(f"{number}.{count}", "download", number, tenant, "", "", {"name": name}), epoch)
+            _ask(
+                folder,
+                stubs,
+                writer,
+                Op(f"{number}.{count}", "download", number, tenant, "", "", {"name": name}),
+                epoch,
+            )
         stubs.channel.close()
 
 

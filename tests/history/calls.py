@@ -80,7 +80,9 @@ def _present(args: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def _create(args: dict[str, Any]) -> adapters_pb2.CreateAdapterRequest:
-    lora = None if "init_from" in args else types_pb2.LoraSpec(rank=args["rank"], alpha=8.0, target_modules=["all-linear"])
+    lora = (
+        None if "init_from" in args else types_pb2.LoraSpec(rank=args["rank"], alpha=8.0, target_modules=["all-linear"])
+    )
     return adapters_pb2.CreateAdapterRequest(value_head=True, lora=lora, **_present(args, "name", "seed", "init_from"))
 
 
@@ -202,7 +204,9 @@ def send(
             next(stream, None)
             stream.cancel()
         return list(stream)
-    call = method.future(_upload(request, data) if kind == "upload" else request, timeout=timeout, metadata=stubs.metadata)
+    call = method.future(
+        _upload(request, data) if kind == "upload" else request, timeout=timeout, metadata=stubs.metadata
+    )
     if cancel is not None:
         try:
             return [call.result(timeout=cancel)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import pairwise
 
 from history.journal import AMBIGUOUS, DURABLE, MAKING, OK, Attempt, Op
 from history.model import Life, Model, Violation, answered
@@ -129,7 +130,7 @@ def _leases(model: Model) -> Iterator[Violation]:
             if op.session and life.known <= attempt.began and (attempt.ended or math.inf) <= life.dead
         ]  # fmt: skip
         users.sort(key=lambda one: one[1].ended or 0.0)
-        for (one, first), (other, second) in zip(users, users[1:], strict=False):
+        for (one, first), (other, second) in pairwise(users):
             if one.session == other.session or not _held_on(model, calls, one, first, second):
                 continue
             what = f"two sessions changed {life} while the first held its lease"
@@ -146,9 +147,7 @@ def _calls(model: Model) -> dict[str, list[tuple[Op, Attempt]]]:
     return {session: sorted(calls, key=lambda one: one[1].began) for session, calls in found.items()}
 
 
-def _held_on(
-    model: Model, calls: dict[str, list[tuple[Op, Attempt]]], op: Op, first: Attempt, second: Attempt
-) -> bool:
+def _held_on(model: Model, calls: dict[str, list[tuple[Op, Attempt]]], op: Op, first: Attempt, second: Attempt) -> bool:
     """Whether a session that held a lease at `first` still did at `second`, for certain."""
     if second.began <= (first.ended or math.inf):
         return False  # they overlap: the order is not known

@@ -6,6 +6,7 @@ there which session it had and what it does not know the outcome of, and asks fo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -100,7 +101,7 @@ class Client:
                 there = {"epoch": -1}
             if there["epoch"] > self.epoch or (self.stubs is not None and there["epoch"] == self.epoch):
                 return self._at(there["epoch"], there["address"])
-            time.sleep(0.03)
+            time.sleep(0.08)
         raise Stopped
 
     def _at(self, epoch: int, address: str) -> Stubs:
@@ -347,7 +348,5 @@ def main() -> None:
     """The target of a fork."""
     os.nice(3)
     client = Client(Orders(**json.loads(sys.argv[1])))
-    try:
+    with contextlib.suppress(Stopped):
         client.run()
-    except Stopped:
-        pass

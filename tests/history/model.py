@@ -1,8 +1,8 @@
 """What a history says there was: adapters, each from one making to one end, with every version and who made it.
 
-A name may mean several adapters one after the other (deleted and made again, or replaced); the time of its making, which
-the server reports, tells them apart. Operations whose outcome nobody learned may have made an adapter, a version, an
-end, or nothing: each is believed where something that was seen needs it, and only there.
+A name may mean several adapters one after the other (deleted and made again, or replaced); the time of its making,
+which the server reports, tells them apart. Operations whose outcome nobody learned may have made an adapter, a
+version, an end, or nothing: each is believed where something that was seen needs it, and only there.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 from history.journal import AMBIGUOUS, MAKING, OK, Attempt, History, Op
@@ -186,7 +186,11 @@ def candidates(model: Model, tenant: str, name: str, attempt: Attempt, version: 
     """The lives that an answer about a version may be about."""
     found = []
     for life in model.lives.get((tenant, name), ()):
-        if life_began(model, life) <= (attempt.ended or math.inf) and attempt.began <= life.dead and version >= life.first:
+        if (
+            life_began(model, life) <= (attempt.ended or math.inf)
+            and attempt.began <= life.dead
+            and version >= life.first
+        ):
             found.append(life)
     # A replaced adapter's versions go on in its successor: the newest that has begun so low is meant.
     return [one for one in found if not any(o.created > one.created and o.known < attempt.began for o in found)]
@@ -245,16 +249,20 @@ def _between(model: Model, life: Life, op: Op, version: int) -> bool:
     before = [attempt.began for _, attempt, v in life.seen if v < version]
     after = [attempt.ended for _, attempt, v in life.seen if v >= version and attempt.ended is not None]
     wanted = op.args.get("expected_version", version - 1)
-    return wanted == version - 1 and op.began <= min(after, default=math.inf) and (
-        model.history.end_of(op) >= min(before, default=0.0)
+    return (
+        wanted == version - 1
+        and op.began <= min(after, default=math.inf)
+        and (model.history.end_of(op) >= min(before, default=0.0))
     )
 
 
 def _certain_reads(model: Model, life: Life) -> Iterator[tuple[Op, Attempt, int]]:
     for op, attempt in answered(model.history.about(life.tenant, life.name)):
-        if "version" in attempt.answer and op.kind != "save":
-            if candidates(model, op.tenant, op.name, attempt, attempt.answer["version"]) == [life]:
-                yield op, attempt, attempt.answer["version"]
+        version = attempt.answer.get("version")
+        if version is not None and op.kind != "save":
+            if candidates(model, op.tenant, op.name, attempt, version) != [life]:
+                continue
+            yield op, attempt, version
 
 
 def _options(model: Model, life: Life, op: Op, version: int) -> list[list[Op]]:
@@ -282,13 +290,15 @@ def life_began(model: Model, life: Life) -> float:
 
 def _fill(counted: dict[int, Op], unsure: list[Op], applied: int | None) -> Iterator[list[Op]]:
     """Every way to have `applied` passes in order, where those at a known place are where they are."""
-    totals = [applied] if applied is not None else range(max(counted, default=0), max(counted, default=0) + len(unsure) + 1)
+    totals = (
+        [applied] if applied is not None else range(max(counted, default=0), max(counted, default=0) + len(unsure) + 1)
+    )
     for total in totals:
         holes = [place for place in range(1, total + 1) if place not in counted]
         for chosen in combinations(unsure, len(holes)):
             order = {**{p: one for p, one in counted.items() if p <= total}, **dict(zip(holes, chosen, strict=True))}
             ops = [order[place] for place in sorted(order)]
-            if all(a.began <= b.began for a, b in zip(ops, ops[1:], strict=False)):
+            if all(a.began <= b.began for a, b in pairwise(ops)):
                 yield ops
 
 

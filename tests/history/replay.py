@@ -1,4 +1,4 @@
-"""The strongest check: every adapter's steps are made again on a server that nobody disturbs, and every number compared.
+"""The strongest check: every adapter's steps made again on a server that nobody disturbs, and every number compared.
 
     its making → at each version: all that was read of it → the passes of the next step → the step → …
 

@@ -100,7 +100,7 @@ def _learn(forks: ForkServer, folder: Path) -> None:
     forks.learn(chaos.argv(0), folder, until)
 
 
-class _undisturbed:  # noqa: N801 - reads as a function
+class _undisturbed:
     """A server without a state, for the time of a block."""
 
     def __init__(self, forks: ForkServer, folder: Path) -> None:

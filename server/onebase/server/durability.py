@@ -244,11 +244,7 @@ class Durable(Volatile):
         if self.config.durability != "step":
             return
         for uid, version in versions.items():
-            while (
-                (track := self._tracks.get(uid)) is not None
-                and track.steps_under_way
-                and track.durable < version
-            ):
+            while (track := self._tracks.get(uid)) is not None and track.steps_under_way and track.durable < version:
                 await track.progress.wait()
 
     async def stepped(self, entry: Entry, result: OptimStepResult, record: ResponseRow | None) -> None:  # noqa: D102
