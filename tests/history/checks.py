@@ -27,6 +27,7 @@ def check(model: Model) -> list[Violation]:
         *_leases(model),
         *_sessions(model),
         *_tenants(model),
+        *_refusals(model),
     ]
 
 
@@ -212,3 +213,14 @@ def _tenants(model: Model) -> Iterator[Violation]:
         if other.tenant != life.tenant:
             ops = (life.seen[0][0], other.seen[0][0]) if life.seen and other.seen else ()
             yield Violation("another tenant's adapter", f"{life} is also {other}", ops)
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+def _refusals(model: Model) -> Iterator[Violation]:
+    """The server itself says why it refuses, and none of these is a reason: nothing here was damaged or is a bug."""
+    for op in model.history.ops:
+        for attempt in op.attempts:
+            if attempt.reason and attempt.code in ("INTERNAL", "UNKNOWN", "DATA_LOSS", "UNAUTHENTICATED"):
+                yield Violation("an answer that no page declares", f"{attempt.code} {attempt.reason}", (op,))

@@ -22,7 +22,7 @@ from history.calls import READS, ROWS, Cancelled, Stubs, facts_of, keep_blob, re
 from history.journal import DURABLE, OK, Op
 
 TENANTS = ("red", "blue")
-SHARED = ("p0", "p1")
+SHARED = ("p0",)
 """Names that several clients of both tenants fight for."""
 TIMEOUT = 15.0
 PATIENCE = 40.0
@@ -75,7 +75,7 @@ class Client:
         self.mine: set[str] = set()
         self.saved: list[str] = []
         self.blobs: list[tuple[str, list[Any]]] = []
-        own = f"q{orders.number // len(TENANTS)}"  # equal in both tenants
+        own = f"q{orders.number // (2 * len(TENANTS))}"  # equal in both tenants
         self.names = (own, own, *SHARED)
         self._take_up(before)
 

@@ -60,7 +60,7 @@ def run(folder: Path, kills: int, seed: int, say: Callable[[str], None], lively:
         made = time.monotonic()
         history = journal.gather(folder / "run")
         found = model.build(history)
-        violations = checks.check(found)
+        violations = [*checks.check(found), *_bugs(folder / "run" / "server.log")]
         say(f"{len(history.ops)} operations, {len(violations)} violations before the replay")
         with _undisturbed(forks, folder) as server:
             replayer = Replayer(Stubs(server.address), folder / "run")
@@ -84,6 +84,12 @@ def run(folder: Path, kills: int, seed: int, say: Callable[[str], None], lively:
         "start_seconds": round(starts[len(starts) // 2], 2),
     }
     return Outcome(record, violations)
+
+
+def _bugs(log: Path) -> list[Violation]:
+    """What the servers logged as bugs of their own."""
+    count = log.read_text(encoding="utf-8", errors="replace").count("Traceback (most recent call last)")
+    return [Violation("a bug in the log", f"{count} tracebacks in {log}")] if count else []
 
 
 def _learn(forks: ForkServer, folder: Path) -> None:

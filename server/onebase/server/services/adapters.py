@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 
-from onebase.server.calls import deadline_of
+from onebase.server.calls import deadline_of, settled
 from onebase.server.catalog import Receipt, SavedAdapter
 from onebase.server.codec import adapters as codec
 from onebase.server.codec import files
@@ -89,7 +89,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             entry = edge.registry.get(request.name, "name")
             saved = codec.read_save(request, edge.roots)
             result = await edge.catalog.save(saved, entry, session, deadline)
-            await edge.keeper.seen({entry.uid: result.version})
+            await settled(edge.keeper.seen({entry.uid: result.version}))
             return codec.save_response(entry.name, result)
 
         return await edge.once("SaveAdapter", request, context, work)

@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from onebase.server.calls import settle
+from onebase.server.calls import settle, settled
 from onebase.server.codec.fields import required
 from onebase.server.codec.training import (
     forward_backward_response,
@@ -43,7 +43,7 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
             edge.access.require(session, entry)
             result = await settle(edge.worker, job, session, deadline)
             edge.registry.update(result.facts)
-            await edge.keeper.seen({entry.uid: result.version})
+            await settled(edge.keeper.seen({entry.uid: result.version}))
             return forward_backward_response(entry.name, result)
 
         return await edge.once("ForwardBackward", request, context, work)
