@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 import grpc
@@ -81,6 +82,11 @@ async def unbroken(task: asyncio.Task[R]) -> R:
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait((task,))
     return task.result()
+
+
+async def settled(work: Coroutine[Any, Any, R]) -> R:
+    """`unbroken` for work that has not begun."""
+    return await unbroken(asyncio.get_running_loop().create_task(work))
 
 
 def _outcome(job: Job[R]) -> asyncio.Future[R]:

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
-from onebase.server.calls import perform, settle, submit
+from onebase.server.calls import perform, settle, settled, submit
 from onebase.server.errors import Aborted, FailedPrecondition, OnebaseError
 from onebase.server.identity import caller
 from onebase.server.jobs import (
@@ -127,6 +127,10 @@ class Catalog:
         with self._released_on_error(reservation):
             async with self._quotas.room(reservation.owner) as room:
                 facts = await self._create(new, reservation, source, room, session, deadline)
+                if source is not None and (now := self._registry.current(source.uid)) is not None:
+                    await settled(
+                        self._keeper.seen({now.uid: now.facts.version})
+                    )  # a copy must not outlive what it copies
                 entry = self._registry.prospect(reservation, facts, "")
                 await self._keep(entry, receipt)
         return self._bind(reservation, entry, session)

@@ -16,9 +16,10 @@ and files are written on the worker's: what keeps one of them waiting keeps no o
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -146,6 +147,27 @@ class Durable(Volatile):
         reserved = track.newest + RESERVED_VERSIONS
         await self._errands.through(self.on_thread(lambda: self.store.reserve(entry.uid, reserved)))
         track.reserved = max(track.reserved, reserved)
+
+    @contextlib.contextmanager
+    def stepping(self, entry: Entry) -> Iterator[None]:  # noqa: D102
+        track = self._tracks.get(entry.uid)
+        if track is None:
+            yield
+            return
+        track.steps_under_way += 1
+        try:
+            yield
+        finally:
+            track.steps_under_way -= 1
+            track.go_on()
+
+    async def seen(self, versions: Mapping[int, int]) -> None:
+        """With `--durability step`, what was shown stays. A step that a full disk keeps from being durable is shown."""
+        if self.config.durability != "step":
+            return
+        for uid, version in versions.items():
+            while (track := self._tracks.get(uid)) is not None and track.steps_under_way and track.durable < version:
+                await track.progress.wait()
 
     async def stepped(self, entry: Entry, result: OptimStepResult, record: ResponseRow | None) -> None:  # noqa: D102
         track = self._tracks.get(entry.uid)

@@ -12,7 +12,7 @@ import grpc
 from google.protobuf.message import Message
 
 from onebase.server.access import Access
-from onebase.server.calls import deadline_of
+from onebase.server.calls import deadline_of, settled
 from onebase.server.catalog import Catalog
 from onebase.server.codec.sequences import SequenceReader
 from onebase.server.config import ServerConfig
@@ -98,7 +98,8 @@ class Edge:
         async def run() -> M:
             with self.sessions.use(request.session_id) as session:
                 response = await work(session, deadline)
-            await self.keeper.synced()
+            # The change is made: a cancel that comes now must not keep its answer from being stored.
+            await settled(self.keeper.synced())
             return response
 
         if request.session_id:

@@ -28,6 +28,9 @@ class Track:
     records: list[tuple[int, ResponseRow]] = field(default_factory=list)
     """Answers of steps, by version, that are not durable."""
     saving: asyncio.Task[None] | None = None
+    steps_under_way: int = 0
+    progress: asyncio.Event = field(default_factory=asyncio.Event)
+    """Is set, and another one made, when a step is durable or has ended."""
 
     @property
     def key(self) -> str:
@@ -56,6 +59,12 @@ class Track:
         self.durable = max(self.durable, version)
         self.since = now
         self.records = [(made, record) for made, record in self.records if made > version]
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Wakes whoever waits for progress."""
+        self.progress.set()
+        self.progress = asyncio.Event()
 
 
 def row_of(entry: Entry) -> AdapterRow:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from onebase.server.errors import FailedPrecondition
@@ -22,6 +23,14 @@ class Volatile:
 
     async def before_step(self, entry: Entry) -> None:
         """Is awaited before each optimizer step."""
+
+    def stepping(self, entry: Entry) -> contextlib.AbstractContextManager[None]:
+        """A step is under way inside the block, until it is as durable as it will be."""
+        del entry
+        return contextlib.nullcontext()
+
+    async def seen(self, versions: Mapping[int, int]) -> None:
+        """Returns when these versions (uid → version) may be shown: a step that can still be lost is seen by nobody."""
 
     async def stepped(self, entry: Entry, result: OptimStepResult, record: ResponseRow | None) -> None:
         """Takes a step in; returns when it is as durable as the settings promise.

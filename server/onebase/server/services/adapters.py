@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 
-from onebase.server.calls import deadline_of, perform
+from onebase.server.calls import deadline_of, perform, settled
 from onebase.server.catalog import Receipt, SavedAdapter
 from onebase.server.codec import adapters as codec
 from onebase.server.codec import files
@@ -50,12 +50,15 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         return await edge.once("CreateAdapter", request, context, work)
 
     async def GetAdapter(self, request: adapters_pb2.GetAdapterRequest, context: Context) -> types_pb2.Adapter:
-        return self._message(self._edge.registry.get(request.name, "name"))
+        entry = self._edge.registry.get(request.name, "name")
+        await self._edge.keeper.seen({entry.uid: entry.facts.version})
+        return self._message(entry)
 
     async def ListAdapters(
         self, request: adapters_pb2.ListAdaptersRequest, context: Context
     ) -> adapters_pb2.ListAdaptersResponse:
         entries = self._edge.registry.entries(codec.read_kind(request.kind))
+        await self._edge.keeper.seen({entry.uid: entry.facts.version for entry in entries})
         return adapters_pb2.ListAdaptersResponse(adapters=[self._message(entry) for entry in entries])
 
     async def DeleteAdapter(
@@ -88,7 +91,9 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         async def work(session: Session | None, deadline: float | None) -> adapters_pb2.SaveAdapterResponse:
             entry = edge.registry.get(request.name, "name")
             saved = codec.read_save(request, edge.roots)
-            response = codec.save_response(entry.name, await edge.catalog.save(saved, entry, session, deadline))
+            result = await edge.catalog.save(saved, entry, session, deadline)
+            await settled(edge.keeper.seen({entry.uid: result.version}))
+            response = codec.save_response(entry.name, result)
             answered = record("SaveAdapter", request, response)
             finish = partial(edge.keeper.answered, answered)  # it is there now: a repeated call must not save it again
             edge.idempotency.applied("SaveAdapter", request, response, finish)
@@ -152,6 +157,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             entry = edge.registry.get(request.name, "name")
             saved = SavedAdapter(entry.name, folder / "adapter", request.with_optimizer)
             result = await edge.catalog.save(saved, entry, session, deadline_of(context))
+            await edge.keeper.seen({entry.uid: result.version})
             there = await described(result.path)
             yield files.download_header(entry.name, result.version, there)
             data = pieces(there, result.path)

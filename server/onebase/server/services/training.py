@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from onebase.server.calls import settle
+from onebase.server.calls import settle, settled
 from onebase.server.codec.fields import required
 from onebase.server.codec.training import (
     forward_backward_response,
@@ -43,6 +43,7 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
             edge.access.require(session, entry)
             result = await settle(edge.worker, job, session, deadline)
             edge.registry.update(result.facts)
+            await settled(edge.keeper.seen({entry.uid: result.version}))
             return forward_backward_response(entry.name, result)
 
         return await edge.once("ForwardBackward", request, context, work)
@@ -58,13 +59,14 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
             edge.access.require(session, entry)
             await edge.keeper.before_step(entry)
             job.save_to = edge.keeper.step_path(entry)
-            result = await settle(edge.worker, job, session, deadline)
-            edge.registry.update(result.facts)
-            response = optim_step_response(entry.name, result)
-            # From here on the step is made: if it cannot be made durable now, a repeated call does no more than that.
-            finish = partial(edge.keeper.finish_step, entry.uid, result.version)
-            edge.idempotency.applied("OptimStep", request, response, finish)
-            await edge.keeper.stepped(entry, result, record("OptimStep", request, response))
+            with edge.keeper.stepping(entry):
+                result = await settle(edge.worker, job, session, deadline)
+                edge.registry.update(result.facts)
+                response = optim_step_response(entry.name, result)
+                # From here on the step is made: if it cannot be made durable now, a repeated call does no more.
+                finish = partial(edge.keeper.finish_step, entry.uid, result.version)
+                edge.idempotency.applied("OptimStep", request, response, finish)
+                await edge.keeper.stepped(entry, result, record("OptimStep", request, response))
             return response
 
         return await edge.once("OptimStep", request, context, work)
