@@ -89,7 +89,17 @@ Roots = Annotated[
     typer.Option(
         "--root",
         metavar="DIR",
-        help="Clients may load and save adapters under this directory. May be repeated; without it they may not.",
+        help="Clients may load and save adapters under this directory; with --tokens each tenant under DIR/TENANT, and "
+        "the operator under all of it. May be repeated; without it they may not.",
+        rich_help_panel=_NETWORK,
+    ),
+]
+SharedRoots = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--shared-root",
+        metavar="DIR",
+        help="Every tenant may load adapters from under this directory, and none may save there. May be repeated.",
         rich_help_panel=_NETWORK,
     ),
 ]
@@ -247,7 +257,8 @@ ChatTemplate = Annotated[
 MaxUploadBytes = Annotated[
     int,
     typer.Option(
-        help="Most bytes of one upload; it lies in the temporary directory (TMPDIR) until it is loaded.",
+        help="Most bytes of one upload; it lies in the state directory, or else the temporary one (TMPDIR), until it "
+        "is loaded. Also of what a tenant loads from under a root.",
         rich_help_panel=_NETWORK,
     ),
 ]
@@ -331,6 +342,7 @@ def serve(
     policy_rank: PolicyRank = 16,
     policy_alpha: PolicyAlpha = 32.0,
     roots: Roots = None,
+    shared_roots: SharedRoots = None,
     host: Host = "127.0.0.1",
     port: Port = 7070,
     port_file: PortFile = None,
@@ -430,6 +442,7 @@ def serve(
             references=sources("--reference", references, with_path=True),
             critics=sources("--critic", critics, with_path=False),
             roots=tuple(roots or ()),
+            shared_roots=tuple(shared_roots or ()),
             state=state_config(state, durability, checkpoint_steps, checkpoint_seconds, keep_checkpoints, restore),
             limits=Limits(max_upload_bytes=max_upload_bytes),
             security=Security(

@@ -16,11 +16,11 @@ from onebase.server.calls import deadline_of
 from onebase.server.catalog import Catalog
 from onebase.server.codec.sequences import SequenceReader
 from onebase.server.config import ServerConfig
+from onebase.server.disks import Disks
 from onebase.server.durability import Volatile
 from onebase.server.errors import OnebaseError, Unavailable
 from onebase.server.idempotency import Idempotency, of_tenant
 from onebase.server.leases import Clock, Session, Sessions
-from onebase.server.paths import Roots
 from onebase.server.ports import TextLike, WorkerLike
 from onebase.server.quotas import AdapterQuotas, QuotaWorker
 from onebase.server.registry import Registry
@@ -66,7 +66,7 @@ class Edge:
     catalog: Catalog
     texts: Texts
     reader: SequenceReader
-    roots: Roots
+    disks: Disks
     keeper: Volatile
     gate: Gate = field(default_factory=Gate)
     idempotency: Idempotency = field(default_factory=Idempotency)
@@ -134,6 +134,6 @@ def build_edge(
         catalog=Catalog(worker, registry, sessions, keeper, adapters),
         texts=texts,
         reader=SequenceReader(texts, worker.facts, config.limits),
-        roots=Roots(config.roots),
+        disks=Disks(config),
         keeper=keeper,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 from onebase.server.catalog import LoadedAdapter, NewAdapter, SavedAdapter
@@ -12,7 +11,6 @@ from onebase.server.config import Limits
 from onebase.server.errors import InvalidArgument, ResourceExhausted
 from onebase.server.jobs import AdapterFacts, AdapterKind, LoraSpec, Pooling, SaveResult
 from onebase.server.names import BASE_NAME, check_name, check_new_name
-from onebase.server.paths import Roots
 from onebase.server.registry import Entry
 from onebase.v1 import adapters_pb2, types_pb2
 
@@ -72,18 +70,8 @@ def read_create(request: adapters_pb2.CreateAdapterRequest, limits: Limits) -> N
     )
 
 
-def read_load(request: adapters_pb2.LoadAdapterRequest, roots: Roots) -> LoadedAdapter:
-    """Checks a request of LoadAdapter.
-
-    Raises:
-        InvalidArgument: naming the field.
-        FailedPrecondition, PermissionDenied: the path may not be read.
-    """
-    return replace(read_loaded(request), path=roots.readable(request.path))
-
-
 def read_loaded(request: _Load, source: str = "") -> LoadedAdapter:
-    """Checks what these two have in common; the path is still open.
+    """Checks a request to load an adapter, or the header of an upload; the path is still open.
 
     Raises:
         InvalidArgument: naming the field.
@@ -131,12 +119,11 @@ def _check_reward(kind: AdapterKind, field: str) -> None:
         )
 
 
-def read_save(request: adapters_pb2.SaveAdapterRequest, roots: Roots) -> SavedAdapter:
-    """Checks a request of SaveAdapter.
+def read_save(request: adapters_pb2.SaveAdapterRequest) -> SavedAdapter:
+    """Checks a request of SaveAdapter; the path is still open.
 
     Raises:
         InvalidArgument: naming the field.
-        FailedPrecondition, PermissionDenied: the path may not be written.
     """
     check_name(request.name, "name")
     if request.merged and request.with_optimizer:
@@ -145,8 +132,7 @@ def read_save(request: adapters_pb2.SaveAdapterRequest, roots: Roots) -> SavedAd
             "with_optimizer is set, and a merged model has no place for the moments: leave it out",
             field="with_optimizer",
         )
-    path = roots.writable(request.path)
-    return SavedAdapter(request.name, path, request.with_optimizer, request.overwrite, request.merged)
+    return SavedAdapter(request.name, Path(), request.with_optimizer, request.overwrite, request.merged)
 
 
 def read_kind(kind: int) -> AdapterKind | None:

@@ -6,9 +6,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -19,11 +18,10 @@ from onebase.server.catalog import Receipt, SavedAdapter
 from onebase.server.codec import adapters as codec
 from onebase.server.codec import files
 from onebase.server.edge import Edge
-from onebase.server.errors import OnebaseError
 from onebase.server.idempotency import record
 from onebase.server.leases import Session
 from onebase.server.registry import Entry
-from onebase.server.spool import Spool, described, pieces, receive
+from onebase.server.spool import Spool, described, pieces, receive, shown_as
 from onebase.server.store import ResponseRow
 from onebase.v1 import adapters_pb2, adapters_pb2_grpc, types_pb2
 
@@ -71,9 +69,11 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         edge = self._edge
 
         async def work(session: Session | None, deadline: float | None) -> types_pb2.Adapter:
-            loaded = codec.read_load(request, edge.roots)
+            loaded = codec.read_loaded(request)
             receipt = self._receipt("LoadAdapter", request, session)
-            return self._message(await edge.catalog.load(loaded, session, deadline, receipt))
+            async with edge.disks.reading(request.path) as (folder, source):
+                loaded = replace(loaded, path=folder, source=source)
+                return self._message(await edge.catalog.load(loaded, session, deadline, receipt))
 
         return await edge.once("LoadAdapter", request, context, work)
 
@@ -84,15 +84,17 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
         async def work(session: Session | None, deadline: float | None) -> adapters_pb2.SaveAdapterResponse:
             entry = edge.registry.get(request.name, "name")
-            saved = codec.read_save(request, edge.roots)
-            return codec.save_response(entry.name, await edge.catalog.save(saved, entry, session, deadline))
+            saved = codec.read_save(request)
+            async with edge.disks.writing(request.path, overwrite=request.overwrite) as (folder, final):
+                result = await edge.catalog.save(replace(saved, path=folder), entry, session, deadline)
+            return codec.save_response(entry.name, replace(result, path=final))
 
         return await edge.once("SaveAdapter", request, context, work)
 
     async def UploadAdapter(
         self, request_iterator: AsyncIterator[adapters_pb2.UploadAdapterRequest], context: Context
     ) -> types_pb2.Adapter:
-        edge, spool = self._edge, Spool()
+        edge, spool = self._edge, Spool(self._edge.disks.scratch)
         header = await files.read_header(request_iterator)
         with edge.sessions.use(header.session_id):
             upload = files.read_upload(header, edge.config.limits)
@@ -101,7 +103,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
                 async def work(session: Session | None, deadline: float | None) -> types_pb2.Adapter:
                     # A use of its own: a call of the same request_id may wait for this work when its own call is gone.
-                    with spool.used(), _of_upload(folder):
+                    with spool.used(), shown_as(folder, ""):
                         loaded = replace(upload.loaded, path=folder)
                         receipt = self._receipt("UploadAdapter", header, session)
                         return self._message(await edge.catalog.load(loaded, session, deadline, receipt))
@@ -112,7 +114,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.DownloadAdapterRequest, context: Context
     ) -> AsyncIterator[adapters_pb2.DownloadAdapterResponse]:
         edge = self._edge
-        with edge.sessions.use(request.session_id) as session, Spool().used() as folder:
+        spool = Spool(edge.disks.scratch)
+        with edge.sessions.use(request.session_id) as session, spool.used() as folder:
             entry = edge.registry.get(request.name, "name")
             saved = SavedAdapter(entry.name, folder / "adapter", request.with_optimizer)
             result = await edge.catalog.save(saved, entry, session, deadline_of(context))
@@ -134,14 +137,3 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             return record(method, request, codec.adapter_message(entry, leased=taken))
 
         return receipt
-
-
-@contextlib.contextmanager
-def _of_upload(folder: Path) -> Iterator[None]:
-    """Errors of reading a directory in the words of who sent its files."""
-    try:
-        yield
-    except OnebaseError as error:
-        field = "files" if error.field == "path" else error.field
-        message = error.message.replace(f"{folder}/", "").replace(str(folder), "the upload")
-        raise type(error)(error.reason, message, field=field, retry_after=error.retry_after) from error
