@@ -9,6 +9,7 @@ from onebase.server.catalog import LoadedAdapter, NewAdapter, SavedAdapter
 from onebase.server.codec.fields import integer, number, out_of_range, required
 from onebase.server.config import Limits
 from onebase.server.errors import InvalidArgument, ResourceExhausted
+from onebase.server.identity import OPERATOR, caller
 from onebase.server.jobs import AdapterFacts, AdapterKind, LoraSpec, Pooling, SaveResult
 from onebase.server.names import BASE_NAME, check_name, check_new_name
 from onebase.server.registry import Entry
@@ -188,7 +189,7 @@ def adapter_message(entry: Entry, *, leased: bool, all_names: bool = False) -> t
         leased=leased,
         pending_gradients=facts.pending_gradients,
         create_time=entry.create_time,
-        source=entry.source,
+        source=entry.source if caller().tenant in (entry.owner, OPERATOR) else "",  # a path of the server's
         append_eos=facts.append_eos,
         pooling=_pooling_message(facts),
     )
