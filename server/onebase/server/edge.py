@@ -19,6 +19,7 @@ from onebase.server.config import ServerConfig
 from onebase.server.disks import Disks
 from onebase.server.durability import Volatile
 from onebase.server.errors import OnebaseError, Unavailable
+from onebase.server.fences import Fences
 from onebase.server.idempotency import Idempotency, of_tenant
 from onebase.server.leases import Clock, Session, Sessions
 from onebase.server.ports import TextLike, WorkerLike
@@ -67,6 +68,7 @@ class Edge:
     texts: Texts
     reader: SequenceReader
     disks: Disks
+    fences: Fences
     keeper: Volatile
     gate: Gate = field(default_factory=Gate)
     idempotency: Idempotency = field(default_factory=Idempotency)
@@ -124,16 +126,17 @@ def build_edge(
     sessions.changed, sessions.ended = keeper.session_changed, keeper.session_ended
     tenant = config.quota_of_tenants()
     worker = QuotaWorker(worker, tenant, config.quota)
-    adapters = AdapterQuotas(registry, tenant, config.quota)
+    adapters, fences = AdapterQuotas(registry, tenant, config.quota), Fences()
     return Edge(
         worker=worker,
         config=config,
         sessions=sessions,
         registry=registry,
         access=Access(registry, sessions),
-        catalog=Catalog(worker, registry, sessions, keeper, adapters),
+        catalog=Catalog(worker, registry, sessions, keeper, adapters, fences),
         texts=texts,
         reader=SequenceReader(texts, worker.facts, config.limits),
         disks=Disks(config),
+        fences=fences,
         keeper=keeper,
     )
