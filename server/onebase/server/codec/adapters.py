@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from onebase.server import patterns
 from onebase.server.catalog import LoadedAdapter, NewAdapter, SavedAdapter
 from onebase.server.codec.fields import integer, number, out_of_range, required
 from onebase.server.config import Limits
@@ -34,8 +35,6 @@ _Load = adapters_pb2.LoadAdapterRequest | adapters_pb2.UploadAdapterHeader
 
 _MAX_MODULES = 4096
 _MODULE = re.compile(r"[A-Za-z0-9_.-]{1,256}", re.ASCII)
-# A pattern is a regular expression to PEFT. Without repetition it can take no time to speak of to match.
-_PATTERN = re.compile(r"[A-Za-z0-9_.^$|()\[\]\\-]{1,256}", re.ASCII)
 
 
 def read_create(request: adapters_pb2.CreateAdapterRequest, limits: Limits) -> NewAdapter:
@@ -211,6 +210,9 @@ def save_response(name: str, result: SaveResult) -> adapters_pb2.SaveAdapterResp
 
 def _read_lora(lora: types_pb2.LoraSpec, limits: Limits) -> LoraSpec:
     _check_modules(lora)
+    for field, keys in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        if len(keys) > _MAX_MODULES:
+            raise out_of_range(f"lora.{field}", f"a map of {len(keys)}", f"at most {_MAX_MODULES}")
     for pattern in (*lora.rank_pattern, *lora.alpha_pattern):
         _check_pattern(pattern, "lora.rank_pattern" if pattern in lora.rank_pattern else "lora.alpha_pattern")
     ranks = {
@@ -256,14 +258,6 @@ def _check_modules(lora: types_pb2.LoraSpec) -> None:
 
 def _check_pattern(pattern: str, field: str) -> None:
     try:
-        fine = _PATTERN.fullmatch(pattern) is not None
-        re.compile(pattern)
-    except re.error:
-        fine = False
-    if not fine:
-        raise InvalidArgument(
-            "BAD_MODULE_NAME",
-            f"{field} has the key {pattern[:256]!r}: use a module's name or path, or a regular expression of them "
-            "without repetition",
-            field=field,
-        )
+        patterns.check(pattern)
+    except patterns.PatternError as error:
+        raise InvalidArgument("BAD_PATTERN", f"{field} has the key {pattern[:256]!r}: {error}", field=field) from None
