@@ -205,6 +205,10 @@ class Server:
             OnebaseError: one of them cannot be loaded.
         """
         config, edge = self._config, self.edge
+        try:
+            await asyncio.to_thread(edge.disks.sweep)
+        except OSError as error:
+            raise ConfigError(f"temporary directory is {error.filename!r}: {error.strerror}") from error
         if isinstance(edge.keeper, Durable):
             rooms = Rooms(edge.worker, edge.registry, edge.sessions, edge.idempotency)
             frozen = [(source.name, AdapterKind.REWARD) for source in config.rewards]
@@ -236,6 +240,7 @@ class Server:
         await self.edge.keeper.close()
         await asyncio.to_thread(self._worker.stop, 0.0)
         await self._server.stop(_LAST_ANSWERS_SECONDS)
+        await asyncio.to_thread(self.edge.disks.close)
         self.edge.texts.close()
         self._audit.close()
 

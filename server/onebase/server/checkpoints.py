@@ -4,7 +4,7 @@
     DIR/registry.sqlite          see `store`
     DIR/checkpoints/UID-TOKEN/   immutable: a PEFT directory with its optimizer and its manifest, see `engine.formats`
 
-With a URL, checkpoints lie there (see `storage`), and DIR/spool has what is on its way. A directory counts only if the
+With a URL, checkpoints lie there (see `storage`), and DIR/transit has what is on its way. A directory counts only if the
 store names it; anything else is a leftover and swept at the next start. Knows nothing of what is inside a checkpoint
 but its manifest's hashes, and not what kind of storage it has. Everything here may wait for a disk or a network.
 """
@@ -62,7 +62,7 @@ class StateDirectory:
         os.truncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
         try:
-            self.storage = Bucket(url, self.path / "spool") if url else Disk(self.path / "checkpoints")
+            self.storage = Bucket(url, self.path / "transit") if url else Disk(self.path / "checkpoints")
         except BaseException:
             self.close()
             raise

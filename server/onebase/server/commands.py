@@ -90,7 +90,17 @@ Roots = Annotated[
     typer.Option(
         "--root",
         metavar="DIR",
-        help="Clients may load and save adapters under this directory. May be repeated; without it they may not.",
+        help="Clients may load and save adapters under this directory; with --tokens each tenant under DIR/TENANT, and "
+        "the operator under all of it. May be repeated; without it they may not.",
+        rich_help_panel=_NETWORK,
+    ),
+]
+SharedRoots = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--shared-root",
+        metavar="DIR",
+        help="Every tenant may load adapters from under this directory, and none may save there. May be repeated.",
         rich_help_panel=_NETWORK,
     ),
 ]
@@ -267,7 +277,8 @@ ChatTemplate = Annotated[
 MaxUploadBytes = Annotated[
     int,
     typer.Option(
-        help="Most bytes of one upload; it lies in the temporary directory (TMPDIR) until it is loaded.",
+        help="Most bytes of one upload; it lies in the state directory, or else the temporary one (TMPDIR), until it "
+        "is loaded. Also of what a tenant loads from under a root.",
         rich_help_panel=_NETWORK,
     ),
 ]
@@ -359,6 +370,7 @@ def serve(
     policy_rank: PolicyRank = 16,
     policy_alpha: PolicyAlpha = 32.0,
     roots: Roots = None,
+    shared_roots: SharedRoots = None,
     host: Host = "127.0.0.1",
     port: Port = 7070,
     port_file: PortFile = None,
@@ -463,6 +475,7 @@ def serve(
             references=sources("--reference", references, with_path=True),
             critics=sources("--critic", critics, with_path=False),
             roots=tuple(roots or ()),
+            shared_roots=tuple(shared_roots or ()),
             state=state_config(
                 state,
                 durability,

@@ -262,6 +262,8 @@ class ServerConfig:
     critics: tuple[AdapterSource, ...] = ()
     roots: tuple[Path, ...] = ()
     """Directories under which adapters may be loaded and saved; relative paths mean the first."""
+    shared_roots: tuple[Path, ...] = ()
+    """Directories from which every tenant may load adapters, and none may save."""
     state: StateConfig | None = None
     """What outlives the process; None: nothing does."""
     limits: Limits = Limits()
@@ -303,6 +305,10 @@ class ServerConfig:
         _require(alpha_fine, "policy_alpha", self.policy_alpha, "use a number above 0")
         for root in self.roots:
             _require(root.is_dir() or not root.exists(), "root", str(root), "it is a file: give a directory")
+        for root in self.shared_roots:
+            _require(root.is_dir(), "shared_root", str(root), "there is no such directory")
+        if self.security.tokens is not None:
+            self._check_walls()
         self._check_adapters()
 
     def quota_of_tenants(self) -> Quota:
@@ -315,6 +321,14 @@ class ServerConfig:
             requests=mine.requests or max(1, self.limits.max_queued_requests // 4),
             sessions=mine.sessions or max(1, self.limits.max_sessions // 4),
         )
+
+    def _check_walls(self) -> None:
+        """No root may hold another: the directory of a tenant would be in that of another, or everybody's."""
+        roots = [*self.roots, *self.shared_roots]
+        for index, root in enumerate(roots):
+            for other in (*roots[:index], *roots[index + 1 :]):
+                apart = not root.resolve().is_relative_to(other.resolve())
+                _require(apart, "root", str(root), f"it is in {str(other)!r}, and with tokens no root may hold another")
 
     def _check_adapters(self) -> None:
         names = [source.name for source in (*self.rewards, *self.policies, *self.references, *self.critics)]

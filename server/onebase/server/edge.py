@@ -16,10 +16,11 @@ from onebase.server.calls import deadline_of, settled
 from onebase.server.catalog import Catalog
 from onebase.server.codec.sequences import SequenceReader
 from onebase.server.config import ServerConfig
+from onebase.server.disks import Disks
 from onebase.server.errors import OnebaseError, Unavailable
+from onebase.server.fences import Fences
 from onebase.server.idempotency import Idempotency, of_tenant
 from onebase.server.leases import Clock, Session, Sessions
-from onebase.server.paths import Roots
 from onebase.server.ports import TextLike, WorkerLike
 from onebase.server.quotas import AdapterQuotas, QuotaWorker
 from onebase.server.registry import Registry
@@ -69,7 +70,8 @@ class Edge:
     catalog: Catalog
     texts: Texts
     reader: SequenceReader
-    roots: Roots
+    disks: Disks
+    fences: Fences
     keeper: Volatile
     gate: Gate = field(default_factory=Gate)
     idempotency: Idempotency = field(default_factory=Idempotency)
@@ -131,16 +133,17 @@ def build_edge(
     sessions.changed, sessions.ended = keeper.session_changed, keeper.session_ended
     sessions.abandoned = keeper.abandoned
     worker = QuotaWorker(worker, tenant, config.quota)
-    adapters = AdapterQuotas(registry, tenant, config.quota)
+    adapters, fences = AdapterQuotas(registry, tenant, config.quota), Fences()
     return Edge(
         worker=worker,
         config=config,
         sessions=sessions,
         registry=registry,
         access=Access(registry, sessions),
-        catalog=Catalog(worker, registry, sessions, keeper, adapters),
+        catalog=Catalog(worker, registry, sessions, keeper, adapters, fences),
         texts=texts,
         reader=SequenceReader(texts, worker.facts, config.limits),
-        roots=Roots(config.roots),
+        disks=Disks(config),
+        fences=fences,
         keeper=keeper,
     )

@@ -19,7 +19,7 @@ import logging
 import math
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ from onebase.server.jobs import (
     SaveResult,
     precision,
 )
+from onebase.server.patterns import PatternError, assigned, matching
 
 log = logging.getLogger(__name__)
 
@@ -159,12 +160,23 @@ class Formats:
     def targets(self, config: LoraConfig, field: str) -> dict[str, Target]:
         """The layers a configuration means, as PEFT finds them on this architecture.
 
+        PEFT is given no regular expression of a client's: what they match is found by `patterns`.
+
         Raises:
+            InvalidArgument: BAD_PATTERN: one takes too long to match.
             FailedPrecondition: it means none, or one that is not a linear layer inside the blocks.
         """
         plain = copy.copy(config)
         plain.modules_to_save = None
         plain.inference_mode = False
+        plain.rank_pattern, plain.alpha_pattern = {}, {}
+        try:
+            ranks = assigned(config.rank_pattern or {}, self._layers)
+            alphas = assigned(config.alpha_pattern or {}, self._layers)
+            plain.target_modules = self._spelled(config.target_modules)
+            plain.exclude_modules = self._spelled(config.exclude_modules)
+        except PatternError as error:
+            raise InvalidArgument("BAD_PATTERN", f"a pattern of the adapter's modules: {error}", field=field) from None
         try:
             with self._placing:
                 model = inject_adapter_in_model(plain, copy.deepcopy(self._skeleton), low_cpu_mem_usage=True)
@@ -185,9 +197,17 @@ class Formats:
                     "target_modules (embeddings and the output layer are shared by all adapters)",
                     field=field,
                 )
-            rank, scaling = int(module.r["default"]), float(module.scaling["default"])
+            rank, alpha = ranks.get(name, config.r), alphas.get(name, config.lora_alpha)
+            scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
             found[name] = Target(rank, scaling, int(module.in_features), int(module.out_features))
         return found
+
+    def _spelled(self, modules: str | Collection[str] | None) -> str | Collection[str] | None:
+        """A regular expression as the names that it matches, in one that is no more than these; others as they are."""
+        if not isinstance(modules, str) or modules.lower() == "all-linear":
+            return modules
+        names = matching(modules, (name for name, _ in self._skeleton.named_modules() if name))
+        return "|".join(map(re.escape, names)) if names else ()
 
     # --------------------------------------------------------------------------------------------------- read
 

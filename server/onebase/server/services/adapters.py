@@ -6,10 +6,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -21,12 +20,11 @@ from onebase.server.codec import adapters as codec
 from onebase.server.codec import files
 from onebase.server.codec.training import read_client_state
 from onebase.server.edge import Edge
-from onebase.server.errors import OnebaseError
 from onebase.server.idempotency import record
 from onebase.server.jobs import ClientStateJob
 from onebase.server.leases import Session
 from onebase.server.registry import Entry
-from onebase.server.spool import Spool, described, pieces, receive
+from onebase.server.spool import Spool, described, pieces, receive, shown_as
 from onebase.server.store import ResponseRow
 from onebase.v1 import adapters_pb2, adapters_pb2_grpc, types_pb2
 
@@ -77,9 +75,11 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         edge = self._edge
 
         async def work(session: Session | None, deadline: float | None) -> types_pb2.Adapter:
-            loaded = codec.read_load(request, edge.roots)
+            loaded = codec.read_loaded(request)
             receipt = self._receipt("LoadAdapter", request, session)
-            return self._message(await edge.catalog.load(loaded, session, deadline, receipt))
+            async with edge.disks.reading(request.path) as (folder, source):
+                loaded = replace(loaded, path=folder, source=source)
+                return self._message(await edge.catalog.load(loaded, session, deadline, receipt))
 
         return await edge.once("LoadAdapter", request, context, work)
 
@@ -90,10 +90,11 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
         async def work(session: Session | None, deadline: float | None) -> adapters_pb2.SaveAdapterResponse:
             entry = edge.registry.get(request.name, "name")
-            saved = codec.read_save(request, edge.roots)
-            result = await edge.catalog.save(saved, entry, session, deadline)
-            await settled(edge.keeper.seen({entry.uid: result.version}))
-            response = codec.save_response(entry.name, result)
+            saved = codec.read_save(request)
+            async with edge.disks.writing(request.path, overwrite=request.overwrite) as (folder, final):
+                result = await edge.catalog.save(replace(saved, path=folder), entry, session, deadline)
+                await settled(edge.keeper.seen({entry.uid: result.version}))
+            response = codec.save_response(entry.name, replace(result, path=final))
             answered = record("SaveAdapter", request, response)
             finish = partial(edge.keeper.answered, answered)  # it is there now: a repeated call must not save it again
             edge.idempotency.applied("SaveAdapter", request, response, finish)
@@ -133,7 +134,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def UploadAdapter(
         self, request_iterator: AsyncIterator[adapters_pb2.UploadAdapterRequest], context: Context
     ) -> types_pb2.Adapter:
-        edge, spool = self._edge, Spool()
+        edge, spool = self._edge, Spool(self._edge.disks.scratch)
         header = await files.read_header(request_iterator)
         with edge.sessions.use(header.session_id):
             upload = files.read_upload(header, edge.config.limits)
@@ -142,7 +143,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
                 async def work(session: Session | None, deadline: float | None) -> types_pb2.Adapter:
                     # A use of its own: a call of the same request_id may wait for this work when its own call is gone.
-                    with spool.used(), _of_upload(folder):
+                    with spool.used(), shown_as(folder, ""):
                         loaded = replace(upload.loaded, path=folder)
                         receipt = self._receipt("UploadAdapter", header, session)
                         return self._message(await edge.catalog.load(loaded, session, deadline, receipt))
@@ -153,7 +154,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.DownloadAdapterRequest, context: Context
     ) -> AsyncIterator[adapters_pb2.DownloadAdapterResponse]:
         edge = self._edge
-        with edge.sessions.use(request.session_id) as session, Spool().used() as folder:
+        spool = Spool(edge.disks.scratch)
+        with edge.sessions.use(request.session_id) as session, spool.used() as folder:
             entry = edge.registry.get(request.name, "name")
             saved = SavedAdapter(entry.name, folder / "adapter", request.with_optimizer)
             result = await edge.catalog.save(saved, entry, session, deadline_of(context))
@@ -178,14 +180,3 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             return record(method, request, made)
 
         return receipt
-
-
-@contextlib.contextmanager
-def _of_upload(folder: Path) -> Iterator[None]:
-    """Errors of reading a directory in the words of who sent its files."""
-    try:
-        yield
-    except OnebaseError as error:
-        field = "files" if error.field == "path" else error.field
-        message = error.message.replace(f"{folder}/", "").replace(str(folder), "the upload")
-        raise type(error)(error.reason, message, field=field, retry_after=error.retry_after) from error
