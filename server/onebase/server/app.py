@@ -194,6 +194,7 @@ class Server:
         """
         config, edge = self._config, self.edge
         if isinstance(edge.keeper, Durable):
+            edge.keeper.residency.told = edge.registry.update
             rooms = Rooms(edge.worker, edge.registry, edge.sessions, edge.idempotency)
             frozen = [(source.name, AdapterKind.REWARD) for source in config.rewards]
             frozen += [(source.name, AdapterKind.REFERENCE) for source in config.references]

@@ -135,6 +135,23 @@ CheckpointSeconds = Annotated[
     ),
 ]
 KeepCheckpoints = Annotated[int, typer.Option(help="Checkpoints kept of each adapter.", rich_help_panel=_STATE)]
+EvictIdleSeconds = Annotated[
+    float,
+    typer.Option(
+        help="With --state: an adapter that nobody used for so long leaves device memory, and comes back when it is "
+        "used; 0: none does for that reason.",
+        rich_help_panel=_STATE,
+    ),
+]
+AdapterMemory = Annotated[
+    int,
+    typer.Option(
+        metavar="BYTES",
+        help="With --state: while all adapters take more device memory, with gradients and moments, the least recently "
+        "used idle ones leave it; 0: no limit.",
+        rich_help_panel=_STATE,
+    ),
+]
 Restore = Annotated[
     list[str] | None,
     typer.Option(
@@ -343,6 +360,8 @@ def serve(
     checkpoint_seconds: CheckpointSeconds = 60.0,
     keep_checkpoints: KeepCheckpoints = 2,
     restore: Restore = None,
+    evict_idle_seconds: EvictIdleSeconds = 600.0,
+    adapter_memory: AdapterMemory = 0,
     device: Device = "auto",
     dtype: DType = "auto",
     quantization: Quantization = "none",
@@ -430,7 +449,16 @@ def serve(
             references=sources("--reference", references, with_path=True),
             critics=sources("--critic", critics, with_path=False),
             roots=tuple(roots or ()),
-            state=state_config(state, durability, checkpoint_steps, checkpoint_seconds, keep_checkpoints, restore),
+            state=state_config(
+                state,
+                durability,
+                checkpoint_steps,
+                checkpoint_seconds,
+                keep_checkpoints,
+                restore,
+                evict_idle_seconds=evict_idle_seconds,
+                adapter_memory=adapter_memory,
+            ),
             limits=Limits(max_upload_bytes=max_upload_bytes),
             security=Security(
                 tls_cert, tls_key, tls_client_ca, insecure, tokens, audit_log, stream_idle_seconds=stream_idle_seconds

@@ -15,8 +15,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,11 +26,12 @@ from onebase.server import failpoints
 from onebase.server.calls import settle, unbroken
 from onebase.server.checkpoints import StateDirectory
 from onebase.server.config import ConfigError, StateConfig
-from onebase.server.errors import OnebaseError, disk_full
+from onebase.server.errors import NotFound, OnebaseError, Unavailable, disk_full
 from onebase.server.jobs import AdapterKind, Job, OptimStepResult, SaveAdapterJob, SaveResult
 from onebase.server.leases import Session
 from onebase.server.ports import WorkerLike
 from onebase.server.registry import Entry
+from onebase.server.residency import Residency
 from onebase.server.store import AdapterRow, CheckpointRow, ResponseRow, SessionRow, Store, WrongStateError
 
 log = logging.getLogger(__name__)
@@ -151,6 +153,8 @@ class Durable(Volatile):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="onebase-store")
         self._notes: set[asyncio.Future[None]] = set()
         self._asides: set[asyncio.Future[None]] = set()
+        self._closed = False
+        self.residency = Residency(worker, self, config.evict_idle_seconds, config.adapter_memory)
 
     async def on_thread(self, work: Callable[[], R]) -> R:
         """Runs what waits for the disk on the store's thread, after all that was given to it before.
@@ -216,6 +220,7 @@ class Durable(Volatile):
         if track.newest == track.durable:
             track.since = self._clock()
         track.newest = max(track.newest, result.version)
+        self.residency.stepped(entry.uid)
         if record is not None:
             track.records.append((result.version, record))
         if result.saved is not None:
@@ -241,9 +246,51 @@ class Durable(Volatile):
                 self._begin(uid, track)
 
     def abandoned(self, key: str) -> None:  # noqa: D102
-        self.lease_ended(key)
+        for uid, track in self._tracks.items():
+            if track.key == key:
+                self.residency.abandoned(uid)
+
+    def is_durable(self, uid: int) -> bool:
+        """Whether an adapter is kept here, and its newest version is durable."""
+        track = self._tracks.get(uid)
+        return track is not None and track.durable == track.newest
+
+    def holds(self, uid: int) -> bool:
+        """Whether an adapter is kept here, and so may leave device memory."""
+        return uid in self._tracks
+
+    async def make_durable(self, uid: int) -> int | None:
+        """Makes an adapter's newest version durable and returns it; None if it is being changed or saved.
+
+        Raises:
+            OnebaseError: it is not durable.
+        """
+        track = self._tracks.get(uid)
+        if track is None:
+            return None
+        await self._until_durable(uid, track.newest)
+        return track.durable if track.durable == track.newest and track.saving is None else None
+
+    @contextmanager
+    def opened(self, uid: int, loop: asyncio.AbstractEventLoop) -> Iterator[Path]:
+        """A directory with an adapter's newest checkpoint, which is whole. For another thread than the loop's.
+
+        Raises:
+            DataLoss: CHECKPOINT_DAMAGED.
+            NotFound: the adapter was deleted meanwhile.
+            Unavailable: the server has stopped.
+        """
+        if self._closed:
+            raise Unavailable("DRAINED", "the server shut down before this was done: repeat it later", retry_after=5.0)
+        rows = asyncio.run_coroutine_threadsafe(self.on_thread(lambda: self.store.checkpoints(uid)), loop).result()
+        if not rows:
+            raise NotFound("ADAPTER_NOT_FOUND", "it was deleted while the request waited")
+        self.directory.verify(rows[0])
+        with self.directory.opened(rows[0].folder) as path:
+            yield path
 
     def tick(self) -> None:  # noqa: D102
+        self.residency.tick()
         for uid, track in self._tracks.items():
             late = self._clock() - track.since >= self.config.seconds > 0
             if track.newest > track.durable and track.saving is None and late:
@@ -330,12 +377,14 @@ class Durable(Volatile):
 
     async def close(self) -> None:  # noqa: D102
         try:
+            await self.residency.close()
             await self._ended_asides()
             for uid, track in list(self._tracks.items()):
                 await self._last_checkpoint(uid, track)
             await self.synced()
             await self._ended_asides()
         finally:
+            self._closed = True
             await asyncio.to_thread(self._thread.shutdown)
             self.store.close()
             self.directory.close()

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from onebase.server.config import Limits
 from onebase.server.engine import Engine, training
 from onebase.server.engine.batch import Row
-from onebase.server.engine.engine import Decoding, Draw, Scoring, all_facts
+from onebase.server.engine.engine import Decoding, Draw, Scoring
 from onebase.server.errors import Internal, OnebaseError
 from onebase.server.jobs import (
     CreateAdapterJob,
@@ -224,7 +224,7 @@ class Executor:
             engine.delete(job.adapter)
             return None
         if isinstance(job, DescribeAdaptersJob):
-            return all_facts(engine.adapters)
+            return engine.all_facts()
         raise TypeError(f"a job of an unknown kind, {type(job).__name__}")
 
     def _save(self, job: SaveAdapterJob) -> Aside:

@@ -35,7 +35,15 @@ def sources(flag: str, values: list[str] | None, *, with_path: bool) -> tuple[Ad
 
 
 def state_config(
-    path: Path | None, durability: str, steps: int, seconds: float, keep: int, restore: list[str] | None
+    path: Path | None,
+    durability: str,
+    steps: int,
+    seconds: float,
+    keep: int,
+    restore: list[str] | None,
+    *,
+    evict_idle_seconds: float = 600.0,
+    adapter_memory: int = 0,
 ) -> StateConfig | None:
     """The flags of durability as settings; None without --state.
 
@@ -43,7 +51,11 @@ def state_config(
         ConfigError: one that cannot work, or that needs --state.
     """
     if path is None:
-        for flag, given in (("--durability step", durability == "step"), ("--restore", bool(restore))):
+        for flag, given in (
+            ("--durability step", durability == "step"),
+            ("--restore", bool(restore)),
+            ("--adapter-memory", adapter_memory > 0),
+        ):
             if given:
                 raise ConfigError(f"{flag} needs a directory: give --state DIR too")
         return None
@@ -53,7 +65,16 @@ def state_config(
         if not version.isdigit():
             raise ConfigError(f"--restore is {value!r}: give it as NAME=VERSION")
         chosen.append((name, int(version)))
-    return StateConfig(path, durability, steps, seconds, keep, tuple(chosen))
+    return StateConfig(
+        path,
+        durability,
+        steps,
+        seconds,
+        keep,
+        tuple(chosen),
+        evict_idle_seconds=evict_idle_seconds,
+        adapter_memory=adapter_memory,
+    )
 
 
 def reward_sources(

@@ -205,6 +205,7 @@ def adapter_message(entry: Entry, *, leased: bool, all_names: bool = False) -> t
         source=entry.source,
         append_eos=facts.append_eos,
         pooling=_pooling_message(facts),
+        resident=facts.resident,
     )
 
 
