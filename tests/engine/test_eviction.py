@@ -15,7 +15,7 @@ import torch
 from engine.conftest import BASE as MODEL
 from engine.conftest import POLICIES, Run, generation, perturb, texts
 from engine.test_mixed import row, train_rows
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from onebase.server import jobs
@@ -117,6 +117,7 @@ def test_what_comes_back_is_what_went(run: Run, engine: Engine, disk: Disk) -> N
     before, facts = state(engine, 1), run(DescribeAdaptersJob())[1]
     tokens = texts(1)[0]
     scored = run(ScoreJob(rows=[row(1, tokens)]))
+    serial = engine.adapters[1].weights.serial
     gone = disk.evict(1)
     assert not gone.resident
     assert gone.memory == AdapterMemory()
@@ -134,6 +135,7 @@ def test_what_comes_back_is_what_went(run: Run, engine: Engine, disk: Disk) -> N
     np.testing.assert_array_equal(again.rows[0].values, scored.rows[0].values)
     assert again.versions == scored.versions == {1: 1}
     assert same(state(engine, 1), before)
+    assert engine.adapters[1].weights.serial == serial  # what the cache keeps of prompts is still of these numbers
     back = run(DescribeAdaptersJob())[1]
     assert back.resident
     assert back.memory == facts.memory
@@ -397,6 +399,8 @@ class Server:
 
         Returns what each of them was answered.
         """
+        for uid in self.run(DescribeAdaptersJob()):
+            self.run(DeleteAdapterJob(adapter=uid))
         for uid in POLICIES:
             spec = LoraSpec(rank=2 * uid, alpha=8.0)
             self.run(CreateAdapterJob(uid=uid, name=f"policy_{uid}", lora=spec, value_head=True, seed=uid))
@@ -464,19 +468,32 @@ class Server:
         return {uid: state(self.engine, uid) for uid in self.engine.adapters}
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
-@given(actions=ACTIONS)
+@pytest.fixture
+def servers(tmp_path: Path) -> Iterator[tuple[Server, Server]]:
+    """One that evicts, and one that does not."""
+    both = Server(tmp_path / "evicts", evicts=True), Server(tmp_path / "stays", evicts=False)
+    yield both
+    for server in both:
+        server.worker.stop(0.0)
+
+
 def test_whatever_is_evicted_when_every_answer_is_that_of_a_server_that_never_evicts(
-    actions: list[tuple[str, int]], tmp_path_factory: pytest.TempPathFactory
+    servers: tuple[Server, Server],
 ) -> None:
-    folder = tmp_path_factory.mktemp("play")
-    servers = [Server(folder / name, evicts=name == "evicts") for name in ("evicts", "stays")]
-    try:
-        played = [server.play(actions) for server in servers]
-        assert played[0] == played[1]
-        numbers = [server.numbers() for server in servers]
-        assert numbers[0].keys() == numbers[1].keys()
-        assert all(same(numbers[0][uid], numbers[1][uid]) for uid in numbers[0])
-    finally:
-        for server in servers:
-            server.worker.stop(0.0)
+    @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(actions=ACTIONS)
+    @example(
+        actions=[
+            (action, 1) for action in ("pass", "step", "evict", "pass", "generate", "step", "evict", "both", "score")
+        ]
+    )
+    def play(actions: list[tuple[str, int]]) -> None:
+        evicts, stays = (server.play(actions) for server in servers)
+        assert evicts == stays
+        evicting, staying = (server.numbers() for server in servers)
+        assert evicting.keys() == staying.keys()
+        assert all(same(evicting[uid], staying[uid]) for uid in evicting)
+
+    play()
+    assert len(servers[0].disk.readings) > 5
+    assert not servers[1].disk.readings
