@@ -110,6 +110,9 @@ class FakeWorker:
         self.full = False  # the disk
         self.stuck = 0.0  # seconds
         self.ticket = ""  # of a crash
+        self.evicted = {}  # uid → where it is read again
+        self.came_back = []  # the directories that evicted adapters were read from
+        self.busy = set()  # uids that something needs
         self.endless = False  # completions that go on until they are cancelled
         self._held: tuple[type, ...] = ()
         self._pending: list[jobs.Job] = []
@@ -221,6 +224,11 @@ class FakeWorker:
 
     def _execute(self, job):
         self.executed.append(job)
+        for uid in () if isinstance(job, jobs.DeleteAdapterJob | jobs.DropGradientsJob) else jobs.adapters_of(job):
+            if uid in self.evicted:
+                with self.evicted.pop(uid)() as path:
+                    self.came_back.append(path)
+                self._change(uid, resident=True, idle_seconds=0.0, memory=jobs.AdapterMemory(weights=1000 + uid))
         return getattr(self, f"_{type(job).__name__}")(job)
 
     def _adapter(self, uid, expected=None):
@@ -347,6 +355,18 @@ class FakeWorker:
     def _DeleteAdapterJob(self, job):
         self._adapter(job.adapter)
         del self.adapters[job.adapter]
+
+    def _EvictAdapterJob(self, job):
+        facts = self.adapters[job.adapter]
+        if (
+            facts.resident
+            and facts.version == job.version
+            and not facts.pending_gradients
+            and job.adapter not in self.busy
+        ):
+            self.evicted[job.adapter] = job.open
+            return self._change(job.adapter, resident=False, memory=jobs.AdapterMemory())
+        return facts
 
     def _DescribeAdaptersJob(self, job):
         return dict(self.adapters)

@@ -266,7 +266,7 @@ def test_adapters_of_every_kind_come_back_but_for_what_the_settings_read_anew(se
 
     with serve(rewards=(flag,)) as live:
         loaded = load(live, "mine")
-    with serve(rewards=(flag, AdapterSource("other", tmp_path / "r"))) as live:
+    with serve(rewards=(flag, AdapterSource("other", tmp_path / "r")), evict_idle_seconds=0.0) as live:
         there = {
             adapter.name: adapter for adapter in live.adapters.ListAdapters(adapters_pb2.ListAdaptersRequest()).adapters
         }

@@ -128,6 +128,8 @@ class Adapter:
     """Whether a reward adapter declares that it reads an end-of-sequence token behind a text; None says nothing."""
     pooling: Pooling | None = None
     """Where a reward adapter's score is read; None for other kinds."""
+    resident: bool = True
+    """Whether it is in device memory; one that is not comes back when it is used, and takes no bytes until then."""
     durable_version: int | None = None
     """The newest version that would be there after a crash; None where nothing outlives the server."""
 

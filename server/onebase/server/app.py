@@ -210,6 +210,7 @@ class Server:
         except OSError as error:
             raise ConfigError(f"temporary directory is {error.filename!r}: {error.strerror}") from error
         if isinstance(edge.keeper, Durable):
+            edge.keeper.residency.told = edge.registry.update
             rooms = Rooms(edge.worker, edge.registry, edge.sessions, edge.idempotency)
             frozen = [(source.name, AdapterKind.REWARD) for source in config.rewards]
             frozen += [(source.name, AdapterKind.REFERENCE) for source in config.references]

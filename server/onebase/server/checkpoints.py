@@ -4,9 +4,10 @@
     DIR/registry.sqlite          see `store`
     DIR/checkpoints/UID-TOKEN/   immutable: a PEFT directory with its optimizer and its manifest, see `engine.formats`
 
-With a URL, checkpoints lie there (see `storage`), and DIR/transit has what is on its way. A directory counts only if the
-store names it; anything else is a leftover and swept at the next start. Knows nothing of what is inside a checkpoint
-but its manifest's hashes, and not what kind of storage it has. Everything here may wait for a disk or a network.
+With a URL, checkpoints lie there (see `storage`), and DIR/transit has what is on its way. A directory counts only if
+the store names it; anything else is a leftover and swept at the next start. Knows nothing of what is inside a
+checkpoint but its manifest's hashes, and not what kind of storage it has. Everything here may wait for a disk or a
+network.
 """
 
 from __future__ import annotations

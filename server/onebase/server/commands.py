@@ -165,6 +165,23 @@ CheckpointSeconds = Annotated[
     ),
 ]
 KeepCheckpoints = Annotated[int, typer.Option(help="Checkpoints kept of each adapter.", rich_help_panel=_STATE)]
+EvictIdleSeconds = Annotated[
+    float,
+    typer.Option(
+        help="With --state: an adapter that nobody used for so long leaves device memory, and comes back when it is "
+        "used; 0: none does for that reason.",
+        rich_help_panel=_STATE,
+    ),
+]
+AdapterMemory = Annotated[
+    int,
+    typer.Option(
+        metavar="BYTES",
+        help="With --state: while all adapters take more device memory, with gradients and moments, the least recently "
+        "used idle ones leave it; 0: no limit.",
+        rich_help_panel=_STATE,
+    ),
+]
 Restore = Annotated[
     list[str] | None,
     typer.Option(
@@ -386,6 +403,8 @@ def serve(
     checkpoint_seconds: CheckpointSeconds = 60.0,
     keep_checkpoints: KeepCheckpoints = 2,
     restore: Restore = None,
+    evict_idle_seconds: EvictIdleSeconds = 600.0,
+    adapter_memory: AdapterMemory = 0,
     device: Device = "auto",
     dtype: DType = "auto",
     quantization: Quantization = "none",
@@ -485,6 +504,8 @@ def serve(
                 restore,
                 checkpoints,
                 adopt,
+                evict_idle_seconds=evict_idle_seconds,
+                adapter_memory=adapter_memory,
             ),
             limits=Limits(max_upload_bytes=max_upload_bytes),
             security=Security(

@@ -190,6 +190,10 @@ class StateConfig:
     """The URL where checkpoints lie; "" is in the directory."""
     adopt: bool = False
     """Take over what lies there, where the directory that it belonged to is lost."""
+    evict_idle_seconds: float = 600.0
+    """An adapter that nobody used for so long leaves device memory until it is used; 0 is never."""
+    adapter_memory: int = 0
+    """Bytes of device memory for all adapters, over which the least recently used leave it; 0 is no limit."""
 
     def __post_init__(self) -> None:
         fine = self.durability in ("checkpoint", "step")
@@ -198,6 +202,9 @@ class StateConfig:
         seconds_fine = math.isfinite(self.seconds) and self.seconds >= 0
         _require(seconds_fine, "checkpoint_seconds", self.seconds, "use 0 or more")
         _require(self.keep >= 1, "keep_checkpoints", self.keep, "use 1 or more")
+        idle_fine = math.isfinite(self.evict_idle_seconds) and self.evict_idle_seconds >= 0
+        _require(idle_fine, "evict_idle_seconds", self.evict_idle_seconds, "use 0 or more")
+        _require(self.adapter_memory >= 0, "adapter_memory", self.adapter_memory, "use 0 or more bytes")
         _require(self.path.is_dir() or not self.path.exists(), "state", str(self.path), "it is a file")
         _require(bool(self.checkpoints) or not self.adopt, "adopt", True, "give the URL of --checkpoints too")
 

@@ -30,11 +30,12 @@ from onebase.server.calls import settle
 from onebase.server.checkpoints import StateDirectory
 from onebase.server.config import StateConfig
 from onebase.server.errands import Errands
-from onebase.server.errors import NotFound, OnebaseError
+from onebase.server.errors import NotFound, OnebaseError, Unavailable
 from onebase.server.jobs import AdapterKind, Job, OptimStepResult, SaveAdapterJob, SaveResult
 from onebase.server.leases import Session
 from onebase.server.ports import WorkerLike
 from onebase.server.registry import Entry
+from onebase.server.residency import Residency
 from onebase.server.store import AdapterRow, CheckpointRow, ResponseRow, SessionRow, Store
 from onebase.server.tracks import Track, row_of
 from onebase.server.volatile import Volatile
@@ -79,6 +80,8 @@ class Durable(Volatile):
         self._clock = clock
         self._tracks: dict[int, Track] = {}
         self._errands = Errands()
+        self._closed = False
+        self.residency = Residency(worker, self, config.evict_idle_seconds, config.adapter_memory)
 
     async def on_thread(self, work: Callable[[], R]) -> R:
         """Runs what waits for the store, see `Errands`."""
@@ -174,6 +177,7 @@ class Durable(Volatile):
         if track is None:
             return
         track.stepped(result.version, record, self._clock())
+        self.residency.stepped(entry.uid)
         if result.saved is not None:
             await self._errands.through(self._finish_written(entry.uid, asyncio.wrap_future(result.saved)))
         elif self.config.steps and track.newest - track.durable >= self.config.steps:
@@ -216,9 +220,50 @@ class Durable(Volatile):
                 self._begin(uid, track)
 
     def abandoned(self, key: str) -> None:  # noqa: D102
-        self.lease_ended(key)
+        for uid, track in self._tracks.items():
+            if track.key == key:
+                self.residency.abandoned(uid)
+
+    def is_durable(self, uid: int) -> bool:
+        """Whether an adapter is kept here, and its newest version is durable."""
+        track = self._tracks.get(uid)
+        return track is not None and track.durable == track.newest
+
+    def holds(self, uid: int) -> bool:
+        """Whether an adapter is kept here, and so may leave device memory."""
+        return uid in self._tracks
+
+    async def make_durable(self, uid: int) -> int | None:
+        """Makes an adapter's newest version durable and returns it; None if it is being changed or saved.
+
+        Raises:
+            OnebaseError: it is not durable.
+        """
+        track = self._tracks.get(uid)
+        if track is None:
+            return None
+        await self._until_durable(uid, track.newest)
+        return track.durable if track.durable == track.newest and track.saving is None else None
+
+    @contextlib.contextmanager
+    def opened(self, uid: int, loop: asyncio.AbstractEventLoop) -> Iterator[Path]:
+        """A directory with an adapter's newest checkpoint, which is whole. For another thread than the loop's.
+
+        Raises:
+            DataLoss: CHECKPOINT_DAMAGED.
+            NotFound: the adapter was deleted meanwhile.
+            Unavailable: the server has stopped.
+        """
+        if self._closed:
+            raise Unavailable("DRAINED", "the server shut down before this was done: repeat it later", retry_after=5.0)
+        rows = asyncio.run_coroutine_threadsafe(self.on_thread(lambda: self.store.checkpoints(uid)), loop).result()
+        if not rows:
+            raise NotFound("ADAPTER_NOT_FOUND", "it was deleted while the request waited")
+        with self.directory.verified(rows[0]) as path:
+            yield path
 
     def tick(self) -> None:  # noqa: D102
+        self.residency.tick()
         for uid, track in self._tracks.items():
             late = self._clock() - track.since >= self.config.seconds > 0
             if track.newest > track.durable and track.saving is None and late:
@@ -319,12 +364,14 @@ class Durable(Volatile):
 
     async def close(self) -> None:  # noqa: D102
         try:
+            await self.residency.close()
             await self._errands.ended()
             for uid, track in list(self._tracks.items()):
                 await self._last_checkpoint(uid, track)
             await self.synced()
             await self._errands.ended()
         finally:
+            self._closed = True
             await self._errands.close()
             self.store.close()
             self.directory.close()

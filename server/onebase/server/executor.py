@@ -11,7 +11,7 @@ from typing import Any
 from onebase.server.config import Limits
 from onebase.server.engine import Engine, training
 from onebase.server.engine.batch import Row
-from onebase.server.engine.engine import Decoding, Draw, Scoring, all_facts
+from onebase.server.engine.engine import Decoding, Draw, Scoring
 from onebase.server.isolation import AnyTask, Isolation, told
 from onebase.server.jobs import (
     ClientStateJob,
@@ -219,7 +219,7 @@ class Executor:
         if isinstance(job, ClientStateJob):
             return engine.adapter(job.adapter).client_state
         if isinstance(job, DescribeAdaptersJob):
-            return all_facts(engine.adapters)
+            return engine.all_facts()
         raise TypeError(f"a job of an unknown kind, {type(job).__name__}")
 
     def _save(self, job: SaveAdapterJob) -> Aside:

@@ -43,6 +43,9 @@ def state_config(
     restore: list[str] | None,
     checkpoints: str = "",
     adopt: bool = False,
+    *,
+    evict_idle_seconds: float = 600.0,
+    adapter_memory: int = 0,
 ) -> StateConfig | None:
     """The flags of durability as settings; None without --state.
 
@@ -55,6 +58,7 @@ def state_config(
             ("--restore", bool(restore)),
             ("--checkpoints", bool(checkpoints)),
             ("--adopt", adopt),
+            ("--adapter-memory", adapter_memory > 0),
         ):
             if given:
                 raise ConfigError(f"{flag} needs a directory: give --state DIR too")
@@ -65,7 +69,18 @@ def state_config(
         if not version.isdigit():
             raise ConfigError(f"--restore is {value!r}: give it as NAME=VERSION")
         chosen.append((name, int(version)))
-    return StateConfig(path, durability, steps, seconds, keep, tuple(chosen), checkpoints, adopt)
+    return StateConfig(
+        path,
+        durability,
+        steps,
+        seconds,
+        keep,
+        tuple(chosen),
+        checkpoints,
+        adopt,
+        evict_idle_seconds=evict_idle_seconds,
+        adapter_memory=adapter_memory,
+    )
 
 
 def reward_sources(

@@ -14,9 +14,10 @@ import enum
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,6 +121,8 @@ class AdapterFacts:
         None  # whether a reward declares that it reads an end-of-sequence token; None says nothing
     )
     pooling: Pooling = Pooling.LAST_TOKEN  # of a reward
+    resident: bool = True  # whether its numbers are in device memory
+    idle_seconds: float = 0.0  # since a job last needed its numbers; 0 while they are read
 
 
 # ---------------------------------------------------------------------------------------------------- results
@@ -510,8 +513,43 @@ class DeleteAdapterJob(Job[None]):
 
 
 @dataclass(eq=False, kw_only=True)
+class EvictAdapterJob(Job[AdapterFacts]):
+    """Frees an adapter's device memory, if it has that version and nothing needs it now; it comes back when used.
+
+    The facts that it ends with say whether it is gone. `open` gives a directory with exactly those numbers, from now
+    until the adapter is back, has a newer version or is deleted; it is called on a thread that may wait for it.
+    """
+
+    adapter: int
+    version: int
+    open: Callable[[], AbstractContextManager[Path]]
+
+
+@dataclass(eq=False, kw_only=True)
 class DescribeAdaptersJob(Job[Mapping[int, AdapterFacts]]):
     """Facts of all adapters."""
+
+
+def adapters_of(job: Job[Any]) -> frozenset[int]:
+    """The adapters that a job means, but for one that it makes or evicts; never BASE."""
+    match job:
+        case ScoreJob():
+            named = frozenset(row.adapter for row in job.rows)
+        case CreateAdapterJob():
+            named = frozenset((job.init_from or BASE,))
+        case (
+            GenerateJob()
+            | ForwardBackwardJob()
+            | OptimStepJob()
+            | DropGradientsJob()
+            | SaveAdapterJob()
+            | DeleteAdapterJob()
+            | ClientStateJob()
+        ):
+            named = frozenset((job.adapter,))
+        case _:
+            named = frozenset()
+    return named - {BASE}
 
 
 # ------------------------------------------------------------------------------------------ what the worker tells

@@ -69,6 +69,8 @@ async def restore(durable: Durable, rooms: Rooms, told: Told, *, frozen: Collect
     anew = dict(frozen)
     rows = await durable.on_thread(store.adapters)
     chosen = dict(durable.config.restore)
+    sessions = await durable.on_thread(store.sessions)
+    leased = {key for session in sessions for key in session.leases}
     if unknown := sorted(set(chosen) - {row.name for row in rows}):
         raise ConfigError(f"restore is {unknown[0]!r}: the state has no such adapter")
     for row in rows:
@@ -77,9 +79,11 @@ async def restore(durable: Durable, rooms: Rooms, told: Told, *, frozen: Collect
             await durable.remove(row.name, None)
         else:
             await _bring_back(durable, rooms, told, row, chosen.get(row.name))
+            if row.name not in leased and durable.is_durable(row.uid):  # or more than the device holds may come back
+                await durable.residency.rest(row.uid)
     for response in await durable.on_thread(store.responses):
         rooms.idempotency.restore(response)
-    rooms.sessions.restore(await durable.on_thread(store.sessions))
+    rooms.sessions.restore(sessions)
 
 
 def check_trained(entry: Entry | None, name: str, kind: AdapterKind) -> None:

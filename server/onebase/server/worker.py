@@ -23,12 +23,13 @@ from typing import Any
 from onebase.server import failpoints
 from onebase.server.config import CPU_BUDGET, Budget, Limits
 from onebase.server.engine import Engine
-from onebase.server.errors import Cancelled, DeadlineExceeded, OnebaseError, ResourceExhausted, Unavailable
+from onebase.server.errors import Cancelled, OnebaseError, ResourceExhausted, Unavailable
 from onebase.server.executor import Aside, Executor
 from onebase.server.isolation import AnyTask, told
 from onebase.server.jobs import (
     BaseFacts,
     DropGradientsJob,
+    EvictAdapterJob,
     ForwardBackwardJob,
     GenerateJob,
     Job,
@@ -39,6 +40,7 @@ from onebase.server.jobs import (
     WorkerStatus,
 )
 from onebase.server.memory import is_out_of_memory
+from onebase.server.parking import Parking, overdue
 from onebase.server.pressure import Pressure
 from onebase.server.scheduler import Scheduler
 from onebase.server.tasks import GenerateTask, PassTask, ScoreTask, StepTask
@@ -78,6 +80,7 @@ class Worker:
         self._pressure = Pressure(self._scheduler, engine.kv)
         self._steps = 0
         self._executor = Executor(engine, limits, self._begin_aside)
+        self._parking = Parking(engine, limits.max_rank, self._begin_aside, self._admit)
         self._turn: float | None = None  # when the turn under way began; None while there is nothing to do
         self._files = ThreadPoolExecutor(FILE_THREADS, thread_name_prefix="onebase-files")
         self._back: deque[tuple[Job[Any], Aside, Future[Any]]] = deque()  # from those threads
@@ -146,6 +149,7 @@ class Worker:
         """What it is doing now."""
         tasks = list(self._tasks)
         waiting = Counter(job.work for job in list(self._inbox)) + Counter(t.work for t in tasks if not t.begun)
+        waiting += self._parking.waiting()
         kv = self._engine.kv
         return WorkerStatus(
             waiting={work: waiting[work] for work in Work},
@@ -233,7 +237,8 @@ class Worker:
         with self._wake:
             self._turn = None
             while not (self._inbox or self._tasks or self._admin or self._back or self._stop or self._lost):
-                self._wake.wait()
+                if not self._wake.wait(self._parking.patience):
+                    break
             if self._stop or self._lost:
                 return False
             self._turn = time.monotonic()
@@ -244,6 +249,8 @@ class Worker:
         return True
 
     def _admit(self, job: Job[Any]) -> None:
+        if self._parking.keep(job):
+            return
         scheduler = self._scheduler
         if isinstance(job, ScoreJob):
             score = ScoreTask(job)
@@ -269,10 +276,9 @@ class Worker:
         """Ends what was cancelled or is too late."""
         now = time.monotonic()
         for task in list(self._tasks):
-            if task.job.cancelled:
-                self._end(task, Cancelled("CANCELLED", "the client cancelled"))
-            elif task.job.deadline is not None and now > task.job.deadline:
-                self._end(task, DeadlineExceeded("DEADLINE_EXCEEDED", "the deadline passed before the work was done"))
+            if (error := overdue(task.job, now)) is not None:
+                self._end(task, error)
+        self._parking.drop()
 
     def _end(self, task: AnyTask, error: OnebaseError | None = None) -> None:
         """Takes a task out of every queue, and fails it if an error is given."""
@@ -291,6 +297,7 @@ class Worker:
     def _fail_all(self, error: OnebaseError) -> None:
         for task in list(self._tasks):
             self._end(task, error)
+        self._parking.fail_all(error)
 
     def _work(self) -> None:
         """One engine step, if there is anything to do."""
@@ -326,7 +333,10 @@ class Worker:
         try:
             if job.cancelled:
                 raise Cancelled("CANCELLED", "the client cancelled")
-            result = self._executor.admin(job)
+            if isinstance(job, EvictAdapterJob):
+                result: object = self._parking.evict(job, (*self._admin, *(task.job for task in self._tasks)))
+            else:
+                result = self._executor.admin(job)
             if isinstance(result, Aside):
                 self._begin_aside(job, result)
                 return

@@ -88,7 +88,7 @@ def adapters_table(there: list[Adapter] | tuple[Adapter, ...]) -> Table:
             str(adapter.version),
             str(adapter.lora.rank),
             human_count(adapter.parameter_count),
-            human_bytes(adapter.total_bytes),
+            human_bytes(adapter.total_bytes) if adapter.resident else "on disk",
             human_bytes(training) if training else "-",
             "yes" if adapter.leased else "-",
         )

@@ -196,6 +196,7 @@ def adapter_message(
         source=entry.source if caller().tenant in (entry.owner, OPERATOR) else "",  # a path of the server's
         append_eos=facts.append_eos,
         pooling=_pooling_message(facts),
+        resident=facts.resident,
         durable_version=durable,
     )
 

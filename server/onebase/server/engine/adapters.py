@@ -8,8 +8,10 @@ numbers never change under a reader, and publishing a new version costs nothing.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from peft import LoraConfig
@@ -63,6 +65,16 @@ class Weights:
                 if head.bias is not None:
                     found[f"{name}.bias"] = head.bias
         return found
+
+    @cached_property
+    def count(self) -> int:
+        """How many parameters there are."""
+        return sum(p.numel() for p in self.parameters().values())
+
+    @cached_property
+    def bytes(self) -> int:
+        """What they take."""
+        return _bytes(self.parameters())
 
     @property
     def largest_rank(self) -> int:
@@ -128,6 +140,12 @@ class Adapter:
     append_eos: bool | None = None  # of a reward: whether an end-of-sequence token belongs behind what it reads
     pooling: Pooling = Pooling.LAST_TOKEN  # of a reward: where its score is read
     client_state: ClientState = field(default_factory=ClientState)
+    used: float = field(default_factory=time.monotonic)  # when a job last needed it, on that clock
+
+    @property
+    def read(self) -> bool:
+        """Whether any version of it has a reader."""
+        return any(weights.readers for weights in (self.weights, *self.old))
 
     def leave(self, data: bytes | None) -> None:
         """Keeps something for the client with the newest version; None keeps what is there."""
@@ -136,7 +154,6 @@ class Adapter:
 
     def facts(self) -> AdapterFacts:
         """What is true of it now."""
-        parameters = self.weights.parameters()
         self._forget_old()
         moments = self.moments
         return AdapterFacts(
@@ -146,16 +163,17 @@ class Adapter:
             lora=spec_of(self.config),
             value_head=self.weights.value_head is not None,
             num_labels=0 if self.weights.score_head is None else self.weights.score_head.weight.shape[0],
-            parameter_count=sum(p.numel() for p in parameters.values()),
+            parameter_count=self.weights.count,
             memory=AdapterMemory(
-                weights=_bytes(parameters),
+                weights=self.weights.bytes,
                 gradients=_bytes(self.gradients),
-                optimizer=0 if moments is None else _bytes(moments.exp_avg) + _bytes(moments.exp_avg_sq),
-                old_versions=sum(_bytes(weights.parameters()) for weights in self.old),
+                optimizer=0 if moments is None else 2 * self.weights.bytes,  # both moments are like the parameters
+                old_versions=sum(weights.bytes for weights in self.old),
             ),
             pending_gradients=self.pending,
             append_eos=self.append_eos,
             pooling=self.pooling,
+            idle_seconds=0.0 if self.read else time.monotonic() - self.used,
         )
 
     def at(self, version: int | None) -> Weights:

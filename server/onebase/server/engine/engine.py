@@ -11,8 +11,11 @@ import contextlib
 import dataclasses
 import gc
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from onebase.server import failpoints
+from onebase.server.engine.absent import Absent
 from onebase.server.engine.adapters import Adapter, Moments, Weights
 from onebase.server.engine.batch import Batch, Route, Row, flatten, row_multiple
 from onebase.server.engine.formats import Formats
@@ -118,6 +122,7 @@ class Engine:
         self.kv = kv
         self.head = head
         self.adapters: dict[int, Adapter] = {}
+        self.absent: dict[int, Absent] = {}
         self.version_window = 0
         self.recomputed: list[nn.Module] = []
         self._model = model
@@ -146,8 +151,29 @@ class Engine:
 
     def delete(self, uid: int) -> None:
         """Forgets an adapter; versions with readers live on until the last of them is done."""
-        self.adapter(uid)
+        if self.absent.pop(uid, None) is None:
+            self.adapter(uid)
+            del self.adapters[uid]
+
+    def evict(self, uid: int, open_: Callable[[], AbstractContextManager[Path]]) -> AdapterFacts:
+        """Frees the memory of an adapter that nobody reads or trains; `open_` gives the directory that has it."""
+        absent = self.absent[uid] = Absent.of(self.adapter(uid), open_)
         del self.adapters[uid]
+        self.rest()  # stacks are copies
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        return absent.facts
+
+    def take_back(self, adapter: Adapter) -> None:
+        """Takes an evicted adapter in again, unless it was deleted meanwhile."""
+        if self.absent.pop(adapter.uid, None) is not None:
+            adapter.used = time.monotonic()
+            self.adapters[adapter.uid] = adapter
+
+    def all_facts(self) -> dict[int, AdapterFacts]:
+        """Facts of all adapters, by uid."""
+        there = {uid: adapter.facts() for uid, adapter in self.adapters.items()}
+        return there | {uid: absent.facts for uid, absent in self.absent.items()}
 
     @property
     def formats(self) -> Formats:
@@ -373,8 +399,3 @@ def _scores(scoring: Scoring, hidden: torch.Tensor) -> tuple[Floats | None, Floa
     found: Floats = linear_head(scoring.weights.score_head, states).float().cpu().numpy()
     scores = found[place if row.token_scores else 0] if row.score else None
     return scores, found if row.token_scores else None
-
-
-def all_facts(adapters: Mapping[int, Adapter]) -> dict[int, AdapterFacts]:
-    """Facts of all adapters, by uid."""
-    return {uid: adapter.facts() for uid, adapter in adapters.items()}

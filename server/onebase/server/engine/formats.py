@@ -211,8 +211,13 @@ class Formats:
 
     # --------------------------------------------------------------------------------------------------- read
 
-    def load(self, job: LoadAdapterJob, max_rank: int) -> Adapter:
+    def load(self, job: LoadAdapterJob, max_rank: int, targets: Mapping[str, Target] | None = None) -> Adapter:
         """Reads a PEFT directory.
+
+        Args:
+            job: what to read.
+            max_rank: larger ones are refused.
+            targets: the layers that its configuration means, where they are known; None has PEFT find them.
 
         Raises:
             NotFound, InvalidArgument, FailedPrecondition, ResourceExhausted, DataLoss: each with a reason of its own
@@ -230,7 +235,8 @@ class Formats:
             raise ResourceExhausted(
                 "RANK_TOO_LARGE", f"r={max(ranks)} is over this server's limit of {max_rank}", field="path"
             )
-        targets = self.targets(config, "path")
+        if targets is None:
+            targets = self.targets(config, "path")
         check_room(targets, job, self._device, "path")
         tensors = files.tensors(files.adapter())
         lora = {name: self._read_pair(name, target, tensors, job.kind.trained) for name, target in targets.items()}

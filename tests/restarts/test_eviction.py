@@ -1,0 +1,143 @@
+"""Adapters that nobody uses leave the memory of a real server, and come back bit for bit when somebody does."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from restarts.conftest import Start
+from restarts.test_restart import STEP, Code, Plain, refused, tokens
+
+from onebase.v1 import adapters_pb2, inference_pb2, server_pb2, server_pb2_grpc, sessions_pb2, types_pb2
+
+pytestmark = pytest.mark.e2e
+IDLE = ("--evict-idle-seconds", "0.5")
+NEVER = ("--evict-idle-seconds", "0")
+
+
+def adapter(client: Plain, name: str = "p") -> types_pb2.Adapter:
+    """An adapter as the server's status has it."""
+    status = server_pb2_grpc.ServerServiceStub(client.channel).GetStatus(server_pb2.GetStatusRequest())
+    return next(one for one in status.adapters if one.name == name)
+
+
+def taken(client: Plain, name: str = "p") -> int:
+    memory = adapter(client, name).memory
+    return memory.weights_bytes + memory.gradient_bytes + memory.optimizer_bytes + memory.old_version_bytes
+
+
+def wait_evicted(client: Plain, name: str = "p") -> None:
+    until = time.monotonic() + 30
+    while adapter(client, name).resident:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    assert taken(client, name) == 0
+
+
+def generate(client: Plain, name: str = "p") -> list[bytes]:
+    request = inference_pb2.GenerateRequest(
+        adapter=name,
+        prompts=[tokens(5, 6)],
+        sampling=inference_pb2.SamplingParams(max_new_tokens=6, seed=4, ignore_eos=True),
+        return_logprobs=True,
+    )
+    return [chunk.SerializeToString(deterministic=True) for chunk in client.inference.Generate(request)]
+
+
+def score(client: Plain, name: str = "p") -> bytes:
+    sequence = types_pb2.Sequence(prompt=tokens(5, 6), completion=tokens(7, 8, 9))
+    request = inference_pb2.LogprobRequest(adapter=name, sequences=[sequence])
+    return client.inference.Logprob(request).SerializeToString(deterministic=True)
+
+
+def work(client: Plain, *, idle: bool) -> list[object]:
+    """Everything that a client is told of a training; with `idle`, the policy is evicted before each part of it."""
+    client.open()
+    client.create()
+    told: list[object] = []
+    parts = (client.train, lambda: generate(client), lambda: score(client), lambda: client.train(number=1))
+    for part in (*parts, lambda: client.train(number=2)):
+        if idle:
+            wait_evicted(client)
+        told.append(part())
+    if idle:
+        wait_evicted(client)
+    told.append(client.weights())
+    return told
+
+
+def test_a_training_whose_policy_leaves_and_comes_back_is_one_that_was_not_disturbed(start: Start, state: Path) -> None:
+    with start(*STEP, *NEVER) as server, Plain(server.address) as client:
+        undisturbed = work(client, idle=False)
+        assert adapter(client).resident
+        client.adapters.DeleteAdapter(adapters_pb2.DeleteAdapterRequest(session_id=client.session, name="p"))
+    with start(*STEP, *IDLE) as server, Plain(server.address) as client:
+        disturbed = work(client, idle=True)
+        assert adapter(client).version == 3
+    for one, other in zip(undisturbed, disturbed, strict=True):
+        assert one == other
+
+
+def test_all_who_ask_while_it_comes_back_are_answered_and_a_kill_while_it_is_away_loses_nothing(
+    start: Start, state: Path
+) -> None:
+    with start(*STEP, *IDLE) as server, Plain(server.address) as client:
+        client.open()
+        client.create()
+        client.train()
+        weights, scored, generated = client.weights(), score(client), generate(client)
+        wait_evicted(client)
+        with ThreadPoolExecutor(8) as pool:
+            scores = [pool.submit(score, client) for _ in range(12)]
+            generations = [pool.submit(generate, client) for _ in range(4)]
+            assert {one.result(30) for one in scores} == {scored}
+            assert all(one.result(30) == generated for one in generations)
+        assert adapter(client).resident
+        wait_evicted(client)
+        server.process.kill()
+        server.process.wait()
+        session = client.session
+    with start(*STEP, *IDLE) as server, Plain(server.address) as client:
+        client.session = session
+        wait_evicted(client)
+        assert client.weights() == weights
+        assert score(client) == scored
+        client.train(number=1)
+        assert client.version() == 2
+
+
+def test_damage_while_it_is_away_is_data_loss_and_the_server_goes_on(start: Start, state: Path) -> None:
+    """Fault 29, noticed when the adapter is used."""
+    with start(*STEP, *IDLE, "--keep-checkpoints", "1") as server, Plain(server.address) as client:
+        client.open()
+        client.create("q")
+        client.create()
+        wait_evicted(client)
+        for file in (state / "checkpoints").glob("*/adapter_model.safetensors"):
+            if file.parent.name.startswith("000003"):  # the reward that the flags name is 1, q is 2
+                file.write_bytes(file.read_bytes()[:-4] + b"\\0\\1\\2\\3")
+        for _ in range(2):
+            assert refused(score, client) == (Code.DATA_LOSS, "CHECKPOINT_DAMAGED")
+        assert refused(client.forward) == (Code.DATA_LOSS, "CHECKPOINT_DAMAGED")
+        assert not adapter(client).resident
+        score(client, "q")
+        client.adapters.DeleteAdapter(adapters_pb2.DeleteAdapterRequest(session_id=client.session, name="p"))
+        client.create()
+        client.train()
+
+
+def test_a_budget_holds_the_least_recently_used_on_disk(start: Start, state: Path) -> None:
+    budget = ("--adapter-memory", "1", *NEVER)
+    with start(*budget) as server, Plain(server.address) as client:
+        client.open()
+        client.create()
+        client.train()
+        wait_evicted(client)  # it was made durable first
+        reward = adapter(client, "reward")
+        assert reward.resident  # the settings loaded it
+        client.sessions.CloseSession(sessions_pb2.CloseSessionRequest(session_id=client.session))
+        client.session = ""
+        client.train(number=1)
+        assert client.version() == 2
