@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 import time
@@ -13,8 +14,11 @@ import pytest
 from bucket import BucketServer, register
 from oracle.fixtures import FIXTURES
 from restarts.conftest import Start, died_of_sigkill
+from restarts.test_client import ROW
 from restarts.test_restart import STEP, Code, Plain, refused
 from support import start_server
+
+from onebase.client import AdamW, CrossEntropyLoss, LoraSpec, connect
 
 pytestmark = pytest.mark.e2e
 PREFIX = "b/run/"
@@ -119,16 +123,12 @@ def test_a_lost_machine_loses_no_step(start: Start, store: BucketServer, state: 
 
 
 def _version(store: BucketServer, key: str) -> int:
-    import json
-
     return json.loads(store.objects[key])["checkpoint"]["version"] if key.endswith("registry.json") else -1
 
 
 def test_a_bucket_that_is_away_for_a_while_is_a_pause(start: Start, store: BucketServer) -> None:
     """The client's retries make the step durable, once; what needs no bucket goes on."""
-    from restarts.test_client import ROW
 
-    from onebase.client import AdamW, CrossEntropyLoss, LoraSpec, connect
 
     with start() as server, connect(server.address) as client, client.open_session() as session:
         session.create_adapter("p", LoraSpec(rank=4, target_modules=("all-linear",)))

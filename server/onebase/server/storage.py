@@ -134,7 +134,9 @@ class Bucket:
         shutil.rmtree(spool, ignore_errors=True)
         spool.mkdir(mode=0o700)
         if isinstance(self._fs, LocalFileSystem):  # elsewhere a bucket that is not there is rather misspelled
-            self._fs.makedirs(self._root, exist_ok=True)
+            self.url = f"file://{self._root}"
+            with self._told("made"):
+                self._fs.makedirs(self._root, exist_ok=True)
 
     def place(self, name: str) -> Path:
         """A place in the spool."""
