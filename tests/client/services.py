@@ -266,7 +266,8 @@ EARLY = object()
 class Adapters(Servicer, adapters_pb2_grpc.AdapterServiceServicer):
     def _put(self, request, **facts):
         memory = types_pb2.AdapterMemory(weights_bytes=1_500_000, gradient_bytes=1000)
-        adapter = types_pb2.Adapter(name=request.name, memory=memory, version=7, parameter_count=375_000, **facts)
+        facts |= {"version": 7, "parameter_count": 375_000, "resident": True}
+        adapter = types_pb2.Adapter(name=request.name, memory=memory, **facts)
         self.fake.adapters[request.name] = adapter
         return adapter
 
