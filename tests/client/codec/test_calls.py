@@ -62,6 +62,7 @@ CALLS = [
     sessions.get("s"),
     sessions.set_active("s", "a"),
     sessions.keep_alive("s"),
+    sessions.attend("s"),
     sessions.close("s"),
     server.info(),
     server.status(),
@@ -88,7 +89,7 @@ def test_every_method_of_the_contract_is_here_with_its_types():
 def test_what_changes_something_is_repeatable_only_with_a_request_id():
     # These change nothing but a session's active adapter or its lease of life, and name the outcome themselves.
     reads = {"Generate", "Logprob", "ReferenceLogprob", "Reward", "Score", "GetServerInfo", "GetStatus"}
-    reads |= {"GetAdapter", "ListAdapters", "DownloadAdapter", "GetSession", "KeepAlive"}
+    reads |= {"GetAdapter", "ListAdapters", "DownloadAdapter", "GetSession", "KeepAlive", "AttendSession"}
     for rpc in RPCS:
         named = "request_id" in payload(rpc.request()).DESCRIPTOR.fields_by_name
         assert rpc.repeatable == (named or rpc.method.split("/")[1] in reads), rpc.method
