@@ -204,9 +204,7 @@ def test_passes_of_several_policies_are_taken_apart_and_their_gradients_are_the_
     assert [result.facts.pending_gradients for result in results] == [1, 1, 1]
 
 
-def test_a_pass_is_cut_where_it_must_and_its_gradients_are_added_once(
-    engine: Engine, device: Device, run: Run
-) -> None:
+def test_a_pass_is_cut_where_it_must_and_its_gradients_are_added_once(engine: Engine, device: Device, run: Run) -> None:
     job = ForwardBackwardJob(adapter=1, rows=train_rows(1, count=8), loss=PpoLoss())
     wanted = run(job)
     gradients = {name: g.numpy().copy() for name, g in engine.adapters[1].gradients.items()}
@@ -354,7 +352,9 @@ def test_an_optimizer_step_without_memory_changes_nothing_and_keeps_its_gradient
 
 def test_an_optimizer_step_takes_no_memory_once_it_has_begun(engine: Engine, run: Run) -> None:
     class Watch(TorchDispatchMode):
-        made: list[tuple[str, int]] = []
+        def __init__(self) -> None:
+            super().__init__()
+            self.made: list[tuple[str, int]] = []
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))

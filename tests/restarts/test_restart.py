@@ -121,12 +121,17 @@ def refused(call, *arguments, **named) -> tuple[Code, str]:  # type: ignore[no-u
     """The code and the reason that a call ends with."""
     with pytest.raises(grpc.RpcError) as caught:
         call(*arguments, **named)
-    status = rpc_status.from_call(caught.value)
+    return reason_of(caught.value)
+
+
+def reason_of(error: grpc.RpcError) -> tuple[Code, str]:
+    """An error's code and reason."""
+    status = rpc_status.from_call(error)
     for detail in status.details if status else ():
         info = error_details_pb2.ErrorInfo()
         if detail.Unpack(info):
-            return caught.value.code(), info.reason
-    return caught.value.code(), ""
+            return error.code(), info.reason
+    return error.code(), ""
 
 
 def wait_until_durable(state: Path, version: int) -> None:
