@@ -135,13 +135,19 @@ def refused(call, *arguments, **named) -> tuple[Code, str]:  # type: ignore[no-u
     """The code and the reason that a call ends with."""
     with pytest.raises(grpc.RpcError) as caught:
         call(*arguments, **named)
-    status = rpc_status.from_call(caught.value)
+    code, reason = reason_of(caught.value)
+    told.note(code, reason)
+    return code, reason
+
+
+def reason_of(error: grpc.RpcError) -> tuple[Code, str]:
+    """An error's code and reason."""
+    status = rpc_status.from_call(error)
     info = error_details_pb2.ErrorInfo()
     for detail in status.details if status else ():
         if detail.Unpack(info):
-            break
-    told.note(caught.value.code(), info.reason)
-    return caught.value.code(), info.reason
+            return error.code(), info.reason
+    return error.code(), ""
 
 
 def wait_until_durable(state: Path, version: int) -> None:

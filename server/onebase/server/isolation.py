@@ -64,14 +64,14 @@ class Isolation:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.too_many = 0  # tokens for which together memory was too short, though it was not for any one by itself
-        self._tight = self._guilty = False
+        self._tight = self._blamed = False
 
     def run(self, parts: Sequence[tuple[AnyTask, Part]], act: Callable[[Sequence[Part]], None]) -> None:
         """Runs parts together, and in smaller pieces where that fails; tasks whose parts cannot be run end."""
-        self._tight = self._guilty = False
+        self._tight = self._blamed = False
         tokens = sum(_tokens(part) for _, part in parts)
         self._run(parts, act)
-        self.too_many = tokens if self._tight and not self._guilty else 0
+        self.too_many = tokens if self._tight and not self._blamed else 0
 
     def attempt(self, task: AnyTask, act: Callable[..., object], *arguments: object) -> None:
         """Runs something for one task; what it raises ends the task."""
@@ -147,14 +147,14 @@ class Isolation:
             first.task.preempt(self._engine, part)
         kv.allowed = max(1, kv.used)
         self._engine.relieve()
-        self._tight = True
+        self._blamed = True  # the cache was short, not the step too large
         return True
 
     def _end(self, task: AnyTask, failure: _Shortage | _Trouble, what: str) -> None:
         if isinstance(failure, _Trouble):
             task.fail(self._engine, told(failure.error))
             return
-        self._guilty = True
+        self._blamed = True
         self._engine.relieve()
         error = out_of_memory(what, failure.text, _WAYS_OUT[type(task)], retry=self._engine.kv.used > 0)
         log.warning("%s failed: %s", _name(task), error)

@@ -236,7 +236,7 @@ class Engine:
         """Frees what only saves time, after memory ran out: nothing of the step that failed may be held any more."""
         self.rest()
         self.kv.forget()
-        gc.collect()
+        gc.collect(1)  # what was made of late; all of it would take longer than a step
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
