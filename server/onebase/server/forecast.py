@@ -20,7 +20,7 @@ SHORTEST, LONGEST = 0.05, 60.0
 
 _SAMPLES = 64  # durations that are remembered
 _ALIKE = 32  # running pieces of work that stand for all of them
-_QUANTILE = 1.8  # of the normal distribution, a little over nine times of ten: work comes in crowds
+_QUANTILE = 1.5  # of the normal distribution, a little over nine times of ten: work comes in crowds
 _FIRST_GUESS = 1.0  # seconds that work takes, as long as none has ended
 
 
@@ -106,7 +106,8 @@ class Forecast:
         others = self._unasked / self._window() * whole * -np.expm1(-moments / whole)
         room = expected - others - _QUANTILE * np.sqrt(doubt**2 + others)
         enough = room >= units + 0.5
-        high = float(moments[int(enough.argmax()) if enough.any() else -1])
+        # Where it is never likely enough, others come too fast: twice as long as work takes is as good as any wait.
+        high = float(moments[enough.argmax()]) if enough.any() else min(float(moments[-1]), 2 * whole)
         return high + rounds * whole
 
     def _mean(self) -> float:
