@@ -46,7 +46,8 @@ class StateDirectory:
         self.path = path.resolve()
         self.store_path = self.path / "registry.sqlite"
         self._folder = self.path / "checkpoints"
-        self._folder.mkdir(exist_ok=True)
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        self.store_path.touch(mode=0o600)  # also where somebody has made the directory for all to read
         self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
