@@ -90,7 +90,8 @@ def test_20_what_is_no_name_is_refused_and_no_file_is_called_so(place: Place, na
     "path", ["../tokens.json", "/etc", "link", "link/x", "policy/../../x", "\0", "a\0b", "x" * 5000]
 )
 def test_21_a_path_that_leads_outside_is_refused(place: Place, path: str) -> None:
-    link = place.root / "link"
+    link = place.root / "red" / "link"
+    link.parent.mkdir(exist_ok=True)
     if not link.is_symlink():
         link.symlink_to(place.root.parent)
     red = place.as_("red")
@@ -103,7 +104,7 @@ def test_21_a_path_that_leads_outside_is_refused(place: Place, path: str) -> Non
 
 def test_21_a_symlink_in_a_directory_is_not_followed_out_of_it(place: Place) -> None:
     name = fresh("linked")
-    folder = Path(shutil.copytree(place.root / "policy", place.root / name))
+    folder = Path(shutil.copytree(place.root / "policy", place.root / "red" / name))
     outside = place.root.parent / f"{name}.safetensors"
     shutil.move(folder / "adapter_model.safetensors", outside)
     (folder / "adapter_model.safetensors").symlink_to(outside)
@@ -149,7 +150,7 @@ class Bang:
 
 def test_22_a_pickle_is_refused_and_never_opened(place: Place) -> None:
     name = fresh("pickled")
-    folder = Path(shutil.copytree(place.root / "policy", place.root / name))
+    folder = Path(shutil.copytree(place.root / "policy", place.root / "red" / name))
     (folder / "adapter_model.safetensors").unlink()
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(Bang(place.root / "opened")))
     red = place.as_("red")

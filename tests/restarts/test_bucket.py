@@ -129,7 +129,6 @@ def _version(store: BucketServer, key: str) -> int:
 def test_a_bucket_that_is_away_for_a_while_is_a_pause(start: Start, store: BucketServer) -> None:
     """The client's retries make the step durable, once; what needs no bucket goes on."""
 
-
     with start() as server, connect(server.address) as client, client.open_session() as session:
         session.create_adapter("p", LoraSpec(rank=4, target_modules=("all-linear",)))
         session.set_active("p")

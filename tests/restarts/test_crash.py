@@ -8,6 +8,8 @@ from pathlib import Path
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from oracle.fixtures import FIXTURES
 from restarts.conftest import Start
 from restarts.test_restart import Plain, reason_of, refused
 from restarts.test_training import WEIGHTS, finish, numbers, trained, weights

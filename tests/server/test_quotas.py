@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import time
+
 import grpc
 import pytest
+from server.fakes import FakeWorker
 from server.harness import pair, refused, text_of
 from server.tenants import Guarded
 
@@ -105,6 +108,34 @@ def test_tokens_a_second(tmp_path):
         assert (refusal.code, refusal.reason) == (FULL, "QUOTA_TOKENS_PER_SECOND")
         assert 1 < refusal.retry_after < 2.2
         assert logprob(live.as_("blue"), many).result(timeout=20)
+
+
+def test_who_waits_as_long_as_it_is_told_has_tokens_again(tmp_path):
+    with served(tmp_path, tenant_quota=Quota(tokens_per_second=40)) as live:
+        red = live.as_("red")
+        request = inference_pb2.LogprobRequest(adapter="base", sequences=[pair(tuple(range(1, 60)), (7,))])
+        red.inference.Logprob(request)
+        for _ in range(5):
+            refusal = refused(red.inference.Logprob, request)
+            assert refusal.reason == "QUOTA_TOKENS_PER_SECOND"
+            time.sleep(refusal.retry_after)
+            red.inference.Logprob(request)  # and not a moment before: it is refused again at once
+
+
+def test_a_full_queue_says_when_there_is_room(tmp_path):
+    """Of the worker's own refusals too: the first of the work under way takes as long as such work took."""
+    with served(tmp_path, worker=FakeWorker(room=2)) as live:
+        red = live.as_("red")
+        live.worker.before = lambda job: time.sleep(0.4)
+        for _ in range(3):
+            logprob(red).result(timeout=20)
+        running = [logprob(red) for _ in range(2)]
+        live.worker.wait_submitted(ScoreJob, 5)
+        refusal = refused(red.inference.Logprob, inference_pb2.LogprobRequest(adapter="base", sequences=ONE))
+        assert refusal.reason == "QUEUE_FULL"
+        assert 0.05 <= refusal.retry_after < 2
+        assert refusal.retry_after != 0.25  # what the worker, which knows no past, would have said
+        assert [one.result(timeout=20) for one in running]
 
 
 def test_adapters_are_counted_by_tenant(tmp_path):

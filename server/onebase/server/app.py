@@ -387,7 +387,7 @@ def check_address(config: ServerConfig) -> None:
 
 
 def server_options(limits: Limits) -> list[tuple[str, int]]:
-    """gRPC's settings: message sizes, dead peers noticed within 8 s, and a taken port an error."""
+    """gRPC's settings: sizes of messages and headers, dead peers noticed within 8 s, and a taken port an error."""
     return [
         ("grpc.max_receive_message_length", limits.max_message_bytes),
         ("grpc.max_send_message_length", limits.max_message_bytes),
@@ -397,6 +397,10 @@ def server_options(limits: Limits) -> list[tuple[str, int]]:
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # clients may ping this often
         ("grpc.so_reuseport", 0),
+        ("grpc.max_metadata_size", 8 * 2**10),  # over it, calls may be refused, and over twice that they all are
+        ("grpc.absolute_max_metadata_size", 16 * 2**10),
+        ("grpc.max_concurrent_streams", limits.max_queued_requests),  # more of one client could only be refused
+        ("grpc.server_handshake_timeout_ms", 20_000),
     ]
 
 

@@ -51,6 +51,7 @@ class StateDirectory:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.path = path.resolve()
         self.store_path = self.path / "registry.sqlite"
+        self.store_path.touch(mode=0o600)  # also where somebody has made the directory for all to read
         self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

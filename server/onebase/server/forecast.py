@@ -20,7 +20,7 @@ SHORTEST, LONGEST = 0.05, 60.0
 
 _SAMPLES = 64  # durations that are remembered
 _ALIKE = 32  # running pieces of work that stand for all of them
-_QUANTILE = 1.3  # of the normal distribution: nine times of ten
+_QUANTILE = 1.5  # of the normal distribution, a little over nine times of ten: work comes in crowds
 _FIRST_GUESS = 1.0  # seconds that work takes, as long as none has ended
 
 
@@ -39,6 +39,8 @@ class Forecast:
         self._durations: deque[float] = deque(maxlen=_SAMPLES)
         self._told: deque[tuple[float, int]] = deque()  # who comes back when, for how many units
         self._awaited = 0
+        self._unasked = 0.0  # those who came without having been told to, of late: fades with each that comes
+        self._last = clock()
 
     @property
     def idle(self) -> bool:
@@ -48,6 +50,7 @@ class Forecast:
     def begin(self, units: int = 1) -> int:
         """Takes work in; the number that `end` wants."""
         number = next(self._numbers)
+        self._came(self._clock())
         self._running[number] = (self._clock(), units)
         self._units += units
         return number
@@ -59,14 +62,13 @@ class Forecast:
         self._durations.append(self._clock() - began)
 
     def wait(self, units: int = 1) -> float:
-        """Seconds until so many units more will be free, behind those who were told before; notes that it was told.
+        """Seconds until so many units more are free, behind those who were told before; notes that it was told.
 
         Args:
             units: that must end before the caller's work can begin.
         """
         now = self._clock()
-        while self._told and self._told[0][0] <= now:
-            self._awaited -= self._told.popleft()[1]
+        self._came(now)
         # Who calls without waiting would otherwise put everybody off for ever.
         ahead = min(self._awaited, self._units)
         seconds = min(LONGEST, max(SHORTEST, self._until(ahead + units, now)))
@@ -74,6 +76,18 @@ class Forecast:
             self._told.append((now + seconds, units))
             self._awaited += units
         return seconds
+
+    def _came(self, now: float) -> None:
+        """Notes that somebody came: one who was told to, if any was, or else unasked."""
+        self._unasked *= math.exp((self._last - now) / self._window())
+        self._last = now
+        if self._told and self._told[0][0] <= now:
+            self._awaited -= self._told.popleft()[1]
+        else:
+            self._unasked += 1
+
+    def _window(self) -> float:
+        return max(1.0, 4 * self._mean())
 
     def _until(self, units: int, now: float) -> float:
         """Seconds until so many units have ended, as likely as not to be late one time in ten."""
@@ -83,14 +97,17 @@ class Forecast:
         rounds, units = divmod(units - 1, self._units)  # more than there are: those that come after them must end too
         began, sizes = self._sample()
         left = self._remaining(now - began)  # [work, sample]
-        low, high = 0.0, float(left.max())
         scale = self._units / sizes.sum()
-        for _ in range(20):
-            middle = (low + high) / 2
-            ended = (left <= middle).mean(axis=1)
-            expected = scale * float((sizes * ended).sum())
-            doubt = math.sqrt(scale * float((sizes**2 * ended * (1 - ended)).sum()))
-            low, high = (low, middle) if expected - _QUANTILE * doubt >= units + 0.5 else (middle, high)
+        moments = np.sort(left, axis=None)[_ranks(left.size)]
+        ended = (left[None] <= moments[:, None, None]).mean(axis=2)  # [moment, work]
+        expected = scale * (sizes * ended).sum(axis=1)
+        doubt = np.sqrt(scale * (sizes**2 * ended * (1 - ended)).sum(axis=1))
+        # Who comes unasked takes room too, a share of it as large as such work takes.
+        others = self._unasked / self._window() * whole * -np.expm1(-moments / whole)
+        room = expected - others - _QUANTILE * np.sqrt(doubt**2 + others)
+        enough = room >= units + 0.5
+        # Where it is never likely enough, others come too fast: twice as long as work takes is as good as any wait.
+        high = float(moments[enough.argmax()]) if enough.any() else min(float(moments[-1]), 2 * whole)
         return high + rounds * whole
 
     def _mean(self) -> float:
@@ -113,3 +130,8 @@ class Forecast:
         rows = packed[np.arange(len(ages))[:, None], np.arange(took.size)[None, :] % np.maximum(count, 1)]
         found: np.ndarray = np.where(count > 0, rows, np.maximum(ages[:, None], SHORTEST))
         return found
+
+
+def _ranks(count: int) -> np.ndarray:
+    """Some of so many sorted moments: all of the first ones, fewer of the later."""
+    return np.unique(np.geomspace(1, count, min(count, 64)).astype(int)) - 1

@@ -1,7 +1,7 @@
 """What one tenant, and all of them together, may have at once: requests, completions, tokens a second, adapters.
 
 A quota is asked before anything is queued or allocated. What a refusal says of waiting is true: a bucket of tokens says
-exactly when it has some again; for the rest it is how long the tenant's requests take to end of late.
+exactly when it has some again; for the rest, and for the worker's queues, there is a `forecast`.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from typing import Any
 
 from onebase.server.config import Quota
 from onebase.server.errors import ResourceExhausted
+from onebase.server.forecast import Forecast
 from onebase.server.identity import caller
 from onebase.server.jobs import BaseFacts, ForwardBackwardJob, GenerateJob, Job, ScoreJob, Work, WorkerStatus
-from onebase.server.meter import Meter
 from onebase.server.ports import WorkerLike
 from onebase.server.registry import Entry, Registry
 
 Clock = Callable[[], float]
 
+SESSION_FULL = "SESSION_QUEUE_FULL"
+"""The worker's reason where a session's share of the queue is used up."""
 TRAINED_COPIES = 4
 """Copies of a trained adapter's parameters that its training needs: weights, gradients, two moments."""
-_SHORTEST, _LONGEST = 0.05, 30.0  # seconds that a client is told to wait where it is an estimate
 
 
 class Bucket:
@@ -67,14 +68,16 @@ class _Account:
     """How messages call it."""
     quota: Quota
     bucket: Bucket | None
-    finished: Meter
+    of_requests: Forecast
+    of_completions: Forecast
     requests: int = 0
     completions: int = 0
 
     def check(self, completions: int) -> None:
-        quota, retry = self.quota, min(_LONGEST, max(_SHORTEST, 1 / (self.finished.rate() or 1.0)))
+        quota = self.quota
         if quota.requests and self.requests >= quota.requests:
-            raise _full("requests", f"{self.requests} requests are under way", self.whose, quota.requests, retry)
+            there = f"{self.requests} requests are under way"
+            raise _full("requests", there, self.whose, quota.requests, self.of_requests.wait())
         over = self.completions + completions > quota.completions
         if quota.completions and completions > quota.completions:
             raise ResourceExhausted(
@@ -85,9 +88,28 @@ class _Account:
             )
         if quota.completions and completions and over:
             there = f"{self.completions} completions are under way, and {completions} more are wanted"
-            raise _full("completions", there, self.whose, quota.completions, retry)
+            wait = self.of_completions.wait(self.completions + completions - quota.completions)
+            raise _full("completions", there, self.whose, quota.completions, wait)
         if self.bucket is not None and (wait := self.bucket.wait()):
             raise _full("tokens_per_second", "more tokens were used", self.whose, quota.tokens_per_second, wait)
+
+    def begin(self, cost: _Cost) -> Callable[[], None]:
+        """Takes a request in; what is returned is called when it has ended."""
+        self.requests += 1
+        self.completions += cost.completions
+        if self.bucket is not None:
+            self.bucket.take(cost.tokens)
+        request = self.of_requests.begin()
+        completions = self.of_completions.begin(cost.completions) if cost.completions else None
+
+        def end() -> None:
+            self.requests -= 1
+            self.completions -= cost.completions
+            self.of_requests.end(request)
+            if completions is not None:
+                self.of_completions.end(completions)
+
+        return end
 
 
 @dataclass(frozen=True)
@@ -113,6 +135,7 @@ class QuotaWorker:
         self._lock = threading.Lock()  # jobs end on the worker's thread
         self._whole = self._account("all clients together", whole)
         self._tenants: dict[str, _Account] = {}
+        self._sessions: dict[str, Forecast] = {}  # of those with requests under way
 
     @property
     def facts(self) -> BaseFacts:
@@ -123,7 +146,8 @@ class QuotaWorker:
         """Queues a job, if its tenant and all of them may have it.
 
         Raises:
-            ResourceExhausted: QUOTA_REQUESTS, QUOTA_COMPLETIONS, QUOTA_TOKENS_PER_SECOND; or the worker's.
+            ResourceExhausted: QUOTA_REQUESTS, QUOTA_COMPLETIONS, QUOTA_TOKENS_PER_SECOND; or the worker's, with a
+                forecast of its queue.
             OnebaseError: the worker's.
         """
         if job.work is Work.ADMIN:
@@ -134,18 +158,21 @@ class QuotaWorker:
             accounts = (mine, self._whole)
             for account in accounts:
                 account.check(cost.completions)
-            self._tenants[tenant] = mine
-            for account in accounts:
-                account.requests += 1
-                account.completions += cost.completions
-                if account.bucket is not None:
-                    account.bucket.take(cost.tokens)
         try:
             self._worker.submit(job)
-        except BaseException:
-            self._end(accounts, cost)
+        except ResourceExhausted as error:
+            with self._lock:
+                forecast = self._sessions.get(job.session) if error.reason == SESSION_FULL else self._whole.of_requests
+                if forecast is not None and not forecast.idle:
+                    error.retry_after = forecast.wait()
             raise
-        job.done.add_done_callback(lambda _: self._end(accounts, cost))
+        with self._lock:
+            self._tenants[tenant] = mine
+            session = self._sessions.setdefault(job.session, Forecast(self._clock))
+            ends = [account.begin(cost) for account in accounts]
+            number = session.begin()
+            ends.append(lambda: self._end_of_session(job.session, session, number))
+        job.done.add_done_callback(lambda _: self._end(ends))
         return None
 
     def status(self) -> WorkerStatus:
@@ -178,14 +205,18 @@ class QuotaWorker:
 
     def _account(self, whose: str, quota: Quota) -> _Account:
         rate = quota.tokens_per_second
-        return _Account(whose, quota, Bucket(rate, self._clock) if rate else None, Meter(clock=self._clock))
+        bucket = Bucket(rate, self._clock) if rate else None
+        return _Account(whose, quota, bucket, Forecast(self._clock), Forecast(self._clock))
 
-    def _end(self, accounts: Iterable[_Account], cost: _Cost) -> None:
+    def _end(self, ends: Iterable[Callable[[], None]]) -> None:
         with self._lock:
-            for account in accounts:
-                account.requests -= 1
-                account.completions -= cost.completions
-                account.finished.add(1)
+            for end in ends:
+                end()
+
+    def _end_of_session(self, name: str, forecast: Forecast, number: int) -> None:
+        forecast.end(number)
+        if forecast.idle:
+            self._sessions.pop(name, None)
 
 
 def _cost(job: Job[Any]) -> _Cost:

@@ -92,7 +92,7 @@ class Disk:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
 
     def place(self, name: str) -> Path:
         """Its final place: who writes a folder renames it there when it is whole."""

@@ -28,6 +28,7 @@ CLIENT_STATE = "client_state.bin"
 MANIFEST = "onebase.json"
 
 _MANIFEST_TYPES = {"version": (int, "an integer"), "base": (dict, "an object"), "sha256": (dict, "an object")}
+_MAX_JSON = 16 * 2**20  # bytes; a parsed object takes many times as many
 _MAX_VERSION = 2**53  # leaves a version room to grow in 64 bits
 
 
@@ -133,6 +134,11 @@ class SavedFiles:
             )
 
     def _json(self, name: str) -> dict[str, Any]:
+        size = (self.path / name).stat().st_size
+        if size > _MAX_JSON:
+            raise InvalidArgument(
+                "BAD_JSON", f"{self.path / name} has {size} bytes, and {_MAX_JSON} are the most", field="path"
+            )
         try:
             found = json.loads((self.path / name).read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:  # brackets a thousand deep
