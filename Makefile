@@ -115,6 +115,14 @@ matrix: .venv/.installed  ## every architecture against transformers and PEFT, i
 faults: .venv/.installed  ## every fault for real, a random history and the fuzzers, into docs/reliability.md (25 minutes)
 	PYTHONPATH=tests $(BIN)/python -m faults.run
 
+.PHONY: history
+history: .venv/.installed  ## random operations and 200 kills of the server, checked against a model and a replay (SEED=, KILLS=)
+	PYTHONPATH=tests $(BIN)/python -m history.run --kills $(or $(KILLS),200) $(if $(SEED),--seed $(SEED))
+
+.PHONY: soak
+soak: .venv/.installed  ## half an hour of trainers that come and go; fails if anything grows (SOAK_MINUTES=)
+	PYTHONPATH=tests $(BIN)/python -m soak.run --minutes $(or $(SOAK_MINUTES),30)
+
 .PHONY: bench
 bench: .venv/.installed  ## ratios against transformers and PEFT, into benchmarks/results/; alone on the machine, please
 	$(BIN)/python benchmarks/run.py

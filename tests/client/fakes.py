@@ -48,6 +48,9 @@ class FakeServer:
     download: list = field(default_factory=list)
     """The messages of the next downloads."""
     gradients: int = 0
+    attends: bool = False
+    """Whether sessions can be attended; otherwise they are kept alive by calls."""
+    client_states: dict[str, bytes] = field(default_factory=dict)
     hold: threading.Event | None = None
     """Where it is set, streams stop after their first message until it is set, or the client is gone."""
     cuts: int = 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import grpc
 from client.wire import Failure, floats, ids, length, version
 
@@ -75,6 +77,17 @@ class Sessions(Servicer, sessions_pb2_grpc.SessionServiceServicer):
 
     def KeepAlive(self, request, context):
         return self.fake.answer("KeepAlive", request, context, lambda: self._find(request, context))
+
+    def AttendSession(self, request, context):
+        if not self.fake.attends:
+            yield from super().AttendSession(request, context)  # UNIMPLEMENTED
+        yield self.fake.answer("AttendSession", request, context, lambda: self._find(request, context))
+        gone = threading.Event()
+        context.add_callback(gone.set)
+        while request.session_id in self.fake.sessions and not gone.wait(0.01):
+            if self.fake.cuts:
+                self.fake.cuts -= 1
+                context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
 
     def SetActiveAdapter(self, request, context):
         def work():
@@ -235,6 +248,8 @@ class Training(Servicer, training_pb2_grpc.TrainingServiceServicer):
     def OptimStep(self, request, context):
         def work():
             applied, self.fake.gradients = self.fake.gradients, 0
+            if request.HasField("client_state"):
+                self.fake.client_states[request.adapter or self.fake.active(request)] = request.client_state
             return training_pb2.OptimStepResponse(
                 adapter=version(request.adapter or self.fake.active(request), 8),
                 grad_norm=1.5,
@@ -313,6 +328,25 @@ class Adapters(Servicer, adapters_pb2_grpc.AdapterServiceServicer):
             )
 
         return self.fake.answer("SaveAdapter", request, context, work)
+
+    def CheckpointAdapter(self, request, context):
+        def work():
+            name = request.name or self.fake.active(request)
+            self._keep(request, name)
+            return adapters_pb2.CheckpointAdapterResponse(adapter=version(name))
+
+        return self.fake.answer("CheckpointAdapter", request, context, work)
+
+    def _keep(self, request, name):
+        if request.HasField("client_state"):
+            self.fake.client_states[name] = request.client_state
+
+    def GetClientState(self, request, context):
+        def work():
+            state = self.fake.client_states.get(request.name, b"")
+            return adapters_pb2.GetClientStateResponse(adapter=version(request.name), client_state=state)
+
+        return self.fake.answer("GetClientState", request, context, work)
 
     def UploadAdapter(self, request_iterator, context):
         first = next(request_iterator)

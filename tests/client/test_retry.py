@@ -4,8 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onebase.client.errors import ERRORS, ResourceExhaustedError, UnavailableError
-from onebase.client.retry import Backoff
+from onebase.client.errors import (
+    ERRORS,
+    CancelledError,
+    ResourceExhaustedError,
+    UnauthenticatedError,
+    UnavailableError,
+)
+from onebase.client.retry import Backoff, Pauses
 
 DRAWS = st.floats(0, 1, exclude_max=True)
 NEVER = sorted(set(ERRORS.values()) - {UnavailableError, ResourceExhaustedError}, key=lambda kind: kind.__name__)
@@ -50,3 +56,13 @@ def test_a_delay_keeps_to_the_deadline_and_to_what_the_server_asks(attempt, rema
 
 def test_no_retry_is_planned_beyond_the_deadline():
     assert Backoff().delay(UnavailableError("down", retry_after=10.0), 0, 9.0, 0.5) is None
+
+
+def test_a_stream_that_keeps_breaking_is_opened_ever_more_seldom_until_it_speaks():
+    pauses = Pauses(Backoff(first=1, factor=2, longest=100), longest=5)
+
+    assert [pauses.after(UnavailableError("x"), 1) for _ in range(4)] == [1, 2, 4, 5]
+    pauses.heard()
+    assert pauses.after(CancelledError("x"), 0) == 0.5
+    assert pauses.after(UnavailableError("x", retry_after=2), 1) == 4
+    assert pauses.after(UnauthenticatedError("x"), 0) == 5

@@ -1,5 +1,6 @@
 import gc
 import threading
+import time
 import weakref
 
 import grpc
@@ -9,6 +10,7 @@ from client.wire import Failure
 
 from onebase.client import types as t
 from onebase.client.client import connect
+from onebase.client.codec import sessions as sessions_codec
 from onebase.client.errors import (
     AbortedError,
     FailedPreconditionError,
@@ -19,6 +21,7 @@ from onebase.client.errors import (
 from onebase.client.keepalive import KeepAlive
 from onebase.v1 import types_pb2
 
+ATTEND = sessions_codec.attend("f" * 32)
 HELD = Failure(grpc.StatusCode.ABORTED, "policy_1 is leased", reason="LEASE_HELD", retry_after=0.001)
 REFUSED = Failure(grpc.StatusCode.FAILED_PRECONDITION, "no value head")
 
@@ -153,9 +156,9 @@ class Heart:
         return True
 
 
-def test_a_thread_does_not_keep_alive_what_was_forgotten():
+def test_a_thread_does_not_keep_alive_what_was_forgotten(transport):
     heart = Heart()
-    keepalive = KeepAlive(heart.beat, 0.001)
+    keepalive = KeepAlive(transport, ATTEND, heart.beat, 0.001)
     assert heart.beaten.wait(60)
     forgotten = weakref.ref(heart)
 
@@ -164,6 +167,61 @@ def test_a_thread_does_not_keep_alive_what_was_forgotten():
     gc.collect()
 
     assert forgotten() is None
+    assert not keepalive.running
+
+
+# --------------------------------------------------------------------------------------------------- attending
+
+
+def test_a_session_is_attended_until_it_is_closed_and_its_thread_ends(server, client):
+    server.attends = True
+    session = client.open_session("policy_1", ttl=0.03)
+    server.wait_for("AttendSession", 1)
+    time.sleep(0.1)
+    assert session._keepalive.running
+    assert {request.session_id for request in server.requests["AttendSession"]} == {session.id}
+    assert not server.requests["KeepAlive"]
+
+    session.close()
+
+    assert not session._keepalive.running
+    assert server.sessions == {}
+
+
+def test_a_stream_that_breaks_is_opened_again(server, client):
+    server.attends, server.cuts = True, 3
+    server.fail("AttendSession", Failure(grpc.StatusCode.CANCELLED), Failure(grpc.StatusCode.INTERNAL))
+
+    with client.open_session("policy_1", ttl=0.03) as session:
+        server.wait_for("AttendSession", 6)
+        assert session._keepalive.running
+
+
+def test_a_session_that_ended_or_a_client_that_was_closed_is_attended_no_more(server, client):
+    server.attends = True
+    ended, other = client.open_session("policy_1"), client.open_session("policy_2")
+    server.wait_for("AttendSession", 2)
+    del server.sessions[ended.id]
+    ended._keepalive._thread.join(60)
+    assert not ended._keepalive.running
+    assert other._keepalive.running
+
+    client._transport.close()
+
+    other._keepalive._thread.join(60)
+    assert not other._keepalive.running
+
+
+def test_a_forgotten_session_is_let_go(server, client):
+    server.attends = True
+    session = client.open_session("policy_1")
+    server.wait_for("AttendSession", 1)
+    keepalive = session._keepalive
+
+    del session
+    gc.collect()
+
+    keepalive._thread.join(60)
     assert not keepalive.running
 
 
@@ -250,6 +308,7 @@ def test_every_call_of_a_session_names_it(server, session):
         "CreateAdapter": lambda: session.create_adapter("new"),
         "LoadAdapter": lambda: session.load_adapter("policy_1", "somewhere"),
         "SaveAdapter": lambda: session.save_adapter("there"),
+        "CheckpointAdapter": lambda: session.checkpoint_adapter(),
         "DeleteAdapter": lambda: session.delete_adapter("new"),
     }
 
@@ -286,6 +345,20 @@ def test_adapters_are_made_loaded_saved_and_deleted(server, session, tmp_path):
     assert (server.requests["CreateAdapter"][0].seed, server.requests["CreateAdapter"][0].value_head) == (3, False)
     assert server.requests["LoadAdapter"][0].replace
     assert server.requests["SaveAdapter"][0].with_optimizer
+
+
+def test_a_clients_own_state_goes_with_a_step_or_a_checkpoint_and_comes_back(server, session):
+    session.optim_step(t.AdamW(1e-3))
+    assert not server.requests["OptimStep"][-1].HasField("client_state")
+    session.optim_step(t.AdamW(1e-3), client_state=b"")
+    assert server.requests["OptimStep"][-1].HasField("client_state")
+    assert session.checkpoint_adapter(client_state=b"a") == t.AdapterVersion("policy_1", 7)
+    assert session.client_state("policy_1") == t.ClientState(t.AdapterVersion("policy_1", 7), b"a")
+    policy = session.policy()
+    policy.optim_step(t.AdamW(1e-3), client_state=b"b")
+    assert policy.client_state().data == b"b"
+    assert policy.checkpoint().version == 7
+    assert server.requests["CheckpointAdapter"][-1].request_id
 
 
 # ------------------------------------------------------------------------------------------------------- policy

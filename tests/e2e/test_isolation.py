@@ -10,11 +10,11 @@ from e2e.conftest import READERS, REWARDS, TRAINEES
 from support import RunningServer
 
 from onebase.client import (
+    AbortedError,
     AdamW,
     Client,
     FailedPreconditionError,
     InvalidArgumentError,
-    PermissionDeniedError,
     PpoLoss,
     SamplingParams,
     Sequence,
@@ -53,7 +53,7 @@ def test_only_the_holder_of_the_lease_may_change_a_policy(client: Client, server
             lambda: stranger.load_adapter(TRAINEES[1], "policy", replace=True),
             lambda: stranger.delete_adapter(TRAINEES[1]),
         ):
-            with pytest.raises(PermissionDeniedError) as caught:
+            with pytest.raises(AbortedError) as caught:
                 change()
             assert caught.value.reason == "NOT_LEASE_HOLDER"
         assert client.adapter(TRAINEES[1]) == before

@@ -8,14 +8,26 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
+from onebase.server.identity import OPERATOR
 from onebase.server.jobs import Work
-from onebase.server.scheduler import FairQueue, Scheduler
+from onebase.server.scheduler import Scheduler
+from onebase.server.turns import FairQueue, Owner
 
 BUDGET = 100
 
 
+class OfASession:
+    """What the operator's session wants."""
+
+    session: str
+
+    @property
+    def owner(self) -> Owner:
+        return Owner(OPERATOR, self.session)
+
+
 @dataclass(eq=False)
-class Score:
+class Score(OfASession):
     session: str
     work: Work
     rows: list[int]
@@ -30,10 +42,11 @@ class Score:
 
 
 @dataclass(eq=False)
-class Prompt:
+class Prompt(OfASession):
     session: str
     cost: int
     work: Work = Work.GENERATE
+    under_way = False
 
     def next_slots(self) -> int:
         return 1
@@ -46,7 +59,7 @@ class Prompt:
 
 
 @dataclass(eq=False)
-class Train:
+class Train(OfASession):
     adapter: int
     rows: list[int]
     session: str = ""
@@ -83,7 +96,7 @@ def simulate(scheduler: Scheduler, steps: int) -> list[tuple[str, int, int]]:
             tokens = sum(score.rows[i] for score, i in plan.scores if isinstance(score, Score))
             for prompt in plan.prompts:
                 tokens += prompt.next_cost()
-                scheduler.prompts.remove(prompt.session, prompt)
+                scheduler.prompts.remove(prompt.owner, prompt)
             assert tokens <= BUDGET or len(plan.scores) + len(plan.prompts) == 1
             scheduler.account(training=False, seconds=tokens + 1)
             history.append(("infer", tokens, number))
@@ -110,11 +123,11 @@ def test_everything_is_planned_once_and_the_queues_run_empty(work: list[tuple[st
             scheduler.trains.push(int(owner), Train(int(owner), list(rows)))
             total += sum(rows)
         elif kind == "prompt":
-            scheduler.prompts.push(owner, Prompt(owner, rows[0]))
+            scheduler.prompts.push(Owner(OPERATOR, owner), Prompt(owner, rows[0]))
             total += rows[0]
         else:
             name = Work.SCORE if kind == "score" else Work.INTERACTIVE
-            scheduler.scores[name].push(owner, Score(owner, name, list(rows)))
+            scheduler.scores[name].push(Owner(OPERATOR, owner), Score(owner, name, list(rows)))
             total += sum(rows)
     history = simulate(scheduler, 1000)
     assert sum(tokens for _, tokens, _ in history) == total
@@ -126,11 +139,11 @@ def test_an_interactive_job_goes_into_the_very_next_step(rows: list[int], crowd:
     scheduler = Scheduler(BUDGET)
     for i in range(crowd):
         scheduler.trains.push(i, Train(i, [90] * 5))
-        scheduler.scores[Work.SCORE].push("bulk", Score("bulk", Work.SCORE, [90] * 50))
-        scheduler.prompts.push(f"p{i}", Prompt(f"p{i}", 90))
+        scheduler.scores[Work.SCORE].push(Owner(OPERATOR, "bulk"), Score("bulk", Work.SCORE, [90] * 50))
+        scheduler.prompts.push(Owner(OPERATOR, f"p{i}"), Prompt(f"p{i}", 90))
     simulate(scheduler, 3)
     job = Score("person", Work.INTERACTIVE, rows)
-    scheduler.scores[Work.INTERACTIVE].push("person", job)
+    scheduler.scores[Work.INTERACTIVE].push(job.owner, job)
     plan = scheduler.plan(running=2, slots=four)
     assert next(task for task, _ in plan.scores) is job
 
@@ -139,7 +152,7 @@ def test_training_and_inference_share_the_device_by_time() -> None:
     scheduler = Scheduler(BUDGET)
     for i in range(4):
         scheduler.trains.push(i, Train(i, [50] * 200))
-    scheduler.scores[Work.SCORE].push("a", Score("a", Work.SCORE, [10] * 2000))
+    scheduler.scores[Work.SCORE].push(Owner(OPERATOR, "a"), Score("a", Work.SCORE, [10] * 2000))
     time = Counter[str]()
     for kind, tokens, _ in simulate(scheduler, 150):
         time[kind] += tokens
@@ -150,10 +163,10 @@ def test_a_flood_of_one_session_does_not_hold_up_another() -> None:
     scheduler = Scheduler(BUDGET)
     queue = scheduler.scores[Work.SCORE]
     for _ in range(50):
-        queue.push("flood", Score("flood", Work.SCORE, [40] * 10))
+        queue.push(Owner(OPERATOR, "flood"), Score("flood", Work.SCORE, [40] * 10))
     simulate(scheduler, 20)
     quiet = Score("quiet", Work.SCORE, [40] * 4)
-    queue.push("quiet", quiet)
+    queue.push(quiet.owner, quiet)
     simulate(scheduler, 6)
     assert quiet.next_cost() == 0
 

@@ -105,6 +105,10 @@ class Plain:
         self.forward(name, number)
         return self.step(name, request_id)
 
+    def score(self, adapter: str = "base") -> inference_pb2.LogprobResponse:
+        row = types_pb2.Sequence(prompt=tokens(5, 6), completion=tokens(7, 8, 9))
+        return self.inference.Logprob(inference_pb2.LogprobRequest(adapter=adapter, sequences=[row]))
+
     def generate(self, name: str = "p", n: int = 8) -> Iterator[inference_pb2.GenerateResponse]:
         sampling = inference_pb2.SamplingParams(max_new_tokens=48, n=n, seed=3, ignore_eos=True)
         return self.inference.Generate(
@@ -251,7 +255,7 @@ def test_sessions_come_back_with_their_leases_and_active_adapter(start: Start) -
         gone = sessions_pb2.GetSessionRequest(session_id=ended)
         assert refused(client.sessions.GetSession, gone) == (Code.NOT_FOUND, "SESSION_NOT_FOUND")
         client.open()
-        assert refused(client.forward, "p")[0] is Code.ABORTED
+        assert refused(client.forward, "p") == (Code.ABORTED, "NOT_LEASE_HOLDER")
         taking = sessions_pb2.OpenSessionRequest(ppo_adapter_name="p", ttl_seconds=60)
         assert refused(client.sessions.OpenSession, taking) == (Code.ABORTED, "ADAPTER_LEASED")
         client.session = session
@@ -277,8 +281,10 @@ def test_a_damaged_checkpoint_is_data_loss_and_the_one_before_is_offered(start: 
         client.train("p", number=1)
         os.kill(server.process.pid, signal.SIGKILL)
         server.process.wait()
-    damaged = max((state / "checkpoints").glob("000002-*"), key=lambda path: path.stat().st_mtime)
-    weights = damaged / "adapter_model.safetensors"
+    with closing(sqlite3.connect(state / "registry.sqlite")) as store:
+        newest = "SELECT folder FROM checkpoints JOIN adapters USING (uid) WHERE name = 'p' ORDER BY version DESC"
+        (folder,) = store.execute(newest).fetchone()
+    weights = state / "checkpoints" / folder / "adapter_model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)

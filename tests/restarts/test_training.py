@@ -21,10 +21,12 @@ from typing import Any
 
 import pytest
 from oracle.fixtures import FIXTURES
+from restarts.conftest import Start
 from support import ONEBASE, RunningServer, environment, start_server
 
 from onebase.client import connect
 from onebase.server import failpoints
+from onebase.trainer.attach import LEASE_SECONDS
 
 pytestmark = pytest.mark.e2e
 HIT = re.compile(r'failpoints\.hit\("(\w+)"')
@@ -34,9 +36,12 @@ WEIGHTS = {"up": 1.0, "down": -1.0}
 
 ALL = os.environ.get("ONEBASE_FAULTS") == "all"
 # The hits of a place begin anew with each server. Of the places of a checkpoint, the first server dies while the first
-# policy is made, the second in the first optimizer step, the third in a later one.
-COUNTS = (1, 3, 4)
-KILLS = {place: [f"{place}:kill@{count}" for count in COUNTS] for place in failpoints.PLACES}
+# policy is made, the second in the first optimizer step, the third in a later one; of the engine's, in the first of its
+# steps, which may be while the server takes up its state, and in two later ones.
+COUNTS = {
+    place: (1, 3, 4) if place.startswith(("before", "after", "during")) else (1, 5, 15) for place in failpoints.PLACES
+}
+KILLS = {place: [f"{place}:kill@{count}" for count in counts] for place, counts in COUNTS.items()}
 SOME = {"some": ["before_rename:kill@3", "after_commit:kill@2", "moment", "after_rename:kill@5"]}
 
 
@@ -110,18 +115,18 @@ def numbers(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def serve(state: Path, port: int = 0, failpoint: str = "") -> AbstractContextManager[RunningServer]:
+def wait_for_step(folder: Path, step: int) -> None:
+    for _ in range(2400):
+        if any(line["step"] >= step for line in lines(folder)):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} never came")
+
+
+def serve(state: Path, *flags: str, port: int = 0, failpoint: str = "") -> AbstractContextManager[RunningServer]:
     """A server whose every answered step is durable."""
-    flags = (
-        "--state",
-        str(state),
-        "--durability",
-        "step",
-        "--threads",
-        "1",
-        "--reward",
-        f"reward={FIXTURES / 'reward'}",
-    )
+    reward = f"reward={FIXTURES / 'reward'}"
+    flags += ("--state", str(state), "--durability", "step", "--threads", "1", "--reward", reward)
     return start_server(FIXTURES / "base", *flags, port=port, failpoints=failpoint)
 
 
@@ -142,10 +147,10 @@ def undisturbed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Undis
     return Undisturbed(found, {name: numbers(folder / name) for name in WEIGHTS})
 
 
-def serve_until(kill: str, stack: ExitStack, state: Path, port: int) -> RunningServer | None:
+def serve_until(kill: str, stack: ExitStack, state: Path, *flags: str, port: int) -> RunningServer | None:
     """A server that will die at this failpoint; None if that was while it loaded what it has."""
     try:
-        return stack.enter_context(serve(state, port, "" if kill == "moment" else kill))
+        return stack.enter_context(serve(state, *flags, port=port, failpoint="" if kill == "moment" else kill))
     except RuntimeError as error:
         if kill and f"({-signal.SIGKILL})" in str(error):
             return None
@@ -176,16 +181,17 @@ def test_two_runs_whose_server_is_killed_end_bit_for_bit_as_undisturbed_ones(
     record_property: Callable[[str, object], None],
 ) -> None:
     state = tmp_path / "state"
+    bucket = ("--checkpoints", f"file://{tmp_path / 'bucket'}") if kills[0].partition(":")[0].endswith("put") else ()
     with ExitStack() as stack:
         processes: list[subprocess.Popen[bytes]] = []
         stack.callback(end, processes)
         for kill in kills:
-            server = serve_until(kill, stack, state, port)
+            server = serve_until(kill, stack, state, *bucket, port=port)
             if server is not None:
                 processes += () if processes else trained(config, server.address, tmp_path)
                 wait_for_death(server, kill, processes, tmp_path)
             record_property("kill", kill)
-        server = stack.enter_context(serve(state, port))
+        server = stack.enter_context(serve(state, *bucket, port=port))
         finish(processes)
         found = weights(server.address, tmp_path)
         assert "NO_GRADIENTS" not in server.text()
@@ -200,3 +206,36 @@ def test_the_places_of_failpoints_are_all_there_are() -> None:
     package = Path(failpoints.__file__).parent
     hit = {place for file in package.rglob("*.py") for place in HIT.findall(file.read_text(encoding="utf-8"))}
     assert hit == set(failpoints.PLACES)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_trainer_that_is_killed_goes_on_at_once_when_it_is_started_again(
+    config: Path, tmp_path: Path, start: Start, saved: bool
+) -> None:
+    """Also one that was killed before its first checkpoint: nobody waits for the ttl of the session that it left."""
+    folder = tmp_path / "run"
+    with start("--root", str(tmp_path / "root")) as server:
+        flags = ("--server", server.address, "--output_dir", str(folder), "--steps", "500")
+        command = [*ONEBASE, "train", str(config), *flags, "--save_every", str(int(saved))]
+        run = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            wait_for_step(folder, 3)
+        finally:
+            run.kill()
+            run.communicate()
+        before, state = lines(folder), folder / "trainer_state.json"
+        assert state.exists() == saved
+        done = json.loads(state.read_text())["step"] if saved else 0
+        began = time.monotonic()
+        run = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            while not (now := lines(folder)) or now[-1] in before or now[-1]["step"] < 1:
+                assert run.poll() is None
+                assert time.monotonic() - began < LEASE_SECONDS
+                time.sleep(0.02)
+            print(f"first step after {time.monotonic() - began:.1f} s")
+            assert now[-1]["step"] == done + 1
+        finally:
+            run.send_signal(signal.SIGTERM)
+            _, errors = run.communicate(timeout=60)
+        assert run.returncode == 0, errors.decode()

@@ -106,8 +106,10 @@ class FakeWorker:
         self.read: dict[str, bytes] = {}  # the files of the directory that was loaded last
         self.written = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}  # what a save writes
         self.value_heads = True  # of loaded policies that ask for none
+        self.client_states = {}
         self.full = False  # the disk
         self.stuck = 0.0  # seconds
+        self.ticket = ""  # of a crash
         self.endless = False  # completions that go on until they are cancelled
         self._held: tuple[type, ...] = ()
         self._pending: list[jobs.Job] = []
@@ -136,6 +138,13 @@ class FakeWorker:
 
     def stuck_seconds(self):
         return self.stuck
+
+    def lost(self):
+        return self.ticket
+
+    def abandon(self, why):
+        self.ticket = self.ticket or f"abandoned: {why}"
+        return self.ticket
 
     def drain(self, seconds):
         until = time.monotonic() + seconds
@@ -285,6 +294,7 @@ class FakeWorker:
         version = self._adapter(job.adapter, job.expected_version) + 1
         applied = self.adapters[job.adapter].pending_gradients
         facts = self._change(job.adapter, pending_gradients=0, version=version)
+        self._leave(job.adapter, job.client_state)
         saved = None
         if job.save_to is not None:
             saved = Future()
@@ -314,7 +324,16 @@ class FakeWorker:
         self._make(job.uid, job.kind, job.least_version, head, jobs.LoraSpec())
         return self._change(job.uid, append_eos=job.append_eos, pooling=job.pooling or jobs.Pooling.LAST_TOKEN)
 
+    def _leave(self, uid, data):
+        if data is not None:
+            self.client_states[uid] = jobs.ClientState(data, self.adapters[uid].version)
+
+    def _ClientStateJob(self, job):
+        self._adapter(job.adapter)
+        return self.client_states.get(job.adapter, jobs.ClientState())
+
     def _SaveAdapterJob(self, job):
+        self._leave(job.adapter, job.client_state)
         return self._save(job.adapter, job.path)
 
     def _save(self, uid, path):

@@ -18,7 +18,7 @@ from server.fakes import FakeText, FakeWorker
 
 from onebase.server.app import Parts, Report, running
 from onebase.server.config import EngineConfig, ServerConfig
-from onebase.server.durability import Volatile
+from onebase.server.volatile import Volatile
 from onebase.v1 import (
     adapters_pb2_grpc,
     inference_pb2_grpc,

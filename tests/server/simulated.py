@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import cycle
 
+from onebase.server.identity import OPERATOR
 from onebase.server.jobs import Work
 from onebase.server.scheduler import Plan, Scheduler
+from onebase.server.turns import Owner as Whose
 
 STEP_TOKENS, TRAIN_TOKENS = 200, 120
 INFERENCE = (Work.INTERACTIVE, Work.GENERATE, Work.SCORE)
@@ -37,6 +39,15 @@ class Job:
     place: int = 0  # rows, prompts or micro-batches that are done
     part: int = 0  # tokens of the present prompt that are in the cache
     begun: int = 0  # slots that it has for the present prompt
+    tenant: str = OPERATOR
+
+    @property
+    def owner(self) -> Whose:
+        return Whose(self.tenant, self.session)
+
+    @property
+    def under_way(self) -> bool:
+        return bool(self.part)
 
     def next_cost(self) -> int:
         if self.place == len(self.costs):
@@ -72,6 +83,7 @@ class Flood:
     begins: float = 0.0
     ends: float = float("inf")
     adapters: tuple[int, ...] = (0,)
+    tenant: str = OPERATOR
     _costs: Iterator[int] = field(init=False)
     _jobs: dict[int, list[Job]] = field(default_factory=lambda: defaultdict(list))
 
@@ -83,6 +95,7 @@ class Flood:
             jobs = self._jobs[adapter] = [job for job in self._jobs[adapter] if not job.finished]
             while not jobs or (self.deep and (len(jobs) < 2 or sum(job.left for job in jobs) <= 2 * STEP_TOKENS)):
                 jobs.append(Job(self.work, self.session, [next(self._costs)], adapter, self.completions))
+                jobs[-1].tenant = self.tenant
                 device.submit(jobs[-1])
 
 
@@ -130,9 +143,9 @@ class Device:
         if job.work is Work.TRAIN:
             self.scheduler.trains.push(job.adapter, job)
         elif job.work is Work.GENERATE:
-            self.scheduler.prompts.push(job.session, job)
+            self.scheduler.prompts.push(job.owner, job)
         else:
-            self.scheduler.scores[job.work].push(job.session, job)
+            self.scheduler.scores[job.work].push(job.owner, job)
 
     def backlog(self, owner: Owner) -> int:
         return sum(job.left for job in self.jobs if (job.work, job.session) == owner)

@@ -7,18 +7,27 @@ import json
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from onebase.server.checkpoints import StateDirectory, StateInUseError
 from onebase.server.errors import DataLoss
+from onebase.server.store import AdapterRow
 
 
-@pytest.fixture
-def state(tmp_path):
-    directory = StateDirectory(tmp_path / "state")
+@pytest.fixture(params=["disk", "url"])
+def state(tmp_path, request):
+    url = f"file://{tmp_path}/there" if request.param == "url" else ""
+    directory = StateDirectory(tmp_path / "state", url)
     yield directory
     directory.close()
+
+
+def lies(state, folder=""):
+    """Where checkpoints lie in the end."""
+    url = state.storage.url.removeprefix("file://")
+    return (Path(url) if url else state.path / "checkpoints") / folder
 
 
 def written(state, uid=1, version=3):
@@ -27,7 +36,7 @@ def written(state, uid=1, version=3):
     (path / "weights").write_bytes(b"numbers")
     manifest = {"version": version, "sha256": {"weights": hashlib.sha256(b"numbers").hexdigest()}}
     (path / "onebase.json").write_text(json.dumps(manifest))
-    return state.row(path, uid, version)
+    return state.put(path, AdapterRow("p", uid, "policy", 0.0, ""), version)
 
 
 def test_a_whole_checkpoint_is_fine(state):
@@ -38,7 +47,7 @@ def test_a_whole_checkpoint_is_fine(state):
 @pytest.mark.parametrize("harm", ["changed", "gone"])
 def test_damage_is_noticed_in_every_file(state, file, harm):
     row = written(state)
-    path = state.path_of(row.folder) / file
+    path = lies(state, row.folder) / file
     if harm == "gone":
         path.unlink()
     else:
@@ -51,10 +60,26 @@ def test_damage_is_noticed_in_every_file(state, file, harm):
 
 def test_what_the_store_does_not_name_is_swept(state):
     kept, left = written(state), written(state, uid=2)
-    half = state.path_of(f".{kept.folder}.0123.new")
+    half = lies(state, "000002-00112233aabb" if state.storage.url else f".{kept.folder}.0123.new")
     half.mkdir()
     assert sorted(state.sweep([kept.folder])) == sorted([left.folder, half.name])
-    assert [one.name for one in state.path_of("").iterdir()] == [kept.folder]
+    assert [one.name for one in lies(state).iterdir()] == [kept.folder]
+
+
+def test_an_opened_checkpoint_is_on_this_disk_and_a_copy_goes_with_the_block(state):
+    row = written(state)
+    with state.opened(row.folder) as path:
+        assert (path / "weights").read_bytes() == b"numbers"
+    assert path.exists() == (not state.storage.url)
+
+
+def test_a_checkpoint_is_fetched_once_to_be_verified_and_read(state, monkeypatch):
+    row, fetched = written(state), []
+    opened = state.storage.opened
+    monkeypatch.setattr(state.storage, "opened", lambda name: fetched.append(name) or opened(name))
+    with state.verified(row) as path:
+        assert (path / "weights").read_bytes() == b"numbers"
+    assert fetched == [row.folder]
 
 
 def test_two_checkpoints_never_share_a_place(state):

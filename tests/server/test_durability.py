@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import grpc
 import pytest
@@ -13,9 +15,10 @@ from server.harness import Clock, Live, refused
 
 from onebase.server.checkpoints import StateDirectory
 from onebase.server.config import AdapterSource, ConfigError, EngineConfig, ServerConfig, StateConfig
-from onebase.server.durability import RESERVED_VERSIONS, open_durable
-from onebase.server.jobs import AdapterKind, LoadAdapterJob
-from onebase.v1 import adapters_pb2, sessions_pb2, training_pb2, types_pb2
+from onebase.server.durability import RESERVED_VERSIONS
+from onebase.server.jobs import AdapterKind, LoadAdapterJob, OptimStepJob
+from onebase.server.opening import open_durable
+from onebase.v1 import adapters_pb2, inference_pb2, server_pb2, sessions_pb2, training_pb2, types_pb2
 
 
 class StateWorker(FakeWorker):
@@ -79,7 +82,7 @@ def version(live, name="p"):
 def committed(live, name="p"):
     """The version of each of the adapter's checkpoints, the newest first."""
     uid = live.uid(name)
-    return [row.version for row in live.keeper._thread.submit(live.keeper.store.checkpoints, uid).result()]
+    return [row.version for row in live.keeper._errands._store.submit(live.keeper.store.checkpoints, uid).result()]
 
 
 def eventually(check):
@@ -98,6 +101,65 @@ def test_each_step_is_durable_before_it_is_answered_and_only_the_newest_checkpoi
             assert committed(live)[0] == number
         eventually(lambda: len(list((tmp_path / "state" / "checkpoints").iterdir())) == 2)
         assert committed(live) == [4, 3]
+
+
+@contextmanager
+def slow_disk(live):
+    """Nothing is committed inside the block."""
+    passes = threading.Event()
+    live.keeper._thread.submit(passes.wait, 20)
+    try:
+        yield
+    finally:
+        passes.set()
+
+
+def test_a_step_that_can_still_be_lost_is_seen_by_nobody(serve):
+    """A version that was read must not be given again with other numbers, as it would be after a kill just now."""
+    tokens = types_pb2.Content(tokens=types_pb2.Tensor(dtype=types_pb2.DTYPE_INT64, shape=[1], data=bytes(8)))
+    rows = [types_pb2.Sequence(prompt=tokens, completion=tokens)]
+    with serve(durability="step") as live:
+        create(live)
+        create(live, "q")
+        adamw = training_pb2.AdamW(learning_rate=0.1)
+        with slow_disk(live):
+            stepping = live.training.OptimStep.future(
+                training_pb2.OptimStepRequest(session_id=live.session, adapter="p", adamw=adamw)
+            )
+            live.worker.wait_submitted(OptimStepJob)
+            reads = [
+                live.adapters.GetAdapter.future(adapters_pb2.GetAdapterRequest(name="p")),
+                live.adapters.ListAdapters.future(adapters_pb2.ListAdaptersRequest()),
+                live.server.GetStatus.future(server_pb2.GetStatusRequest()),
+                live.inference.Logprob.future(inference_pb2.LogprobRequest(adapter="p", sequences=rows)),
+                live.inference.Score.future(
+                    inference_pb2.ScoreRequest(ppo_adapter_name="p", sequences=rows, outputs=[1])
+                ),
+            ]
+            other = inference_pb2.LogprobRequest(adapter="q", sequences=rows)
+            assert live.inference.Logprob(other, timeout=10).adapter.version == 0  # who is at rest waits for nobody
+            time.sleep(0.3)
+            assert [call.done() for call in (stepping, *reads)] == [False] * 6
+        assert stepping.result(10).adapter.version == 1
+        got, listed, status, logprob, scored = (call.result(10) for call in reads)
+        shown = [got.version, listed.adapters[0].version, status.adapters[0].version]
+        assert [*shown, logprob.adapter.version, scored.policy.version] == [1] * 5
+
+
+def test_an_active_adapter_is_durable_before_the_call_that_set_it_is_answered(serve):
+    with serve(rewards=(AdapterSource("r", Path("r")),)) as live:
+        create(live)
+        tokens = types_pb2.Content(tokens=types_pb2.Tensor(dtype=types_pb2.DTYPE_INT64, shape=[1], data=bytes(8)))
+        request = inference_pb2.RewardRequest(
+            session_id=live.session,
+            ppo_adapter_name="p",
+            sequences=[types_pb2.Sequence(prompt=tokens, completion=tokens)],
+        )
+        with slow_disk(live):
+            asked = live.inference.Reward.future(request)
+            time.sleep(0.3)
+            assert not asked.done()
+        assert asked.result(10).ppo_adapter_name == "p"
 
 
 def test_otherwise_every_so_many_steps(serve):

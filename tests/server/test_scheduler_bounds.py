@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -24,7 +24,8 @@ from server.simulated import (
 )
 
 from onebase.server.jobs import Work
-from onebase.server.scheduler import FairQueue, Scheduler
+from onebase.server.scheduler import Scheduler
+from onebase.server.turns import FairQueue
 
 SHARE = STEP_TOKENS // 8  # what prompts and bulk rows may have beside interactive rows
 LEAST, MOST = 5, 250  # tokens of a row, a prompt or a micro-batch
@@ -239,9 +240,68 @@ def test_a_session_alone_has_the_whole_device(kind: Work, before: Work | None) -
         device.run(40, Flood(kind, "alone", [40]), Flood(before, "gone", [40], adapters=(1,)))
         while device.backlog((before, "gone")) or (device.running and kind is not Work.GENERATE):
             device.step()
-    most = 1 if kind in (Work.GENERATE, Work.TRAIN) else STEP_TOKENS // 40
     for step in device.run(20, Flood(kind, "alone", [40])):
-        assert step.turns(kind) == most
+        most = 1 if kind is Work.TRAIN else (STEP_TOKENS - step.running) // 40
+        assert step.turns(kind) == min(most, device.slots - step.running)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(workloads(), st.lists(st.sampled_from(["red", "blue", "green"]), min_size=6, max_size=6))
+def test_the_bounds_hold_for_tenants_as_for_sessions(workload: Workload, tenants: list[str]) -> None:
+    """Each bound with tenants in the place of sessions; inside a tenant its sessions are served alike."""
+    floods = [replace(flood, tenant=tenant) for flood, tenant in zip(workload.floods, tenants, strict=False)]
+    steps = Device(workload.slots).run(80, *floods)
+    tenant_of = {flood.session: flood.tenant for flood in floods}
+    check(of_tenants(steps, tenant_of), len({f.tenant for f in floods if f.work is Work.INTERACTIVE}))
+    for tenant in set(tenants):
+        mine = [flood.session for flood in floods if flood.tenant == tenant]
+        check_sessions([of_sessions(step, mine) for step in steps])
+
+
+def of_tenants(steps: list[Step], tenant_of: dict[str, str]) -> list[Step]:
+    """The same steps, with what each tenant's sessions wanted and were served."""
+
+    def tenants(owners: Iterable[Owner]) -> set[Owner]:
+        return {(work, tenant_of[session]) for work, session in owners}
+
+    found = []
+    for step in steps:
+        served: dict[Owner, list[int]] = {owner: [] for owner in tenants(step.served)}
+        for (work, session), costs_ in step.served.items():
+            served[work, tenant_of[session]] += costs_
+        found.append(replace(step, served=served, wanted=tenants(step.wanted), wanting=tenants(step.wanting)))
+    return found
+
+
+def of_sessions(step: Step, sessions: list[str]) -> Step:
+    """The same step, with what these sessions wanted and were served."""
+    return replace(
+        step,
+        served={owner: costs_ for owner, costs_ in step.served.items() if owner[1] in sessions},
+        wanted={owner for owner in step.wanted if owner[1] in sessions},
+        wanting={owner for owner in step.wanting if owner[1] in sessions},
+    )
+
+
+@pytest.mark.parametrize("deep", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tenant_with_a_hundred_sessions_gets_no_more_than_one_with_one(kind: Work, deep: bool) -> None:
+    many = [Flood(kind, f"many {i}", [30], deep, adapters=(i,), tenant="many") for i in range(100)]
+    one = Flood(kind, "one", [30], adapters=tuple(range(100, 104)), tenant="one")
+    steps = Device(slots=6).run(150, *many, one)
+    turns = Counter(session.split()[0] for step in steps for (_, session), costs in step.served.items() for _ in costs)
+    assert abs(turns["many"] - turns["one"]) <= 4
+
+
+def test_many_sessions_with_questions_keep_another_tenants_training_waiting_no_longer_than_one_does() -> None:
+    def longest_wait_of_training(sessions: int) -> float:
+        asking = [Flood(Work.INTERACTIVE, f"ask {i}", [30], tenant="asking") for i in range(sessions)]
+        steps = Device().run(150, *asking, Flood(Work.TRAIN, "train", [60], tenant="training"))
+        ends = list(itertools.accumulate(step.seconds for step in steps))
+        trained = [end for end, step in zip(ends, steps, strict=True) if step.training]
+        return max(later - earlier for earlier, later in itertools.pairwise(trained))
+
+    assert longest_wait_of_training(100) <= longest_wait_of_training(1) + 1e-9
 
 
 def test_under_floods_of_everything_everything_has_its_share() -> None:
@@ -326,13 +386,14 @@ def test_a_long_prompt_is_not_passed_by_short_ones_for_ever() -> None:
     long = Job(Work.GENERATE, "long", [350])
     for step in range(30):
         if step == 10:
-            scheduler.prompts.push("long", long)
-        scheduler.prompts.push("short", Job(Work.GENERATE, "short", [100]))
+            scheduler.prompts.push(long.owner, long)
+        short = Job(Work.GENERATE, "short", [100])
+        scheduler.prompts.push(short.owner, short)
         plan = scheduler.plan(running=len(running), slots=slots)
         if long in plan.prompts:
             return
         running = [[length, left - 1] for length, left in running if left > 1]
         running += [[100, 3] for _ in plan.prompts]
         for job in plan.prompts:
-            scheduler.prompts.remove(job.session, job)
+            scheduler.prompts.remove(job.owner, job)
     pytest.fail("the long prompt never began")

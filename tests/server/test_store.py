@@ -69,13 +69,14 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.adapters)
     @rule(data=st.data(), session=SESSIONS, ahead=st.integers(-1, 2))
     def advance(self, data, session, ahead):
-        """Also a late one, which a newer one has overtaken."""
+        """Also a late one, which a newer one has overtaken, and one in the place of another of its version."""
         row = self.adapters[data.draw(st.sampled_from(sorted(self.adapters)))]
         known = self.checkpoints[row.uid]
         checkpoint = self.checkpoint(row.uid, max(0, known[0].version + ahead))
-        known.append(checkpoint)
-        known.sort(key=lambda one: (-one.version, one.folder))
-        gone = [one.folder for one in known[KEEP:]]
+        gone = [one.folder for one in known if one.version == checkpoint.version]
+        known[:] = [one for one in known if one.version != checkpoint.version] + [checkpoint]
+        known.sort(key=lambda one: -one.version)
+        gone += [one.folder for one in known[KEEP:]]
         del known[KEEP:]
         assert self.store.advance(checkpoint, KEEP, [self.answer(session)]) == gone
 
@@ -89,6 +90,10 @@ class StoreMachine(RuleBasedStateMachine):
         old = self.adapters.pop(name, None)
         gone = [one.folder for one in self.checkpoints.pop(old.uid)] if old else []
         assert sorted(self.store.remove(name, [self.answer(session)])) == sorted(gone)
+
+    @rule(session=SESSIONS)
+    def answer_only(self, session):
+        self.store.answer(self.answer(session))
 
     @rule(name=NAMES, version=st.integers(0, 9))
     def reserve(self, name, version):

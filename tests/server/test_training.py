@@ -269,7 +269,7 @@ def test_training_needs_the_lease_or_takes_a_free_one(live, session, method):
     two = live.sessions.OpenSession(sessions_pb2.OpenSessionRequest(label="two")).session_id
     submitted = len(live.worker.submitted)
     refusal = refused(call, request(two, adapter="p1"))
-    assert (refusal.code, refusal.reason) == (grpc.StatusCode.PERMISSION_DENIED, "NOT_LEASE_HOLDER")
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.ABORTED, "NOT_LEASE_HOLDER")
     assert "'one'" in refusal.message
     assert len(live.worker.submitted) == submitted
     live.sessions.CloseSession(sessions_pb2.CloseSessionRequest(session_id=session))

@@ -269,8 +269,8 @@ LORA = {"rank": 8, "alpha": 16.0, "target_modules": ["q_proj"]}
         ({"target_modules": ["q"] * 5000}, "OUT_OF_RANGE", "lora.target_modules", INVALID),
         ({"rank_pattern": {"q_proj": 0}}, "OUT_OF_RANGE", "lora.rank_pattern[q_proj]", INVALID),
         ({"rank_pattern": {"q": 9999}}, "LIMIT_EXCEEDED", "lora.rank_pattern[q]", grpc.StatusCode.RESOURCE_EXHAUSTED),
-        ({"rank_pattern": {"(a+)+$": 4}}, "BAD_MODULE_NAME", "lora.rank_pattern", INVALID),
-        ({"alpha_pattern": {"(q": 4.0}}, "BAD_MODULE_NAME", "lora.alpha_pattern", INVALID),
+        ({"rank_pattern": {"(?=a)(a+)+$": 4}}, "BAD_PATTERN", "lora.rank_pattern", INVALID),
+        ({"alpha_pattern": {"(q": 4.0}}, "BAD_PATTERN", "lora.alpha_pattern", INVALID),
         ({"alpha_pattern": {"q": INF}}, "NOT_FINITE", "lora.alpha_pattern[q]", INVALID),
     ],
 )

@@ -17,7 +17,7 @@ def calls(server, kind):
     return [call for name, call in server.calls if name == kind]
 
 
-def state_of(server, session, path=""):
+def state_of(server, path=""):
     adapter = server.adapters["p"]
     fields = {
         "policy": "p",
@@ -29,7 +29,6 @@ def state_of(server, session, path=""):
         "kl": None,
         "before": None,
         "latest": None,
-        "session_id": session.id,
         "adapter": AdapterMark(path, adapter.version, adapter.create_time),
         "critic": None,
     }
@@ -75,18 +74,26 @@ def test_what_cannot_be_trained_is_refused_and_its_lease_given_back(adapter, cre
 def test_an_untouched_policy_is_gone_on_with_in_the_same_session():
     server = ToyServer()
     first, _ = attach(server.client(), POLICY, None)
-    session, origin = attach(server.client(), POLICY, state_of(server, first))
+    session, origin = attach(server.client(), POLICY, state_of(server), last_session=first.id)
     assert session.id == first.id
     assert origin == "going on after step 3: p is on the server as it was left"
     assert not calls(server, "load_adapter")
 
 
+def test_a_run_that_died_before_its_first_checkpoint_gives_its_lease_back_to_the_one_that_begins_anew():
+    server = ToyServer()
+    died, _ = attach(server.client(), POLICY, None)
+    session, _ = attach(server.client(), POLICY, None, last_session=died.id)
+    assert list(server.sessions) == [session.id]
+    assert session.id != died.id
+
+
 def test_a_session_that_is_gone_does_not_matter_where_the_policy_is_untouched():
     server = ToyServer()
     first, _ = attach(server.client(), POLICY, None)
-    state = state_of(server, first)
+    state = state_of(server)
     first.close()
-    session, _ = attach(server.client(), POLICY, state)
+    session, _ = attach(server.client(), POLICY, state, last_session=first.id)
     assert session.id != first.id
     assert not calls(server, "load_adapter")
 
@@ -97,7 +104,7 @@ def test_a_policy_that_is_not_as_it_was_left_is_read_from_its_checkpoint(change)
     first, _ = attach(server.client(), POLICY, None)
     server.adapters["p"].weights += 1.5
     path = first.save_adapter("p/3", name="p", with_optimizer=True).path
-    state = state_of(server, first, path=path)
+    state = state_of(server, path=path)
     if change == "trained":
         server.adapters["p"].version += 1
     elif change == "gradients":
@@ -115,8 +122,8 @@ def test_a_policy_that_is_not_as_it_was_left_is_read_from_its_checkpoint(change)
 
 def test_without_a_checkpoint_a_changed_policy_cannot_be_gone_on_with():
     server = ToyServer()
-    first, _ = attach(server.client(), POLICY, None)
-    state = state_of(server, first)
+    attach(server.client(), POLICY, None)
+    state = state_of(server)
     server.adapters["p"].version += 1
     with pytest.raises(ConfigError, match="resume: p is not on the server as step 3 left it"):
         attach(server.client(), POLICY, state)

@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 
 from onebase.trainer import checkpoint
-from onebase.trainer.checkpoint import STATE_FILE, AdapterMark, TrainerState, load_state, save_state, write_json
+from onebase.trainer.checkpoint import (
+    SESSION_FILE,
+    STATE_FILE,
+    AdapterMark,
+    TrainerState,
+    load_session,
+    load_state,
+    save_session,
+    save_state,
+    sole_run,
+    write_json,
+)
 from onebase.trainer.evaluation import Evaluation
 from onebase.trainer.parsing import ConfigError
 
@@ -27,7 +38,6 @@ def make_state(**changes):
         "kl": 0.7,
         "before": before,
         "latest": None,
-        "session_id": "secret",
         "adapter": AdapterMark("/root/p/checkpoint-000007", 28, 1763798675.123456),
         "critic": AdapterMark("", 27, 1763798675.5),
     }
@@ -83,3 +93,21 @@ def test_a_file_that_is_no_state_is_refused_with_the_way_out(tmp_path, text):
     (tmp_path / STATE_FILE).write_text(text)
     with pytest.raises(ConfigError, match=r"resume: .*trainer_state\.json is not a trainer's state .*resume: never"):
         load_state(tmp_path)
+
+
+def test_the_last_runs_session_is_known_to_its_owner_alone(tmp_path):
+    assert load_session(tmp_path) == ""
+    save_session(tmp_path, "first")
+    save_session(tmp_path, "second")
+    assert load_session(tmp_path) == "second"
+    assert (tmp_path / SESSION_FILE).stat().st_mode & 0o777 == 0o600
+    (tmp_path / SESSION_FILE).write_text("{")
+    assert load_session(tmp_path) == ""
+
+
+def test_there_is_one_run_at_a_time_in_a_directory(tmp_path):
+    refused = pytest.raises(ConfigError, match="output_dir: another run writes to")
+    with sole_run(tmp_path), refused, sole_run(tmp_path):
+        raise AssertionError
+    with sole_run(tmp_path):
+        pass

@@ -91,7 +91,7 @@ class Calls:
             kind: what it is for.
             value_head: give a policy or critic that has none a fresh value head.
             replace: put it in the place of an adapter of that name, whose version goes on growing.
-            with_optimizer: also read the AdamW moments saved with it.
+            with_optimizer: also read the AdamW moments and the client state saved with it.
             seed: of a fresh value head.
             append_eos: whether an end-of-sequence token belongs behind what a reward reads; None is what its manifest
                 says.
@@ -138,7 +138,7 @@ class Calls:
             kind: what it is for.
             value_head: give a policy or critic that has none a fresh value head.
             replace: put it in the place of an adapter of that name, whose version goes on growing.
-            with_optimizer: also send the AdamW moments saved with it.
+            with_optimizer: also send the AdamW moments and the client state saved with it.
             seed: of a fresh value head.
             append_eos: whether an end-of-sequence token belongs behind what a reward reads; None is what its manifest
                 says.
@@ -174,7 +174,7 @@ class Calls:
         Args:
             name: the adapter.
             path: a directory on this machine.
-            with_optimizer: also write the AdamW moments.
+            with_optimizer: also write the AdamW moments, and the client state where the adapter is yours.
             overwrite: replace the adapter that is there; otherwise `AlreadyExistsError`.
             timeout: seconds.
         """
@@ -189,6 +189,29 @@ class Calls:
         """Forgets an adapter and frees its memory. What is leased, only the session that holds the lease may delete."""
         call = adapters.delete(name, request_id=new_request_id(), session_id=self._session_id)
         self._transport.run(call, timeout)
+
+    def checkpoint_adapter(
+        self, name: str = "", *, client_state: bytes | None = None, timeout: float | None = None
+    ) -> t.AdapterVersion:
+        """Makes an adapter's newest version durable now, and tells which one that is.
+
+        Args:
+            name: a policy or a critic; "" is the session's active one.
+            client_state: replaces what is kept with it, see `Session.optim_step`; None keeps that. Where a session
+                holds the adapter's lease, only that session may.
+            timeout: seconds.
+
+        Raises:
+            FailedPreconditionError: NOT_DURABLE: nothing outlives this server.
+        """
+        call = adapters.checkpoint(
+            name, client_state=client_state, request_id=new_request_id(), session_id=self._session_id
+        )
+        return self._transport.run(call, timeout)
+
+    def client_state(self, name: str, *, timeout: float | None = None) -> t.ClientState:
+        """What a trainer has left with an adapter of its own; empty where it has left nothing."""
+        return self._transport.run(adapters.client_state(name), timeout)
 
     def _generate(
         self,

@@ -4,7 +4,7 @@
     ├── InvalidArgumentError      the request itself is wrong; `field` names what
     ├── NotFoundError             no such adapter, session or file
     ├── AlreadyExistsError        the name or the path is taken
-    ├── PermissionDeniedError     another session's adapter, or a path outside the server's roots
+    ├── PermissionDeniedError     another's adapter, a scope the token lacks, or a path outside the server's roots
     ├── UnauthenticatedError      the server wants to know who asks
     ├── FailedPreconditionError   the request is fine, the state is not
     ├── AbortedError              a version or a lease moved on; `retry_after` says when to ask again

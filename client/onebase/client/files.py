@@ -21,7 +21,8 @@ from onebase.client.errors import (
     NotFoundError,
 )
 
-CONFIG, WEIGHTS, OPTIMIZER = "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+OPTIMIZER, CLIENT_STATE = "optimizer.safetensors", "client_state.bin"
 _MORE = ("value_head.safetensors", "onebase.json")
 _PICKLES = (".bin", ".pt", ".pth")
 
@@ -68,7 +69,7 @@ def outgoing(path: str | os.PathLike[str], *, with_optimizer: bool) -> Outgoing:
             field="path",
         )
     if not (folder / WEIGHTS).is_file():
-        pickles = [one.name for one in folder.iterdir() if one.suffix in _PICKLES]
+        pickles = [one.name for one in folder.iterdir() if one.suffix in _PICKLES and one.name != CLIENT_STATE]
         if pickles:
             raise InvalidArgumentError(
                 f"{folder} holds {pickles[0]}, a pickle file, which can run code and is never opened: save it again "
@@ -77,7 +78,7 @@ def outgoing(path: str | os.PathLike[str], *, with_optimizer: bool) -> Outgoing:
                 field="path",
             )
         raise NotFoundError(f"{folder} has no {WEIGHTS}", reason="WEIGHTS_NOT_FOUND", field="path")
-    names = [CONFIG, WEIGHTS, *_MORE, *([OPTIMIZER] if with_optimizer else [])]
+    names = [CONFIG, WEIGHTS, *_MORE, *([OPTIMIZER, CLIENT_STATE] if with_optimizer else [])]
     return Outgoing(folder, tuple(_describe(folder / name) for name in names if (folder / name).is_file()))
 
 

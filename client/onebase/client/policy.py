@@ -126,6 +126,7 @@ class Policy:
         max_grad_norm: float = 0.0,
         expected_version: int | None = None,
         expected_pending: int | None = None,
+        client_state: bytes | None = None,
         timeout: float | None = None,
     ) -> t.OptimStep:
         """Makes the policy's next version, as `Session.optim_step` does."""
@@ -135,8 +136,17 @@ class Policy:
             adapter=self.name,
             expected_version=expected_version,
             expected_pending=expected_pending,
+            client_state=client_state,
             timeout=timeout,
         )
+
+    def checkpoint(self, *, client_state: bytes | None = None, timeout: float | None = None) -> t.AdapterVersion:
+        """Makes the policy's newest version durable now, as `Session.checkpoint_adapter` does."""
+        return self._session.checkpoint_adapter(self.name, client_state=client_state, timeout=timeout)
+
+    def client_state(self, *, timeout: float | None = None) -> t.ClientState:
+        """What was left with the policy, as `Session.client_state` gives it."""
+        return self._session.client_state(self.name, timeout=timeout)
 
     def save(
         self,

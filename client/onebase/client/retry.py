@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from onebase.client.errors import OnebaseError, ResourceExhaustedError, UnavailableError
+from onebase.client.errors import CancelledError, OnebaseError, ResourceExhaustedError, UnavailableError
 
 
 @dataclass(frozen=True)
@@ -38,5 +38,34 @@ class Backoff:
         slack = remaining - (asked or 0.0)
         if slack < self.first:
             return None
-        backoff = min(self.longest, self.first * self.factor ** min(attempt, 64)) * (0.5 + draw / 2)
-        return (asked or 0.0) + min(backoff, slack / 2)
+        return (asked or 0.0) + min(self.pause(attempt, draw), slack / 2)
+
+    def pause(self, attempt: int, draw: float) -> float:
+        """Seconds of backoff after so many failures before; `draw` as above."""
+        return min(self.longest, self.first * self.factor ** min(attempt, 64)) * (0.5 + draw / 2)
+
+
+class Pauses:
+    """How long to wait before a stream that broke is opened again; it neither sends nor sleeps.
+
+    Args:
+        backoff: grows from one stream that said nothing to the next.
+        longest: seconds of the longest wait.
+    """
+
+    def __init__(self, backoff: Backoff, longest: float) -> None:
+        self._backoff = backoff
+        self._longest = longest
+        self._failed = 0
+
+    def heard(self) -> None:
+        """The stream lives."""
+        self._failed = 0
+
+    def after(self, failure: OnebaseError, draw: float) -> float:
+        """Seconds to wait after a failure, long where waiting alone does not cure it; `draw` as for `Backoff.delay`."""
+        if not isinstance(failure, UnavailableError | CancelledError):
+            return self._longest
+        pause = (failure.retry_after or 0.0) + self._backoff.pause(self._failed, draw)
+        self._failed += 1
+        return min(pause, self._longest)

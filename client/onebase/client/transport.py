@@ -20,6 +20,9 @@ from onebase.client.retry import Backoff
 Result = TypeVar("Result")
 Answer = TypeVar("Answer")
 Item = TypeVar("Item", covariant=True)
+CLIENT_CLOSED = "CLIENT_CLOSED"
+"""Reason of the errors of a client that was closed here."""
+Seconds = TypeVar("Seconds", bound=float | None)
 
 
 class Transport:
@@ -37,7 +40,7 @@ class Transport:
     ) -> None:
         self.target = target
         self._timeout = timeout
-        self._backoff = backoff or Backoff()
+        self.backoff = backoff or Backoff()
         security = security or Security()
         self._metadata = security.metadata
         self._channel = open_channel(target, security)
@@ -90,31 +93,35 @@ class Transport:
         """Sends a call whose answer is a stream, and gives it to be read."""
         return Stream(self, call, timeout)
 
-    def begin(self, call: Call[Any], remaining: float) -> ServerStream[Any]:
-        """Starts one attempt of a streaming call."""
+    def begin(self, call: Call[Any], remaining: float | None) -> ServerStream[Any]:
+        """Starts one attempt of a streaming call; None has no deadline, and waits for a server as long as it takes."""
         send = self._channel.unary_stream(
             call.rpc.path, request_serializer=_serialize, response_deserializer=call.rpc.answer.FromString
         )
-        return self.invoke(lambda seconds: send(call.request, timeout=seconds, metadata=self._metadata), remaining)
+        endless = remaining is None
+        return self.invoke(
+            lambda seconds: send(call.request, timeout=seconds, metadata=self._metadata, wait_for_ready=endless),
+            remaining,
+        )
 
     def attempts(self, call: Call[Any], timeout: float | None) -> Attempts:
         """The attempts of one call, of which the clock starts now."""
         seconds = self._timeout if timeout is None else timeout
-        return Attempts(self._backoff, repeatable=call.rpc.repeatable, seconds=seconds)
+        return Attempts(self.backoff, repeatable=call.rpc.repeatable, seconds=seconds)
 
-    def invoke(self, send: Callable[[float], Answer], remaining: float) -> Answer:
+    def invoke(self, send: Callable[[Seconds], Answer], remaining: Seconds) -> Answer:
         """Sends once, unless the transport was closed."""
         try:
             return send(remaining)
         except ValueError:  # what gRPC raises on a closed channel
             if self._closed.is_set():
-                raise CancelledError("the client is closed", reason="CLIENT_CLOSED") from None
+                raise CancelledError("the client is closed", reason=CLIENT_CLOSED) from None
             raise
 
     def sleep(self, seconds: float) -> None:
         """Waits; CancelledError if the transport is closed meanwhile."""
         if self._closed.wait(seconds):
-            raise CancelledError("the client was closed", reason="CLIENT_CLOSED")
+            raise CancelledError("the client was closed", reason=CLIENT_CLOSED)
 
     def close(self) -> None:
         """Cancels what is under way and closes the channel; may be called twice."""

@@ -128,6 +128,8 @@ class Adapter:
     """Whether a reward adapter declares that it reads an end-of-sequence token behind a text; None says nothing."""
     pooling: Pooling | None = None
     """Where a reward adapter's score is read; None for other kinds."""
+    durable_version: int | None = None
+    """The newest version that would be there after a crash; None where nothing outlives the server."""
 
     @property
     def total_bytes(self) -> int:
@@ -362,6 +364,14 @@ class OptimStep:
     adapter: AdapterVersion
     grad_norm: float
     gradients_applied: int
+
+
+@dataclass(frozen=True)
+class ClientState:
+    """What a trainer has left with its adapter, and with which version; empty where it has left nothing."""
+
+    adapter: AdapterVersion
+    data: bytes
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,9 @@ class AdapterServiceStub(object):
     trains one whose lease is free gets it. Anybody may read any adapter.
 
     Errors of every method: INVALID_ARGUMENT names the field; NOT_FOUND for a name that is not there;
-    PERMISSION_DENIED when another session holds the lease, or a path lies outside the server's roots; ABORTED when a
-    request_id comes again with another payload; RESOURCE_EXHAUSTED when a rank or a size is over the server's limits.
+    ABORTED when another session holds the lease (with RetryInfo), or a request_id comes again with another payload;
+    PERMISSION_DENIED when a path lies outside the server's roots; RESOURCE_EXHAUSTED when a rank or a size is over the
+    server's limits.
     """
 
     def __init__(self, channel):
@@ -100,8 +101,9 @@ class AdapterServiceServicer(object):
     trains one whose lease is free gets it. Anybody may read any adapter.
 
     Errors of every method: INVALID_ARGUMENT names the field; NOT_FOUND for a name that is not there;
-    PERMISSION_DENIED when another session holds the lease, or a path lies outside the server's roots; ABORTED when a
-    request_id comes again with another payload; RESOURCE_EXHAUSTED when a rank or a size is over the server's limits.
+    ABORTED when another session holds the lease (with RetryInfo), or a request_id comes again with another payload;
+    PERMISSION_DENIED when a path lies outside the server's roots; RESOURCE_EXHAUSTED when a rank or a size is over the
+    server's limits.
     """
 
     def CreateAdapter(self, request, context):
@@ -250,8 +252,9 @@ class AdapterService(object):
     trains one whose lease is free gets it. Anybody may read any adapter.
 
     Errors of every method: INVALID_ARGUMENT names the field; NOT_FOUND for a name that is not there;
-    PERMISSION_DENIED when another session holds the lease, or a path lies outside the server's roots; ABORTED when a
-    request_id comes again with another payload; RESOURCE_EXHAUSTED when a rank or a size is over the server's limits.
+    ABORTED when another session holds the lease (with RetryInfo), or a request_id comes again with another payload;
+    PERMISSION_DENIED when a path lies outside the server's roots; RESOURCE_EXHAUSTED when a rank or a size is over the
+    server's limits.
     """
 
     @staticmethod

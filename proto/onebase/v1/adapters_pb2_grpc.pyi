@@ -192,8 +192,9 @@ class AdapterServiceStub(typing.Generic[_AdapterServiceCreateAdapterType, _Adapt
     trains one whose lease is free gets it. Anybody may read any adapter.
 
     Errors of every method: INVALID_ARGUMENT names the field; NOT_FOUND for a name that is not there;
-    PERMISSION_DENIED when another session holds the lease, or a path lies outside the server's roots; ABORTED when a
-    request_id comes again with another payload; RESOURCE_EXHAUSTED when a rank or a size is over the server's limits.
+    ABORTED when another session holds the lease (with RetryInfo), or a request_id comes again with another payload;
+    PERMISSION_DENIED when a path lies outside the server's roots; RESOURCE_EXHAUSTED when a rank or a size is over the
+    server's limits.
     """
 
     @typing.overload
@@ -377,8 +378,9 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
     trains one whose lease is free gets it. Anybody may read any adapter.
 
     Errors of every method: INVALID_ARGUMENT names the field; NOT_FOUND for a name that is not there;
-    PERMISSION_DENIED when another session holds the lease, or a path lies outside the server's roots; ABORTED when a
-    request_id comes again with another payload; RESOURCE_EXHAUSTED when a rank or a size is over the server's limits.
+    ABORTED when another session holds the lease (with RetryInfo), or a request_id comes again with another payload;
+    PERMISSION_DENIED when a path lies outside the server's roots; RESOURCE_EXHAUSTED when a rank or a size is over the
+    server's limits.
     """
 
     @abc.abstractmethod

@@ -36,7 +36,7 @@ class Session(google.protobuf.message.Message):
     label: builtins.str
     """A name for people, shown in the status."""
     ttl_seconds: builtins.float
-    """Seconds that it lives on without a call."""
+    """Seconds that it lives on without a call, and without a client that attends it."""
     @property
     def leases(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """The policies and critics whose lease it holds."""
@@ -69,7 +69,7 @@ class OpenSessionRequest(google.protobuf.message.Message):
     label: builtins.str
     """A name for people, shown in the status; at most 100 characters."""
     ttl_seconds: builtins.float
-    """Seconds to live without a call, 1 to 3600; unset is 60."""
+    """Seconds to live without a call and without a client that attends it, 1 to 3600; unset is 60."""
     resume_session_id: builtins.str
     """The id of a session to go on with, if it still lives; otherwise a new one begins."""
     def __init__(

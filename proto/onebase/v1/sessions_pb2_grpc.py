@@ -79,7 +79,8 @@ class SessionServiceServicer(object):
 
     def OpenSession(self, request, context):
         """Begins a session and takes the lease of its active adapter.
-        NOT_FOUND if the adapter is not there; ABORTED with RetryInfo when another session holds its lease.
+        NOT_FOUND if the adapter is not there; ABORTED with RetryInfo when another session holds its lease;
+        RESOURCE_EXHAUSTED with RetryInfo when the server, or the tenant, has as many sessions as it may have.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -112,6 +113,9 @@ class SessionServiceServicer(object):
         message comes at once, others when the session changes. While it is open the session's ttl does not run. When it
         breaks, and none is open any more, the client has vanished: its adapters are made durable and their device memory
         is freed at once, and its ttl begins to run. It may come back until then, and goes on where it was.
+
+        The stream ends when the session does. UNAVAILABLE when the server stops: attend again when it is back;
+        RESOURCE_EXHAUSTED with RetryInfo when too many streams attend the session already.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

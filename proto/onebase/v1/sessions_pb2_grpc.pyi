@@ -186,7 +186,8 @@ class SessionServiceStub(typing.Generic[_SessionServiceOpenSessionType, _Session
 
     OpenSession: _SessionServiceOpenSessionType
     """Begins a session and takes the lease of its active adapter.
-    NOT_FOUND if the adapter is not there; ABORTED with RetryInfo when another session holds its lease.
+    NOT_FOUND if the adapter is not there; ABORTED with RetryInfo when another session holds its lease;
+    RESOURCE_EXHAUSTED with RetryInfo when the server, or the tenant, has as many sessions as it may have.
     """
 
     GetSession: _SessionServiceGetSessionType
@@ -205,6 +206,9 @@ class SessionServiceStub(typing.Generic[_SessionServiceOpenSessionType, _Session
     message comes at once, others when the session changes. While it is open the session's ttl does not run. When it
     breaks, and none is open any more, the client has vanished: its adapters are made durable and their device memory
     is freed at once, and its ttl begins to run. It may come back until then, and goes on where it was.
+
+    The stream ends when the session does. UNAVAILABLE when the server stops: attend again when it is back;
+    RESOURCE_EXHAUSTED with RetryInfo when too many streams attend the session already.
     """
 
     CloseSession: _SessionServiceCloseSessionType
@@ -251,7 +255,8 @@ class SessionServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[onebase.v1.sessions_pb2.Session, collections.abc.Awaitable[onebase.v1.sessions_pb2.Session]]:
         """Begins a session and takes the lease of its active adapter.
-        NOT_FOUND if the adapter is not there; ABORTED with RetryInfo when another session holds its lease.
+        NOT_FOUND if the adapter is not there; ABORTED with RetryInfo when another session holds its lease;
+        RESOURCE_EXHAUSTED with RetryInfo when the server, or the tenant, has as many sessions as it may have.
         """
 
     @abc.abstractmethod
@@ -290,6 +295,9 @@ class SessionServiceServicer(metaclass=abc.ABCMeta):
         message comes at once, others when the session changes. While it is open the session's ttl does not run. When it
         breaks, and none is open any more, the client has vanished: its adapters are made durable and their device memory
         is freed at once, and its ttl begins to run. It may come back until then, and goes on where it was.
+
+        The stream ends when the session does. UNAVAILABLE when the server stops: attend again when it is back;
+        RESOURCE_EXHAUSTED with RetryInfo when too many streams attend the session already.
         """
 
     @abc.abstractmethod

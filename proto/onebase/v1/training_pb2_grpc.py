@@ -30,9 +30,9 @@ class TrainingServiceStub(object):
     of several. A session that trains an adapter whose lease nobody holds, as after a restart, gets that lease.
 
     Errors of every method: INVALID_ARGUMENT names the field (NaN and infinity are refused wherever a number is
-    given); NOT_FOUND for an adapter or session that is not there; PERMISSION_DENIED when another session holds the
-    adapter's lease; FAILED_PRECONDITION for an adapter that cannot be trained; ABORTED when `expected_version` is not
-    the current one, or a request_id comes again with another payload; RESOURCE_EXHAUSTED with RetryInfo when a queue is full.
+    given); NOT_FOUND for an adapter or session that is not there; FAILED_PRECONDITION for an adapter that cannot be
+    trained; ABORTED when another session holds the adapter's lease (with RetryInfo), when `expected_version` is not the
+    current one, or a request_id comes again with another payload; RESOURCE_EXHAUSTED with RetryInfo when a queue is full.
     """
 
     def __init__(self, channel):
@@ -58,9 +58,9 @@ class TrainingServiceServicer(object):
     of several. A session that trains an adapter whose lease nobody holds, as after a restart, gets that lease.
 
     Errors of every method: INVALID_ARGUMENT names the field (NaN and infinity are refused wherever a number is
-    given); NOT_FOUND for an adapter or session that is not there; PERMISSION_DENIED when another session holds the
-    adapter's lease; FAILED_PRECONDITION for an adapter that cannot be trained; ABORTED when `expected_version` is not
-    the current one, or a request_id comes again with another payload; RESOURCE_EXHAUSTED with RetryInfo when a queue is full.
+    given); NOT_FOUND for an adapter or session that is not there; FAILED_PRECONDITION for an adapter that cannot be
+    trained; ABORTED when another session holds the adapter's lease (with RetryInfo), when `expected_version` is not the
+    current one, or a request_id comes again with another payload; RESOURCE_EXHAUSTED with RetryInfo when a queue is full.
     """
 
     def ForwardBackward(self, request, context):
@@ -108,9 +108,9 @@ class TrainingService(object):
     of several. A session that trains an adapter whose lease nobody holds, as after a restart, gets that lease.
 
     Errors of every method: INVALID_ARGUMENT names the field (NaN and infinity are refused wherever a number is
-    given); NOT_FOUND for an adapter or session that is not there; PERMISSION_DENIED when another session holds the
-    adapter's lease; FAILED_PRECONDITION for an adapter that cannot be trained; ABORTED when `expected_version` is not
-    the current one, or a request_id comes again with another payload; RESOURCE_EXHAUSTED with RetryInfo when a queue is full.
+    given); NOT_FOUND for an adapter or session that is not there; FAILED_PRECONDITION for an adapter that cannot be
+    trained; ABORTED when another session holds the adapter's lease (with RetryInfo), when `expected_version` is not the
+    current one, or a request_id comes again with another payload; RESOURCE_EXHAUSTED with RetryInfo when a queue is full.
     """
 
     @staticmethod

@@ -62,9 +62,9 @@ class TrainingServiceStub(typing.Generic[_TrainingServiceForwardBackwardType, _T
     of several. A session that trains an adapter whose lease nobody holds, as after a restart, gets that lease.
 
     Errors of every method: INVALID_ARGUMENT names the field (NaN and infinity are refused wherever a number is
-    given); NOT_FOUND for an adapter or session that is not there; PERMISSION_DENIED when another session holds the
-    adapter's lease; FAILED_PRECONDITION for an adapter that cannot be trained; ABORTED when `expected_version` is not
-    the current one, or a request_id comes again with another payload; RESOURCE_EXHAUSTED with RetryInfo when a queue is full.
+    given); NOT_FOUND for an adapter or session that is not there; FAILED_PRECONDITION for an adapter that cannot be
+    trained; ABORTED when another session holds the adapter's lease (with RetryInfo), when `expected_version` is not the
+    current one, or a request_id comes again with another payload; RESOURCE_EXHAUSTED with RetryInfo when a queue is full.
     """
 
     @typing.overload
@@ -120,9 +120,9 @@ class TrainingServiceServicer(metaclass=abc.ABCMeta):
     of several. A session that trains an adapter whose lease nobody holds, as after a restart, gets that lease.
 
     Errors of every method: INVALID_ARGUMENT names the field (NaN and infinity are refused wherever a number is
-    given); NOT_FOUND for an adapter or session that is not there; PERMISSION_DENIED when another session holds the
-    adapter's lease; FAILED_PRECONDITION for an adapter that cannot be trained; ABORTED when `expected_version` is not
-    the current one, or a request_id comes again with another payload; RESOURCE_EXHAUSTED with RetryInfo when a queue is full.
+    given); NOT_FOUND for an adapter or session that is not there; FAILED_PRECONDITION for an adapter that cannot be
+    trained; ABORTED when another session holds the adapter's lease (with RetryInfo), when `expected_version` is not the
+    current one, or a request_id comes again with another payload; RESOURCE_EXHAUSTED with RetryInfo when a queue is full.
     """
 
     @abc.abstractmethod

@@ -151,7 +151,8 @@ class Access:
         """Sees to it that the session may train an adapter: it is the caller's to change, and its lease is taken.
 
         Raises:
-            PermissionDenied: NOT_OWNER; NOT_LEASE_HOLDER.
+            PermissionDenied: NOT_OWNER.
+            Aborted: NOT_LEASE_HOLDER.
         """
         self._registry.check_may_change(entry)
         self._sessions.require(session, entry.key)

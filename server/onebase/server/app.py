@@ -17,6 +17,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
@@ -26,12 +27,13 @@ from onebase.server.audit import AuditLog
 from onebase.server.catalog import LoadedAdapter, NewAdapter
 from onebase.server.checkpoints import StateDirectory, StateInUseError
 from onebase.server.config import AdapterSource, ConfigError, Limits, Security, ServerConfig, StateConfig
-from onebase.server.durability import Durable, Volatile, open_durable
+from onebase.server.durability import Durable
 from onebase.server.edge import Edge, State, build_edge
 from onebase.server.errors import OnebaseError
 from onebase.server.guard import Guard
 from onebase.server.jobs import AdapterKind, LoraSpec
 from onebase.server.leases import Clock
+from onebase.server.opening import open_durable
 from onebase.server.ports import TextLike, WorkerLike
 from onebase.server.process import share_one_heap
 from onebase.server.registry import Entry
@@ -41,7 +43,9 @@ from onebase.server.services.inference import InferenceService
 from onebase.server.services.server import ServerService
 from onebase.server.services.sessions import SessionService
 from onebase.server.services.training import TrainingService
+from onebase.server.successor import EXIT_CODE
 from onebase.server.tokens import Doorman, TokenFileError
+from onebase.server.volatile import Volatile
 from onebase.v1 import (
     adapters_pb2,
     adapters_pb2_grpc,
@@ -70,6 +74,7 @@ SERVICES = tuple(
 _SWEEP_SECONDS = 1.0
 _CHATTY = ("bitsandbytes",)  # warns of kernels that it would use for 4-bit bases on a CPU
 _LAST_ANSWERS_SECONDS = 5.0  # for answers on their way out when all work has ended
+_LOST_ANSWERS_SECONDS = 1.0  # and when the engine crashed, so that nobody waits for more than the restart
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,8 @@ class Report:
     """Calls are served on this port."""
     draining: Callable[[], None] = lambda: None
     """The server was told to stop, and finishes the work in flight."""
+    lost: Callable[[str, int], NoReturn] = lambda _ticket, _port: os._exit(EXIT_CODE)
+    """The engine crashed, logged under a ticket, and everybody was answered; the port. Ends the process."""
 
 
 def make_roots(config: ServerConfig) -> None:
@@ -136,7 +143,7 @@ def _open_state(config: StateConfig | None) -> StateDirectory | None:
     if config is None:
         return None
     try:
-        return StateDirectory(config.path)
+        return StateDirectory(config.path, config.checkpoints)
     except StateInUseError as error:
         raise ConfigError(f"state is {str(config.path)!r}: {error}") from error
     except OSError as error:
@@ -158,11 +165,15 @@ class Server:
         self.edge: Edge = build_edge(parts.worker, parts.text, config, clock, parts.keeper)
         self._health = health.aio.HealthServicer()
         doorman, self._audit = _open_doors(config.security)
-        guard = Guard(self.edge.gate.refusal, doorman.admit, self._audit, config.security.stream_idle_seconds)
+        self._admit = doorman.admit
+        guard = Guard(self.edge.gate.refusal, self._admit, self._audit, config.security.stream_idle_seconds)
         self._server = grpc.aio.server(interceptors=(guard,), options=server_options(config.limits))
         self._register()
         self._sweeper: asyncio.Task[None] | None = None
         self._stuck = False
+        self.port = 0
+        self.lost = asyncio.Event()
+        """Set when the engine crashed."""
 
     async def start(self) -> int:
         """Binds, and answers UNAVAILABLE from now on; returns the port.
@@ -183,6 +194,7 @@ class Server:
         await self._server.start()
         self._worker.start()
         self._sweeper = asyncio.create_task(self._sweep())
+        self.port = port
         return port
 
     async def load(self, report: Report) -> None:
@@ -193,6 +205,10 @@ class Server:
             OnebaseError: one of them cannot be loaded.
         """
         config, edge = self._config, self.edge
+        try:
+            await asyncio.to_thread(edge.disks.sweep)
+        except OSError as error:
+            raise ConfigError(f"temporary directory is {error.filename!r}: {error.strerror}") from error
         if isinstance(edge.keeper, Durable):
             rooms = Rooms(edge.worker, edge.registry, edge.sessions, edge.idempotency)
             frozen = [(source.name, AdapterKind.REWARD) for source in config.rewards]
@@ -216,6 +232,7 @@ class Server:
     async def stop(self, drain_seconds: float) -> None:
         """Refuses new calls, lets work in flight finish for up to so long, then ends everything."""
         self.edge.gate.state = State.DRAINING
+        self.edge.sessions.dismiss()
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         await asyncio.to_thread(self._worker.drain, drain_seconds)
         if self._sweeper is not None:
@@ -223,8 +240,15 @@ class Server:
         await self.edge.keeper.close()
         await asyncio.to_thread(self._worker.stop, 0.0)
         await self._server.stop(_LAST_ANSWERS_SECONDS)
+        await asyncio.to_thread(self.edge.disks.close)
         self.edge.texts.close()
         self._audit.close()
+
+    async def give_up(self) -> None:
+        """After a crash: lets the answers out, and writes nothing more."""
+        self.edge.gate.state = State.LOST
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._server.stop(_LOST_ANSWERS_SECONDS)
 
     def _is_there(self, name: str, kind: AdapterKind) -> bool:
         """Whether the state directory has this adapter: it goes on from there."""
@@ -253,7 +277,7 @@ class Server:
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(edge), server)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(edge), server)
         server_pb2_grpc.add_ServerServiceServicer_to_server(ServerService(edge), server)
-        sessions_pb2_grpc.add_SessionServiceServicer_to_server(SessionService(edge), server)
+        sessions_pb2_grpc.add_SessionServiceServicer_to_server(SessionService(edge, self._admit), server)
         training_pb2_grpc.add_TrainingServiceServicer_to_server(TrainingService(edge), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -265,13 +289,21 @@ class Server:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(_SWEEP_SECONDS)
-            self.edge.sessions.sweep()
-            self.edge.keeper.tick()
+            try:
+                self.edge.sessions.sweep()
+                self.edge.keeper.tick()
+            except Exception:  # whatever it is, a crash must still be noticed
+                log.exception("sessions could not be swept")
             await self._watch()
 
     async def _watch(self) -> None:
         """Health says so while the engine makes no progress."""
-        seconds = self._worker.stuck_seconds()
+        seconds, limit = self._worker.stuck_seconds(), self._config.stall_restart_seconds
+        if limit and seconds > limit:
+            self._worker.abandon(f"a step went on for {seconds:.0f} s")
+        if self._worker.lost():
+            self.lost.set()
+            return
         stuck = seconds > self._config.stall_seconds
         if stuck == self._stuck or self.edge.gate.state is not State.SERVING:
             return
@@ -309,7 +341,7 @@ async def running(
 
 
 async def serve(parts: Parts, config: ServerConfig, report: Report) -> None:
-    """Serves until SIGTERM or SIGINT, then drains and returns.
+    """Serves until SIGTERM or SIGINT, then drains and returns; after a crash of the engine it does not return.
 
     Raises:
         ConfigError: the address cannot be had.
@@ -319,8 +351,23 @@ async def serve(parts: Parts, config: ServerConfig, report: Report) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    async with running(parts, config, report):
-        await stopping.wait()
+    try:
+        async with running(parts, config, report) as server:
+            await _either(stopping, server.lost)
+            if server.lost.is_set():
+                await server.give_up()
+                report.lost(parts.worker.lost(), server.port)
+    except OnebaseError:
+        if ticket := parts.worker.lost():  # while it was loading
+            report.lost(ticket, config.port)
+        raise
+
+
+async def _either(*events: asyncio.Event) -> None:
+    waits = [asyncio.ensure_future(event.wait()) for event in events]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
 
 
 def check_address(config: ServerConfig) -> None:

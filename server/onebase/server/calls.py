@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 import grpc
 
+from onebase.server.identity import caller
 from onebase.server.jobs import Job
 from onebase.server.leases import Session
 from onebase.server.ports import WorkerLike
@@ -28,6 +30,7 @@ def submit(worker: WorkerLike, job: Job[Any], session: Session | None, deadline:
     Raises:
         OnebaseError: the worker's.
     """
+    job.tenant = caller().tenant
     job.session = session.queue if session is not None else ""
     job.deadline = deadline
     worker.submit(job)
@@ -79,6 +82,11 @@ async def unbroken(task: asyncio.Task[R]) -> R:
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait((task,))
     return task.result()
+
+
+async def settled(work: Coroutine[Any, Any, R]) -> R:
+    """`unbroken` for work that has not begun."""
+    return await unbroken(asyncio.get_running_loop().create_task(work))
 
 
 def _outcome(job: Job[R]) -> asyncio.Future[R]:

@@ -15,9 +15,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
-from onebase.server.calls import perform, settle, submit
-from onebase.server.durability import Volatile
+from onebase.server.calls import perform, settle, settled, submit
 from onebase.server.errors import Aborted, FailedPrecondition, OnebaseError
+from onebase.server.fences import Fences
+from onebase.server.identity import caller
 from onebase.server.jobs import (
     AdapterFacts,
     AdapterKind,
@@ -37,6 +38,7 @@ from onebase.server.ports import WorkerLike
 from onebase.server.quotas import AdapterQuotas
 from onebase.server.registry import Entry, Registry, Reservation
 from onebase.server.store import ResponseRow
+from onebase.server.volatile import Volatile
 
 log = logging.getLogger(__name__)
 
@@ -98,12 +100,14 @@ class Catalog:
         sessions: Sessions,
         keeper: Volatile,
         quotas: AdapterQuotas | None = None,
+        fences: Fences | None = None,
     ) -> None:
         self._worker = worker
         self._registry = registry
         self._sessions = sessions
         self._keeper = keeper
         self._quotas = quotas or AdapterQuotas(registry)
+        self._fences = fences or Fences()
         sessions.given_back = self._given_back
 
     async def create(
@@ -126,8 +130,13 @@ class Catalog:
         with self._released_on_error(reservation):
             async with self._quotas.room(reservation.owner) as room:
                 facts = await self._create(new, reservation, source, room, session, deadline)
+                if source is not None and (now := self._registry.current(source.uid)) is not None:
+                    await settled(
+                        self._keeper.seen({now.uid: now.facts.version})
+                    )  # a copy must not outlive what it copies
                 entry = self._registry.prospect(reservation, facts, "")
-                await self._keep(entry, receipt)
+                with self._discarded_on_error(entry.uid):
+                    await self._keeper.add(entry, receipt(entry))
         return self._bind(reservation, entry, session)
 
     async def _create(
@@ -162,48 +171,45 @@ class Catalog:
 
         Raises:
             AlreadyExists: the name is taken, and `replace` is not set.
-            PermissionDenied: another session holds the lease of what would be replaced.
             FailedPrecondition: what would be replaced is of another kind.
-            Aborted: what would be replaced was stepped in the meantime.
+            Aborted: another session holds the lease of what would be replaced, or it was stepped in the meantime.
+            DeadlineExceeded: its training calls have not ended by then.
             OnebaseError: the worker's.
         """
         reservation = self._registry.reserve(loaded.name, replacing=loaded.replace)
         with self._released_on_error(reservation):
             self._check_replaced(reservation, loaded.kind, session)
             async with self._quotas.room(reservation.owner, reservation.old) as room:
-                entry, old = await self._load(loaded, reservation, room, session, deadline)
-                if loaded.kept:
-                    await self._keep(entry, receipt)
-        self._bind(reservation, entry, session)
+                facts = await settle(self._worker, _load_job(loaded, reservation, room), session, deadline)
+                with self._discarded_on_error(facts.uid):
+                    async with self._fences.replacing(reservation.old, deadline):
+                        old = self._replaced(loaded, reservation, facts)
+                        entry = self._registry.prospect(reservation, facts, loaded.source or str(loaded.path))
+                        if loaded.kept:
+                            await self._keeper.add(entry, receipt(entry))
+                        self._bind(reservation, entry, session)
         if old is not None:
             self._discard(old.uid)
         return entry
 
-    async def _load(
-        self,
-        loaded: LoadedAdapter,
-        reservation: Reservation,
-        room: int | None,
-        session: Session | None,
-        deadline: float | None,
-    ) -> tuple[Entry, Entry | None]:
-        facts = await settle(self._worker, _load_job(loaded, reservation, room), session, deadline)
+    def _replaced(self, loaded: LoadedAdapter, reservation: Reservation, facts: AdapterFacts) -> Entry | None:
+        """What a loaded adapter replaces, if it is newer than that."""
         old = self._registry.current(reservation.old.uid) if reservation.old else None
         if old is not None and old.facts.version >= facts.version:
-            self._discard(reservation.uid)
             raise Aborted(
                 "VERSION_MISMATCH",
                 f"adapter {loaded.name!r} was stepped to version {old.facts.version} while it was being replaced: "
                 "finish its training calls first, then load again",
             )
-        return self._registry.prospect(reservation, facts, loaded.source or str(loaded.path)), old
+        return old
 
-    async def _keep(self, entry: Entry, receipt: Receipt) -> None:
-        """Makes an adapter durable that the engine has; one that cannot be made so is given up."""
+    @contextlib.contextmanager
+    def _discarded_on_error(self, uid: int) -> Iterator[None]:
+        """An adapter that the engine has, and whose name nobody will have, is given up."""
         try:
-            await self._keeper.add(entry, receipt(entry))
+            yield
         except BaseException:
-            self._discard(entry.uid)
+            self._discard(uid)
             raise
 
     async def save(
@@ -220,6 +226,8 @@ class Catalog:
             with_optimizer=saved.with_optimizer,
             overwrite=saved.overwrite,
             merged=saved.merged,
+            # What a trainer has left there is nobody else's: who may not change the adapter may not read it either.
+            with_client_state=saved.with_optimizer and caller().may_change(entry.owner, entry.name),
         )
         return await settle(self._worker, job, session, deadline)
 
@@ -228,8 +236,7 @@ class Catalog:
 
         Raises:
             NotFound: no such adapter.
-            PermissionDenied: another session holds its lease.
-            Aborted: another call is replacing it.
+            Aborted: another session holds its lease, or another call is replacing it.
         """
         if not self._registry.damaged(name):
             self._registry.check_may_change(self._registry.get(name, "name"))

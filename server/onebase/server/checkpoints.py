@@ -4,8 +4,9 @@
     DIR/registry.sqlite          see `store`
     DIR/checkpoints/UID-TOKEN/   immutable: a PEFT directory with its optimizer and its manifest, see `engine.formats`
 
-A directory counts only if the store names it; anything else is a leftover and swept at the next start. Knows nothing of
-what is inside a checkpoint but its manifest's hashes. Everything here may wait for the disk.
+With a URL, checkpoints lie there (see `storage`), and DIR/transit has what is on its way. A directory counts only if the
+store names it; anything else is a leftover and swept at the next start. Knows nothing of what is inside a checkpoint
+but its manifest's hashes, and not what kind of storage it has. Everything here may wait for a disk or a network.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
+import time
 import uuid
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 from onebase.server.errors import DataLoss
-from onebase.server.store import CheckpointRow
+from onebase.server.storage import Bucket, Disk
+from onebase.server.store import AdapterRow, CheckpointRow
 
 MANIFEST = "onebase.json"
 
@@ -35,18 +38,18 @@ class StateDirectory:
 
     Args:
         path: made if it is not there, for this user alone: the store holds the sessions' secrets.
+        url: where checkpoints lie; "" is in the directory itself.
 
     Raises:
         StateInUseError: another server uses it.
+        ConfigError: checkpoints cannot lie at that URL.
         OSError: it cannot be made.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, url: str = "") -> None:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.path = path.resolve()
         self.store_path = self.path / "registry.sqlite"
-        self._folder = self.path / "checkpoints"
-        self._folder.mkdir(exist_ok=True)
         self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -58,6 +61,11 @@ class StateDirectory:
             ) from None
         os.truncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+        try:
+            self.storage = Bucket(url, self.path / "transit") if url else Disk(self.path / "checkpoints")
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Lets another server use it; may be called twice."""
@@ -66,51 +74,77 @@ class StateDirectory:
             self._lock = -1
 
     def fresh(self, uid: int) -> Path:
-        """Where the next checkpoint of an adapter shall be written."""
-        return self._folder / f"{uid:06d}-{uuid.uuid4().hex[:12]}"
+        """Where on this machine's disk the next checkpoint of an adapter shall be written, for `put`."""
+        return self.storage.place(f"{uid:06d}-{uuid.uuid4().hex[:12]}")
 
-    def path_of(self, folder: str) -> Path:
-        """Where a checkpoint is."""
-        return self._folder / folder
+    def put(self, path: Path, adapter: AdapterRow, version: int) -> CheckpointRow:
+        """Makes a checkpoint durable that was just written: returns it as the store shall know it.
+
+        Raises:
+            OnebaseError: Unavailable or ResourceExhausted, where it lies at a URL.
+        """
+        row = CheckpointRow(path.name, adapter.uid, version, _sha256(path / MANIFEST))
+        self.storage.put(path.name, {"adapter": asdict(adapter), "checkpoint": asdict(row), "written": time.time()})
+        return row
 
     @contextlib.contextmanager
     def opened(self, folder: str) -> Iterator[Path]:
-        """A checkpoint's directory on this machine's disk, for as long as the block runs."""
-        yield self.path_of(folder)
+        """A checkpoint's directory on this machine's disk, for as long as the block runs; its hashes are not compared.
 
-    def row(self, path: Path, uid: int, version: int) -> CheckpointRow:
-        """A checkpoint that was just written, as the store shall know it."""
-        return CheckpointRow(path.name, uid, version, _sha256(path / MANIFEST))
+        Raises:
+            OnebaseError: Unavailable; DataLoss where it is gone.
+        """
+        with self.storage.opened(folder) as path:
+            yield path
+
+    @contextlib.contextmanager
+    def verified(self, row: CheckpointRow) -> Iterator[Path]:
+        """A checkpoint's directory on this machine's disk, every file of it what was written.
+
+        Raises:
+            DataLoss: CHECKPOINT_DAMAGED, naming the file.
+            OnebaseError: Unavailable.
+        """
+        with self.opened(row.folder) as path:
+            try:
+                wanted = {MANIFEST: row.digest}
+                if _sha256(path / MANIFEST) == row.digest:
+                    wanted |= json.loads((path / MANIFEST).read_text(encoding="utf-8"))["sha256"]
+                for name, digest in wanted.items():
+                    if _sha256(path / name) != digest:
+                        raise _damaged(row, f"{self._shown(row)}/{name} is not what was written")
+            except OSError as error:
+                raise _damaged(
+                    row, f"{self._shown(row)}/{Path(error.filename or '').name}: {error.strerror}"
+                ) from error
+            yield path
 
     def verify(self, row: CheckpointRow) -> None:
         """Sees to it that a checkpoint is what was written, every file of it.
 
         Raises:
-            DataLoss: CHECKPOINT_DAMAGED, naming the file.
+            OnebaseError: as `verified`.
         """
-        path = self.path_of(row.folder)
-        try:
-            wanted = {MANIFEST: row.digest}
-            if _sha256(path / MANIFEST) == row.digest:
-                wanted |= json.loads((path / MANIFEST).read_text(encoding="utf-8"))["sha256"]
-            for name, digest in wanted.items():
-                if _sha256(path / name) != digest:
-                    raise _damaged(row, f"{path / name} is not what was written")
-        except OSError as error:
-            raise _damaged(row, f"{error.filename or path}: {error.strerror}") from error
+        with self.verified(row):
+            pass
 
     def remove(self, folders: Iterable[str]) -> None:
         """Deletes checkpoints that the store does not name any more."""
         for folder in folders:
-            shutil.rmtree(self.path_of(folder), ignore_errors=True)
+            self.storage.remove(folder)
 
     def sweep(self, known: Collection[str]) -> list[str]:
-        """Deletes what the store does not name: of a server that ended before its commit. Returns the names."""
-        leftovers = sorted(one.name for one in self._folder.iterdir() if one.name not in known)
-        for name in leftovers:
-            with contextlib.suppress(OSError):
-                shutil.rmtree(self._folder / name)
+        """Deletes what the store does not name: of a server that ended before its commit. Returns the names.
+
+        Raises:
+            OnebaseError: Unavailable.
+        """
+        leftovers = [name for name in self.storage.names() if name not in known]
+        self.remove(leftovers)
         return leftovers
+
+    def _shown(self, row: CheckpointRow) -> str:
+        return f"{self.storage.url or self.path / 'checkpoints'}/{row.folder}"
 
 
 def _damaged(row: CheckpointRow, what: str) -> DataLoss:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from onebase.server.config import ServerConfig
     from onebase.server.jobs import AdapterFacts, BaseFacts
     from onebase.server.registry import Entry
+    from onebase.server.successor import Restarts
 
 _ADAPTERS, _ENGINE, _NETWORK, _STATE = "Adapters", "Engine", "Network and files", "Durability"
 _SECURITY = "Security"
@@ -89,7 +90,17 @@ Roots = Annotated[
     typer.Option(
         "--root",
         metavar="DIR",
-        help="Clients may load and save adapters under this directory. May be repeated; without it they may not.",
+        help="Clients may load and save adapters under this directory; with --tokens each tenant under DIR/TENANT, and "
+        "the operator under all of it. May be repeated; without it they may not.",
+        rich_help_panel=_NETWORK,
+    ),
+]
+SharedRoots = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--shared-root",
+        metavar="DIR",
+        help="Every tenant may load adapters from under this directory, and none may save there. May be repeated.",
         rich_help_panel=_NETWORK,
     ),
 ]
@@ -112,6 +123,25 @@ State = Annotated[
         metavar="DIR",
         help="Keep adapters, sessions and answers here, and go on from them after a restart, also after kill -9. "
         "Without it nothing outlives the process.",
+        rich_help_panel=_STATE,
+    ),
+]
+Checkpoints = Annotated[
+    str,
+    typer.Option(
+        metavar="URL",
+        help="Keep the adapters' checkpoints there instead of in --state DIR: any URL that fsspec knows, as "
+        "s3://bucket/prefix, gs://bucket/prefix or file:///directory; pip install its driver (s3fs, gcsfs), which "
+        "takes its credentials from the environment. It belongs to one state.",
+        rich_help_panel=_STATE,
+    ),
+]
+Adopt = Annotated[
+    bool,
+    typer.Option(
+        "--adopt",
+        help="Take over the adapters at --checkpoints URL whose --state DIR is lost, with a new and empty DIR. "
+        "Sessions and answers are not among them.",
         rich_help_panel=_STATE,
     ),
 ]
@@ -247,7 +277,8 @@ ChatTemplate = Annotated[
 MaxUploadBytes = Annotated[
     int,
     typer.Option(
-        help="Most bytes of one upload; it lies in the temporary directory (TMPDIR) until it is loaded.",
+        help="Most bytes of one upload; it lies in the state directory, or else the temporary one (TMPDIR), until it "
+        "is loaded. Also of what a tenant loads from under a root.",
         rich_help_panel=_NETWORK,
     ),
 ]
@@ -255,6 +286,14 @@ StallSeconds = Annotated[
     float,
     typer.Option(
         help="Health turns NOT_SERVING while one step of the engine goes on for longer.", rich_help_panel=_NETWORK
+    ),
+]
+StallRestartSeconds = Annotated[
+    float,
+    typer.Option(
+        help="Take a step of the engine that goes on for longer for a crash: with --state the server starts again by "
+        "itself and goes on from what is durable, without it ends with code 70. 0: never.",
+        rich_help_panel=_NETWORK,
     ),
 ]
 TlsCert = Annotated[
@@ -303,13 +342,13 @@ StreamIdle = Annotated[
         help="End a stream whose client neither reads nor sends for so many seconds.", rich_help_panel=_SECURITY
     ),
 ]
-_QUOTA = "requests, completions (at once), tokens_per_second, adapters, adapter_bytes; 8G is 8 GiB"
+_QUOTA = "requests, completions (at once), tokens_per_second, adapters, adapter_bytes, sessions; 8G is 8 GiB"
 TenantQuota = Annotated[
     str,
     typer.Option(
         metavar="NAME=N,…",
-        help=f"Most that one tenant may have of {_QUOTA}. With --tokens, requests is a quarter of the queue if not "
-        "said otherwise.",
+        help=f"Most that one tenant may have of {_QUOTA}. With --tokens, requests and sessions are a quarter of what "
+        "the server takes if not said otherwise.",
         rich_help_panel=_SECURITY,
     ),
 ]
@@ -331,13 +370,17 @@ def serve(
     policy_rank: PolicyRank = 16,
     policy_alpha: PolicyAlpha = 32.0,
     roots: Roots = None,
+    shared_roots: SharedRoots = None,
     host: Host = "127.0.0.1",
     port: Port = 7070,
     port_file: PortFile = None,
     drain_seconds: DrainSeconds = 30.0,
     stall_seconds: StallSeconds = 300.0,
+    stall_restart_seconds: StallRestartSeconds = 0.0,
     max_upload_bytes: MaxUploadBytes = 4 * 2**30,
     state: State = None,
+    checkpoints: Checkpoints = "",
+    adopt: Adopt = False,
     durability: Durability = "checkpoint",
     checkpoint_steps: CheckpointSteps = 0,
     checkpoint_seconds: CheckpointSeconds = 60.0,
@@ -390,7 +433,9 @@ def serve(
 
         onebase status
 
-    Ctrl-C or SIGTERM stops it: work in flight is finished first, for up to --drain-seconds.
+    Ctrl-C or SIGTERM stops it: work in flight is finished first, for up to --drain-seconds. If the engine crashes, a
+    server with --state starts again by itself, on the same port; without it, or after 3 times in 10 minutes, it ends
+    with code 70.
     """
     console = Console(highlight=False)
     from onebase.server.config import ConfigError, EngineConfig, Limits, Security, ServerConfig
@@ -430,7 +475,17 @@ def serve(
             references=sources("--reference", references, with_path=True),
             critics=sources("--critic", critics, with_path=False),
             roots=tuple(roots or ()),
-            state=state_config(state, durability, checkpoint_steps, checkpoint_seconds, keep_checkpoints, restore),
+            shared_roots=tuple(shared_roots or ()),
+            state=state_config(
+                state,
+                durability,
+                checkpoint_steps,
+                checkpoint_seconds,
+                keep_checkpoints,
+                restore,
+                checkpoints,
+                adopt,
+            ),
             limits=Limits(max_upload_bytes=max_upload_bytes),
             security=Security(
                 tls_cert, tls_key, tls_client_ca, insecure, tokens, audit_log, stream_idle_seconds=stream_idle_seconds
@@ -439,6 +494,7 @@ def serve(
             quota=quota("--quota", whole_quota),
             drain_seconds=drain_seconds,
             stall_seconds=stall_seconds,
+            stall_restart_seconds=stall_restart_seconds,
             policy_rank=policy_rank,
             policy_alpha=policy_alpha,
         )
@@ -451,17 +507,21 @@ def serve(
 def _run(config: ServerConfig, console: Console) -> None:
     from onebase.server.app import check_address, open_parts
     from onebase.server.app import serve as serve_parts
+    from onebase.server.successor import Restarts
 
+    restarts = Restarts.inherited()
+    config = restarts.keep_port(config)
     check_address(config)
     with console.status(f"Opening {escape(config.engine.model)} …"):
         parts = open_parts(config)
     console.print(_base_line(parts.worker.facts), soft_wrap=True)
-    asyncio.run(serve_parts(parts, config, _report(config, console)))
+    asyncio.run(serve_parts(parts, config, _report(config, restarts, console)))
     console.print("Stopped.")
 
 
-def _report(config: ServerConfig, console: Console) -> Report:
+def _report(config: ServerConfig, restarts: Restarts, console: Console) -> Report:
     from onebase.server.app import Report
+    from onebase.server.successor import end
 
     def ready(port: int) -> None:
         address = f"{config.host}:{port}"
@@ -480,6 +540,7 @@ def _report(config: ServerConfig, console: Console) -> Report:
         damaged=lambda _name, error: console.print(f"  [bold red]damaged[/] {escape(str(error))}", soft_wrap=True),
         ready=ready,
         draining=draining,
+        lost=lambda ticket, port: end(config, restarts, ticket, port),
     )
 
 

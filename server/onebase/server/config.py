@@ -125,6 +125,7 @@ class Limits:
     max_rank: int = 512
     max_message_bytes: int = 64 * 2**20
     max_upload_bytes: int = 4 * 2**30
+    max_sessions: int = 4096
 
     def __post_init__(self) -> None:
         for key, value in vars(self).items():
@@ -144,6 +145,8 @@ class Quota:
     adapters: int = 0
     adapter_bytes: int = 0
     """Float32 parameters of adapters; of those that are trained also gradients and moments."""
+    sessions: int = 0
+    """Open sessions."""
 
     def __post_init__(self) -> None:
         for key, value in vars(self).items():
@@ -183,6 +186,10 @@ class StateConfig:
     """How many checkpoints of an adapter stay."""
     restore: tuple[tuple[str, int], ...] = ()
     """Adapters that go back to an older version, by name."""
+    checkpoints: str = ""
+    """The URL where checkpoints lie; "" is in the directory."""
+    adopt: bool = False
+    """Take over what lies there, where the directory that it belonged to is lost."""
 
     def __post_init__(self) -> None:
         fine = self.durability in ("checkpoint", "step")
@@ -192,6 +199,7 @@ class StateConfig:
         _require(seconds_fine, "checkpoint_seconds", self.seconds, "use 0 or more")
         _require(self.keep >= 1, "keep_checkpoints", self.keep, "use 1 or more")
         _require(self.path.is_dir() or not self.path.exists(), "state", str(self.path), "it is a file")
+        _require(bool(self.checkpoints) or not self.adopt, "adopt", True, "give the URL of --checkpoints too")
 
 
 @dataclass(frozen=True)
@@ -254,6 +262,8 @@ class ServerConfig:
     critics: tuple[AdapterSource, ...] = ()
     roots: tuple[Path, ...] = ()
     """Directories under which adapters may be loaded and saved; relative paths mean the first."""
+    shared_roots: tuple[Path, ...] = ()
+    """Directories from which every tenant may load adapters, and none may save."""
     state: StateConfig | None = None
     """What outlives the process; None: nothing does."""
     limits: Limits = Limits()
@@ -266,6 +276,8 @@ class ServerConfig:
     """How long work in flight may go on after SIGTERM."""
     stall_seconds: float = 300.0
     """A step of the engine that goes on for so long turns health NOT_SERVING until it ends."""
+    stall_restart_seconds: float = 0.0
+    """One that goes on for so long is taken for a crash; 0 is never."""
     policy_rank: int = 16
     """LoRA rank of the policies and critics made here from the start."""
     policy_alpha: float = 32.0
@@ -284,19 +296,39 @@ class ServerConfig:
         _require(drain_fine, "drain_seconds", self.drain_seconds, "use 0 or more")
         stall_fine = math.isfinite(self.stall_seconds) and self.stall_seconds > 0
         _require(stall_fine, "stall_seconds", self.stall_seconds, "use a number above 0")
+        restart = self.stall_restart_seconds
+        restart_fine = math.isfinite(restart) and restart >= 0
+        _require(restart_fine, "stall_restart_seconds", restart, "use 0 or more")
         rank_way_out = f"use 1 to {self.limits.max_rank}"
         _require(1 <= self.policy_rank <= self.limits.max_rank, "policy_rank", self.policy_rank, rank_way_out)
         alpha_fine = math.isfinite(self.policy_alpha) and self.policy_alpha > 0
         _require(alpha_fine, "policy_alpha", self.policy_alpha, "use a number above 0")
         for root in self.roots:
             _require(root.is_dir() or not root.exists(), "root", str(root), "it is a file: give a directory")
+        for root in self.shared_roots:
+            _require(root.is_dir(), "shared_root", str(root), "there is no such directory")
+        if self.security.tokens is not None:
+            self._check_walls()
         self._check_adapters()
 
     def quota_of_tenants(self) -> Quota:
-        """What each tenant may have; one of several never has more than a quarter of the queue."""
-        if self.security.tokens is None or self.tenant_quota.requests:
-            return self.tenant_quota
-        return replace(self.tenant_quota, requests=max(1, self.limits.max_queued_requests // 4))
+        """What each tenant may have; one of several never has more than a quarter of the queue, or of the sessions."""
+        mine = self.tenant_quota
+        if self.security.tokens is None:
+            return mine
+        return replace(
+            mine,
+            requests=mine.requests or max(1, self.limits.max_queued_requests // 4),
+            sessions=mine.sessions or max(1, self.limits.max_sessions // 4),
+        )
+
+    def _check_walls(self) -> None:
+        """No root may hold another: the directory of a tenant would be in that of another, or everybody's."""
+        roots = [*self.roots, *self.shared_roots]
+        for index, root in enumerate(roots):
+            for other in (*roots[:index], *roots[index + 1 :]):
+                apart = not root.resolve().is_relative_to(other.resolve())
+                _require(apart, "root", str(root), f"it is in {str(other)!r}, and with tokens no root may hold another")
 
     def _check_adapters(self) -> None:
         names = [source.name for source in (*self.rewards, *self.policies, *self.references, *self.critics)]

@@ -1,36 +1,43 @@
 """What outlives the process: when adapters are made durable, and in which order.
 
-    written beside its place → synced → renamed → parent synced → committed, with the answers → answered
+    written beside its place → synced → renamed → parent synced → put → committed, with the answers → answered
+
+(`put` takes it to where checkpoints lie, if that is a URL.)
 
 A change of which adapters there are is durable before it is answered. An optimizer step is, with `--durability step`;
 otherwise its adapter is saved every so many steps or seconds, when its lease ends, and when the server stops. The
 answers of steps are committed with the first checkpoint that holds their effect, so a repeated request_id finds its
 answer exactly where its effect is found. Pending gradients are not durable.
 
-All of this runs on the event loop; disks are waited for on one thread of its own, and on the worker's for files.
+All of this runs on the event loop. The store is waited for on one thread of its own, where checkpoints lie on others,
+and files are written on the worker's: what keeps one of them waiting keeps no other.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from onebase.server import failpoints
-from onebase.server.calls import settle, unbroken
+from onebase.server.calls import settle
 from onebase.server.checkpoints import StateDirectory
-from onebase.server.config import ConfigError, StateConfig
-from onebase.server.errors import OnebaseError, disk_full
+from onebase.server.config import StateConfig
+from onebase.server.errands import Errands
+from onebase.server.errors import NotFound, OnebaseError
 from onebase.server.jobs import AdapterKind, Job, OptimStepResult, SaveAdapterJob, SaveResult
 from onebase.server.leases import Session
 from onebase.server.ports import WorkerLike
 from onebase.server.registry import Entry
-from onebase.server.store import AdapterRow, CheckpointRow, ResponseRow, SessionRow, Store, WrongStateError
+from onebase.server.store import AdapterRow, CheckpointRow, ResponseRow, SessionRow, Store
+from onebase.server.tracks import Track, row_of
+from onebase.server.volatile import Volatile
 
 log = logging.getLogger(__name__)
 
@@ -39,89 +46,8 @@ R = TypeVar("R")
 RESERVED_VERSIONS = 1000
 """So many versions are set aside at once where steps are not durable one by one."""
 
-
 STEPS_UNDER_WAY = 100
 """More are set aside when so few are left: so many steps may wait that nobody has heard of yet."""
-
-
-class Volatile:
-    """Nothing outlives the process."""
-
-    def step_path(self, entry: Entry) -> Path | None:
-        """Where an optimizer step shall write the version that it makes; None: nowhere."""
-        del entry
-        return None
-
-    async def before_step(self, entry: Entry) -> None:
-        """Is awaited before each optimizer step."""
-
-    async def stepped(self, entry: Entry, result: OptimStepResult, record: ResponseRow | None) -> None:
-        """Takes a step in; returns when it is as durable as the settings promise.
-
-        Raises:
-            OnebaseError: the step was made, and is not durable: see `finish_step`.
-        """
-
-    async def finish_step(self, uid: int, version: int) -> None:
-        """Makes a step durable that `stepped` could not.
-
-        Raises:
-            OnebaseError: it still cannot.
-        """
-
-    async def add(self, entry: Entry, record: ResponseRow | None) -> None:
-        """Makes a new adapter durable, in the place of any other of its name.
-
-        Raises:
-            OnebaseError: it is not.
-        """
-
-    async def remove(self, key: str, record: ResponseRow | None) -> None:
-        """Makes it durable that there is no adapter of this key.
-
-        Raises:
-            OnebaseError: it is not.
-        """
-
-    def lease_ended(self, key: str) -> None:
-        """Nobody trains this adapter any more."""
-
-    def abandoned(self, key: str) -> None:
-        """Whoever trains this adapter is gone for now: saves it, and frees its device memory then."""
-
-    def session_changed(self, session: Session) -> None:
-        """Notes a session as it is now; `synced` waits for it."""
-
-    def session_ended(self, session: Session) -> None:
-        """Forgets a session."""
-
-    async def synced(self) -> None:
-        """Returns when the sessions are noted as they were when it was called."""
-
-    def tick(self) -> None:
-        """Is called about once a second."""
-
-    async def close(self) -> None:
-        """Saves what has changed. Steps and other changes must have ended."""
-
-
-@dataclass(eq=False)
-class _Track:
-    """How far one adapter is durable."""
-
-    key: str
-    kind: AdapterKind
-    durable: int
-    """The newest version that is."""
-    newest: int
-    """The newest version that there is."""
-    reserved: int
-    """The highest version that may be made before another note in the store."""
-    since: float = 0.0
-    """When the first step was made that is not durable; or when saving it last failed."""
-    records: list[tuple[int, ResponseRow]] = field(default_factory=list)
-    """Answers of steps, by version, that are not durable."""
-    saving: asyncio.Task[None] | None = None
 
 
 class Durable(Volatile):
@@ -131,6 +57,7 @@ class Durable(Volatile):
         worker: writes the checkpoints.
         directory: where; locked.
         config: when.
+        adopted: whether the store was made again from what lies beside the checkpoints.
         clock: monotonic, in seconds.
     """
 
@@ -140,58 +67,70 @@ class Durable(Volatile):
         directory: StateDirectory,
         store: Store,
         config: StateConfig,
+        *,
+        adopted: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.directory = directory
         self.store = store
         self.config = config
+        self.adopted = adopted
         self._worker = worker
         self._clock = clock
-        self._tracks: dict[int, _Track] = {}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="onebase-store")
-        self._notes: set[asyncio.Future[None]] = set()
-        self._asides: set[asyncio.Future[None]] = set()
+        self._tracks: dict[int, Track] = {}
+        self._errands = Errands()
 
     async def on_thread(self, work: Callable[[], R]) -> R:
-        """Runs what waits for the disk on the store's thread, after all that was given to it before.
+        """Runs what waits for the store, see `Errands`."""
+        return await self._errands.store(work)
+
+    async def on_storage(self, work: Callable[[], R]) -> R:
+        """Runs what waits for where checkpoints lie, see `Errands`."""
+        return await self._errands.storage(work)
+
+    @asynccontextmanager
+    async def verified(self, checkpoint: CheckpointRow) -> AsyncIterator[Path]:
+        """A checkpoint's directory on this machine's disk, for as long as the block runs, all of it what was written.
 
         Raises:
-            OnebaseError: what an OSError means to a client.
+            DataLoss: CHECKPOINT_DAMAGED.
+            OnebaseError: Unavailable.
         """
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
-        except OSError as error:
-            raise disk_full(error) from error
+        with ExitStack() as stack:
+            yield await self.on_storage(lambda: stack.enter_context(self.directory.verified(checkpoint)))
 
     def track(self, entry: Entry, durable: int, reserved: int) -> None:
         """Follows an adapter of the store, at this version."""
         for uid, other in list(self._tracks.items()):
             if other.key == entry.key:
                 del self._tracks[uid]
-        self._tracks[entry.uid] = _Track(entry.key, entry.kind, durable, entry.facts.version, reserved)
+        self._tracks[entry.uid] = Track(row_of(entry), durable, entry.facts.version, reserved)
 
     # ------------------------------------------------------------------------------------------- adapters come and go
 
     async def add(self, entry: Entry, record: ResponseRow | None) -> None:  # noqa: D102
-        await self._through(self._add(entry, record))
+        await self._errands.through(self._add(entry, record))
 
     async def _add(self, entry: Entry, record: ResponseRow | None) -> None:
-        saved = await self._write(entry.uid, entry.kind)
-        row = AdapterRow(entry.key, entry.uid, entry.kind.value, entry.create_time, entry.source)
+        saved, row = await self._write(entry.uid, entry.kind), row_of(entry)
 
         def commit(checkpoint: CheckpointRow) -> list[str]:
             return self.store.add(row, checkpoint, [record] if record else [])
 
-        await self._commit(saved, entry.uid, commit)
+        await self._commit(saved, row, commit)
         self.track(entry, saved.version, 0)
 
     async def remove(self, key: str, record: ResponseRow | None) -> None:  # noqa: D102
-        await self._through(self._remove(key, record))
+        await self._errands.through(self._remove(key, record))
 
     async def _remove(self, key: str, record: ResponseRow | None) -> None:
         dropped = await self.on_thread(lambda: self.store.remove(key, [record] if record else []))
         self._tracks = {uid: track for uid, track in self._tracks.items() if track.key != key}
-        self._aside(self.on_thread(lambda: self.directory.remove(dropped)))
+        self._forget(dropped)
+
+    async def answered(self, record: ResponseRow | None) -> None:  # noqa: D102
+        if record is not None:
+            await self._errands.through(self.on_thread(lambda: self.store.answer(record)))
 
     # ---------------------------------------------------------------------------------------------------------- steps
 
@@ -206,25 +145,42 @@ class Durable(Volatile):
         if track is None or self.config.durability == "step" or track.newest + STEPS_UNDER_WAY < track.reserved:
             return
         reserved = track.newest + RESERVED_VERSIONS
-        await self._through(self.on_thread(lambda: self.store.reserve(entry.uid, reserved)))
+        await self._errands.through(self.on_thread(lambda: self.store.reserve(entry.uid, reserved)))
         track.reserved = max(track.reserved, reserved)
+
+    @contextlib.contextmanager
+    def stepping(self, entry: Entry) -> Iterator[None]:  # noqa: D102
+        track = self._tracks.get(entry.uid)
+        if track is None:
+            yield
+            return
+        track.steps_under_way += 1
+        try:
+            yield
+        finally:
+            track.steps_under_way -= 1
+            track.go_on()
+
+    async def seen(self, versions: Mapping[int, int]) -> None:
+        """With `--durability step`, what was shown stays. A step that a full disk keeps from being durable is shown."""
+        if self.config.durability != "step":
+            return
+        for uid, version in versions.items():
+            while (track := self._tracks.get(uid)) is not None and track.steps_under_way and track.durable < version:
+                await track.progress.wait()
 
     async def stepped(self, entry: Entry, result: OptimStepResult, record: ResponseRow | None) -> None:  # noqa: D102
         track = self._tracks.get(entry.uid)
         if track is None:
             return
-        if track.newest == track.durable:
-            track.since = self._clock()
-        track.newest = max(track.newest, result.version)
-        if record is not None:
-            track.records.append((result.version, record))
+        track.stepped(result.version, record, self._clock())
         if result.saved is not None:
-            await self._through(self._finish_written(entry.uid, asyncio.wrap_future(result.saved)))
+            await self._errands.through(self._finish_written(entry.uid, asyncio.wrap_future(result.saved)))
         elif self.config.steps and track.newest - track.durable >= self.config.steps:
             self._begin(entry.uid, track)
 
     async def finish_step(self, uid: int, version: int) -> None:  # noqa: D102
-        await self._through(self._until_durable(uid, version))
+        await self._errands.through(self._until_durable(uid, version))
 
     async def _finish_written(self, uid: int, writing: Awaitable[SaveResult]) -> None:
         await self._advance(uid, await writing)
@@ -234,6 +190,25 @@ class Durable(Volatile):
             await self._begin(uid, track)
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
+
+    def durable_version(self, uid: int) -> int | None:  # noqa: D102
+        track = self._tracks.get(uid)
+        return None if track is None else track.durable
+
+    async def checkpoint(  # noqa: D102
+        self, entry: Entry, client_state: bytes | None, record: Callable[[int], ResponseRow | None]
+    ) -> int:
+        track = self._tracks.get(entry.uid)
+        if track is None:
+            raise NotFound("ADAPTER_NOT_FOUND", f"adapter {entry.name!r} was deleted meanwhile", field="name")
+        if client_state is not None:
+            while track.saving is not None:  # it may be of the same version, and must not come after this one
+                await asyncio.wait((track.saving,))
+            await self._errands.through(self._renew(entry.uid, track, client_state))
+        await self._errands.through(self._until_durable(entry.uid, track.newest))
+        version = track.durable
+        await self.answered(record(version))
+        return version
 
     def lease_ended(self, key: str) -> None:  # noqa: D102
         for uid, track in self._tracks.items():
@@ -249,54 +224,75 @@ class Durable(Volatile):
             if track.newest > track.durable and track.saving is None and late:
                 self._begin(uid, track)
 
-    def _begin(self, uid: int, track: _Track) -> asyncio.Task[None]:
+    async def _renew(self, uid: int, track: Track, client_state: bytes) -> None:
+        await self._begin(uid, track, client_state)
+
+    def _begin(self, uid: int, track: Track, client_state: bytes | None = None) -> asyncio.Task[None]:
         """Begins a checkpoint, unless one is under way; a failure is logged, and told to who awaits the task."""
         if track.saving is None:
-            track.saving = asyncio.get_running_loop().create_task(self._checkpoint(uid, track))
+            track.saving = asyncio.get_running_loop().create_task(self._checkpoint(uid, track, client_state))
             track.saving.add_done_callback(lambda task: self._ended(track, task))
         return track.saving
 
-    def _ended(self, track: _Track, task: asyncio.Task[None]) -> None:
+    def _ended(self, track: Track, task: asyncio.Task[None]) -> None:
         track.saving = None
         error = None if task.cancelled() else task.exception()
         if error is not None:
             track.since = self._clock()
             log.warning("adapter %s is not durable beyond version %d: %s", track.key, track.durable, error)
 
-    async def _checkpoint(self, uid: int, track: _Track) -> None:
-        await self._advance(uid, await self._write(uid, track.kind))
+    async def _checkpoint(self, uid: int, track: Track, client_state: bytes | None) -> None:
+        await self._advance(uid, await self._write(uid, track.kind, client_state))
 
-    async def _write(self, uid: int, kind: AdapterKind) -> SaveResult:
-        job: Job[SaveResult] = SaveAdapterJob(adapter=uid, path=self.directory.fresh(uid), with_optimizer=kind.trained)
+    async def _write(self, uid: int, kind: AdapterKind, client_state: bytes | None = None) -> SaveResult:
+        job: Job[SaveResult] = SaveAdapterJob(
+            adapter=uid,
+            path=self.directory.fresh(uid),
+            with_optimizer=kind.trained,
+            with_client_state=True,
+            client_state=client_state,
+        )
         return await settle(self._worker, job)
 
     async def _advance(self, uid: int, saved: SaveResult) -> None:
         """Commits a checkpoint with the answers of the steps that are in it."""
         track = self._tracks.get(uid)
-        due = [record for version, record in track.records if version <= saved.version] if track else []
+        if track is None:  # the adapter was deleted meanwhile
+            self._forget([saved.path.name])
+            return
+        due = track.due(saved.version)
 
         def commit(checkpoint: CheckpointRow) -> list[str]:
             return self.store.advance(checkpoint, self.config.keep, due)
 
-        await self._commit(saved, uid, commit)
-        if track is not None:
-            track.durable = max(track.durable, saved.version)
-            track.since = self._clock()
-            track.records = [(version, record) for version, record in track.records if version > saved.version]
+        await self._commit(saved, replace(track.row, reserved=track.reserved), commit)
+        track.saved(saved.version, self._clock())
 
-    async def _commit(self, saved: SaveResult, uid: int, commit: Callable[[CheckpointRow], list[str]]) -> None:
-        def work() -> list[str]:
+    async def _commit(self, saved: SaveResult, row: AdapterRow, commit: Callable[[CheckpointRow], list[str]]) -> None:
+        if self.config.durability != "step" and AdapterKind(row.kind).trained:  # for who has lost the store
+            row = replace(row, reserved=max(row.reserved, saved.version + RESERVED_VERSIONS))
+
+        def put() -> CheckpointRow:
             failpoints.hit("after_rename")
-            dropped = commit(self.directory.row(saved.path, uid, saved.version))
+            return self.directory.put(saved.path, row, saved.version)
+
+        def committed(checkpoint: CheckpointRow) -> list[str]:
+            dropped = commit(checkpoint)
             failpoints.hit("after_commit")
             return dropped
 
         try:
-            dropped = await self.on_thread(work)
+            checkpoint = await self.on_storage(put)
+            dropped = await self.on_thread(lambda: committed(checkpoint))
         except BaseException:
-            self._aside(self.on_thread(lambda: self.directory.remove([saved.path.name])))
+            self._forget([saved.path.name])
             raise
-        self._aside(self.on_thread(lambda: self.directory.remove(dropped)))
+        self._forget(dropped)
+
+    def _forget(self, folders: list[str]) -> None:
+        """Deletes checkpoints that the store does not name any more; nobody waits for that."""
+        if folders:
+            self._errands.aside(self.on_storage(lambda: self.directory.remove(folders)))
 
     # ------------------------------------------------------------------------------------------------------- sessions
 
@@ -310,86 +306,33 @@ class Durable(Volatile):
             tuple(session.leases),
             session.tenant,
         )
-        self._note(lambda: self.store.put_session(row))
+        self._errands.note(lambda: self.store.put_session(row))
 
     def session_ended(self, session: Session) -> None:  # noqa: D102
         session_id = session.session_id
-        self._note(lambda: self.store.end_session(session_id))
-
-    def _note(self, work: Callable[[], None]) -> None:
-        note = asyncio.ensure_future(self.on_thread(work))
-        self._notes.add(note)
-        note.add_done_callback(self._notes.discard)
-        note.add_done_callback(_log_failure)
+        self._errands.note(lambda: self.store.end_session(session_id))
 
     async def synced(self) -> None:  # noqa: D102
-        if self._notes:
-            await asyncio.wait(tuple(self._notes))
+        await self._errands.noted()
 
     # ------------------------------------------------------------------------------------------------------------ end
 
     async def close(self) -> None:  # noqa: D102
         try:
-            await self._ended_asides()
+            await self._errands.ended()
             for uid, track in list(self._tracks.items()):
                 await self._last_checkpoint(uid, track)
             await self.synced()
-            await self._ended_asides()
+            await self._errands.ended()
         finally:
-            await asyncio.to_thread(self._thread.shutdown)
+            await self._errands.close()
             self.store.close()
             self.directory.close()
 
-    async def _last_checkpoint(self, uid: int, track: _Track) -> None:
+    async def _last_checkpoint(self, uid: int, track: Track) -> None:
         try:
             await self._until_durable(uid, track.newest)
             if track.reserved:
                 await self.on_thread(lambda: self.store.reserve(uid, 0))
         except OnebaseError as error:
             log.error("adapter %s is durable up to version %d only: %s", track.key, track.durable, error)
-
-    async def _through(self, work: Coroutine[Any, Any, None]) -> None:
-        """Does what must not stop half-way; the end of the server waits for it too."""
-        await unbroken(self._aside(work))
-
-    def _aside(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Begins what the end of the server waits for, if nobody else does."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._asides.add(task)
-        task.add_done_callback(self._asides.discard)
-        task.add_done_callback(_log_failure)
-        return task
-
-    async def _ended_asides(self) -> None:
-        while self._asides:
-            await asyncio.wait(tuple(self._asides))
-
-
-def open_durable(worker: WorkerLike, directory: StateDirectory, config: StateConfig) -> Durable:
-    """Opens the store of a directory that this process has locked, for the base that the worker has.
-
-    Raises:
-        ConfigError: the state belongs to another base, or to another version of onebase.
-    """
-    facts = worker.facts
-    try:
-        store = Store(directory.store_path)
-    except WrongStateError as error:
-        raise ConfigError(f"state is {str(config.path)!r}: {error}") from error
-    theirs = store.meta("base")
-    if theirs and theirs != facts.fingerprint:
-        model = store.meta("model")
-        store.close()
-        raise ConfigError(
-            f"state is {str(config.path)!r}: it belongs to the base {model!r} ({theirs[:12]}), and this server has "
-            f"{facts.model!r} ({facts.fingerprint[:12]}): serve that base, or give another directory"
-        )
-    if not theirs:
-        store.set_meta("model", facts.model)
-        store.set_meta("base", facts.fingerprint)
-    return Durable(worker, directory, store, config)
-
-
-def _log_failure(done: asyncio.Future[None]) -> None:
-    if not done.cancelled() and (error := done.exception()) is not None:
-        log.warning("the state directory could not be written: %s", error)

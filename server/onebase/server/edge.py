@@ -12,19 +12,20 @@ import grpc
 from google.protobuf.message import Message
 
 from onebase.server.access import Access
-from onebase.server.calls import deadline_of
+from onebase.server.calls import deadline_of, settled
 from onebase.server.catalog import Catalog
 from onebase.server.codec.sequences import SequenceReader
 from onebase.server.config import ServerConfig
-from onebase.server.durability import Volatile
+from onebase.server.disks import Disks
 from onebase.server.errors import OnebaseError, Unavailable
+from onebase.server.fences import Fences
 from onebase.server.idempotency import Idempotency, of_tenant
 from onebase.server.leases import Clock, Session, Sessions
-from onebase.server.paths import Roots
 from onebase.server.ports import TextLike, WorkerLike
 from onebase.server.quotas import AdapterQuotas, QuotaWorker
 from onebase.server.registry import Registry
 from onebase.server.texts import Texts
+from onebase.server.volatile import Volatile
 
 M = TypeVar("M", bound=Message)
 
@@ -35,6 +36,7 @@ class State(enum.Enum):
     LOADING = "loading"
     SERVING = "serving"
     DRAINING = "draining"
+    LOST = "lost"
 
 
 @dataclass
@@ -52,6 +54,8 @@ class Gate:
                 return Unavailable("LOADING", "the server still loads its adapters: try again soon", retry_after=1.0)
             case State.DRAINING:
                 return Unavailable("DRAINING", "the server is stopping: go on with it when it has started again")
+            case State.LOST:
+                return Unavailable("WORKER_CRASHED", "the engine crashed: repeat the call", retry_after=2.0)
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ class Edge:
     catalog: Catalog
     texts: Texts
     reader: SequenceReader
-    roots: Roots
+    disks: Disks
+    fences: Fences
     keeper: Volatile
     gate: Gate = field(default_factory=Gate)
     idempotency: Idempotency = field(default_factory=Idempotency)
@@ -95,7 +100,8 @@ class Edge:
         async def run() -> M:
             with self.sessions.use(request.session_id) as session:
                 response = await work(session, deadline)
-            await self.keeper.synced()
+            # The change is made: a cancel that comes now must not keep its answer from being stored.
+            await settled(self.keeper.synced())
             return response
 
         if request.session_id:
@@ -119,21 +125,25 @@ def build_edge(
         clock: of the sessions; monotonic, in seconds.
         keeper: of what outlives the process; None: nothing does.
     """
-    sessions, registry, texts = Sessions(clock), Registry(), Texts(text)
+    tenant = config.quota_of_tenants()
+    most = min(config.quota.sessions or config.limits.max_sessions, config.limits.max_sessions)
+    sessions = Sessions(clock, max_sessions=most, max_per_tenant=tenant.sessions)
+    registry, texts = Registry(), Texts(text)
     keeper = keeper or Volatile()
     sessions.changed, sessions.ended = keeper.session_changed, keeper.session_ended
-    tenant = config.quota_of_tenants()
+    sessions.abandoned = keeper.abandoned
     worker = QuotaWorker(worker, tenant, config.quota)
-    adapters = AdapterQuotas(registry, tenant, config.quota)
+    adapters, fences = AdapterQuotas(registry, tenant, config.quota), Fences()
     return Edge(
         worker=worker,
         config=config,
         sessions=sessions,
         registry=registry,
         access=Access(registry, sessions),
-        catalog=Catalog(worker, registry, sessions, keeper, adapters),
+        catalog=Catalog(worker, registry, sessions, keeper, adapters, fences),
         texts=texts,
         reader=SequenceReader(texts, worker.facts, config.limits),
-        roots=Roots(config.roots),
+        disks=Disks(config),
+        fences=fences,
         keeper=keeper,
     )

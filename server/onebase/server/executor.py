@@ -1,25 +1,20 @@
-"""One engine step, from a plan to answers. Whatever a job does wrong ends that job alone.
-
-If a step of several jobs fails, each job's part is run again by itself, so that only the guilty one fails; running a
-row twice changes nothing, since a row's numbers are kept only after the whole step succeeded.
-"""
+"""One engine step, from a plan to answers. Whatever a job does wrong ends that job alone (see `isolation`)."""
 
 from __future__ import annotations
 
-import logging
-import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from onebase.server.config import Limits
 from onebase.server.engine import Engine, training
 from onebase.server.engine.batch import Row
 from onebase.server.engine.engine import Decoding, Draw, Scoring, all_facts
-from onebase.server.errors import Internal, OnebaseError
+from onebase.server.isolation import AnyTask, Isolation, told
 from onebase.server.jobs import (
+    ClientStateJob,
     CreateAdapterJob,
     DeleteAdapterJob,
     DescribeAdaptersJob,
@@ -34,11 +29,7 @@ from onebase.server.meter import Meter
 from onebase.server.scheduler import Plan
 from onebase.server.tasks import Completion, GenerateTask, PassTask, Prefill, ScoreTask, StepTask
 
-log = logging.getLogger(__name__)
-
-AnyTask = ScoreTask | GenerateTask | PassTask | StepTask
 Scored = tuple[ScoreTask, int]
-Part = TypeVar("Part")
 
 
 def _as_it_is(result: Any) -> object:
@@ -74,7 +65,13 @@ class Executor:
         self._engine = engine
         self._limits = limits
         self._begin_aside = begin_aside
+        self._isolation = Isolation(engine)
         self.generated, self.scored, self.trained = Meter(), Meter(), Meter()
+
+    @property
+    def too_many(self) -> int:
+        """Tokens of the last step, if memory was too short for all of them together; 0 otherwise."""
+        return self._isolation.too_many
 
     # ----------------------------------------------------------------------------------------------- inference
 
@@ -89,8 +86,11 @@ class Executor:
         parts: list[tuple[AnyTask, Scored | Completion | Prefill]]
         parts = [(task, (task, index)) for task, index in scores if not task.ended]
         parts += [(completion.task, completion) for completion in self._make_room(running)]
-        parts += [(task, prompt) for task in prompts if not task.ended for prompt in task.take(self._engine)]
-        self._isolate(parts, self._infer_step)
+        for task in prompts:
+            if not task.ended:
+                self._isolation.attempt(task, task.take, self._engine)
+        parts += [(task, prompt) for task in prompts if not task.ended for prompt in task.filling]
+        self._isolation.run(parts, self._infer_step)
 
     def _make_room(self, running: Sequence[Completion]) -> list[Completion]:
         """The completions that go on; the youngest ones give up their slots while the cache's budget is too small."""
@@ -107,6 +107,10 @@ class Executor:
         scorings = [Scoring(row := task.job.rows[index], task.weights[row.adapter]) for task, index in scores]
         decodings = [self._decoding(group) for group in groups]
         results, drawn = engine.step(scorings, decodings)
+        for part in groups:
+            if isinstance(part, Prefill):
+                part.completions[0].task.share(engine, part)
+        # From here on numbers are kept, and nothing may fail any more but a task by itself.
         prefilled = sum(part.stop - part.done for part in groups if isinstance(part, Prefill))
         self.scored.add(prefilled + sum(len(s.row.tokens) for s in scorings))
         self.generated.add(sum(len(d.draws) for d in decodings))
@@ -114,12 +118,12 @@ class Executor:
             if isinstance(part, Prefill):
                 part.completions[0].task.filled(engine, part)
         for (task, index), result in zip(scores, results, strict=True):
-            self._attempt(task, task.accept, engine, index, result)
+            self._isolation.attempt(task, task.accept, engine, index, result)
         for part, tokens in zip(groups, drawn, strict=True):
             completions = part.completions if isinstance(part, Prefill) else [part]
             for completion, one in zip(completions, tokens, strict=False):  # no token before a prompt's end
                 if not completion.task.ended:
-                    self._attempt(completion.task, completion.task.accept, engine, completion, one)
+                    self._isolation.attempt(completion.task, completion.task.accept, engine, completion, one)
 
     def _decoding(self, part: Completion | Prefill) -> Decoding:
         eos = self._engine.facts.eos_token_ids
@@ -139,14 +143,14 @@ class Executor:
         """Optimizer steps, then rows of one or several passes in one batch."""
         for task in plan.steps:
             if isinstance(task, StepTask):
-                self._attempt(task, self._end_round, task)
+                self._isolation.run([(task, task)], self._end_rounds)
         passes = [task for task in plan.trains if isinstance(task, PassTask)]
         for task in passes:
             self._begin(task)
-        self._isolate([(task, task) for task in passes if not task.ended], self._train_step)
+        self._isolation.run([(task, task) for task in passes], self._train_step)
         for task in passes:
             if not task.ended and not task.next_cost():
-                self._attempt(task, self._finish_pass, task)
+                self._isolation.attempt(task, self._finish_pass, task)
 
     def _train_step(self, tasks: Sequence[PassTask]) -> None:
         training.run(self._engine, [(task.state, task.next_rows()) for task in tasks if task.state is not None])
@@ -158,6 +162,10 @@ class Executor:
         if task.state is not None:
             task.succeed(self._engine, training.finish(task.state))
 
+    def _end_rounds(self, tasks: Sequence[StepTask]) -> None:
+        for task in tasks:
+            self._end_round(task)
+
     def _end_round(self, task: StepTask) -> None:
         task.begin(self._engine)
         adapter, job = self._engine.adapter(task.adapter), task.job
@@ -168,40 +176,25 @@ class Executor:
         adapter.check_version(job.expected_version)
         adapter.check_pending(job.expected_pending)
         norm, applied = adapter.step(job.adamw, job.max_grad_norm)
+        adapter.leave(job.client_state)
         saved = None if job.save_to is None else self._save_step(task.adapter, job.save_to)
         task.succeed(self._engine, OptimStepResult(adapter.weights.version, norm, applied, adapter.facts(), saved))
 
     def _save_step(self, uid: int, path: Path) -> Future[SaveResult]:
-        """Begins to write the version that a step has just made, before any other step can be made."""
-        job = SaveAdapterJob(adapter=uid, path=path, with_optimizer=True)
-        self._begin_aside(job, self._save(job))
-        return job.done
+        """Begins to write the version that a step has just made, before any other step can be made.
 
-    # ------------------------------------------------------------------------------------------------- failure
+        The step is made: what fails here fails its saving alone, which can be asked for again.
+        """
+        job = SaveAdapterJob(adapter=uid, path=path, with_optimizer=True, with_client_state=True)
+        try:
+            self._begin_aside(job, self._save(job))
+        except Exception as error:
+            job.done.set_exception(told(error))
+        return job.done
 
     def _begin(self, task: AnyTask) -> None:
         if not task.begun and not task.ended:
-            self._attempt(task, task.begin, self._engine)
-
-    def _isolate(self, parts: Sequence[tuple[AnyTask, Part]], run: Callable[[Sequence[Part]], None]) -> None:
-        """Runs parts of several tasks together; if that fails, each task's parts by themselves."""
-        owners = list(dict.fromkeys(task for task, _ in parts))
-        if len(owners) > 1:
-            try:
-                return run([part for _, part in parts])
-            except Exception as error:
-                log.warning("a step of %d requests failed (%s): running each by itself", len(owners), error)
-        for owner in owners:
-            if not owner.ended:
-                self._attempt(owner, run, [part for task, part in parts if task is owner])
-        return None
-
-    def _attempt(self, task: AnyTask, act: Callable[..., object], *arguments: object) -> None:
-        """Runs something for one task; what it raises ends the task."""
-        try:
-            act(*arguments)
-        except Exception as error:
-            task.fail(self._engine, told(error))
+            self._isolation.attempt(task, task.begin, self._engine)
 
     # --------------------------------------------------------------------------------------------------- admin
 
@@ -223,13 +216,18 @@ class Executor:
         if isinstance(job, DeleteAdapterJob):
             engine.delete(job.adapter)
             return None
+        if isinstance(job, ClientStateJob):
+            return engine.adapter(job.adapter).client_state
         if isinstance(job, DescribeAdaptersJob):
             return all_facts(engine.adapters)
         raise TypeError(f"a job of an unknown kind, {type(job).__name__}")
 
     def _save(self, job: SaveAdapterJob) -> Aside:
         engine = self._engine
-        adapter = engine.snapshot(job.adapter, with_optimizer=job.with_optimizer)
+        engine.adapter(job.adapter).leave(job.client_state)
+        adapter = engine.snapshot(
+            job.adapter, with_optimizer=job.with_optimizer, with_client_state=job.with_client_state
+        )
 
         def write() -> SaveResult:
             if job.merged:
@@ -237,12 +235,3 @@ class Executor:
             return engine.formats.save(adapter, job.path, with_optimizer=job.with_optimizer, overwrite=job.overwrite)
 
         return Aside(write, release=lambda: engine.release(adapter.weights))
-
-
-def told(error: Exception) -> OnebaseError:
-    """What a client is told of an error: a bug becomes an id under which the log has the story."""
-    if isinstance(error, OnebaseError):
-        return error
-    ticket = uuid.uuid4().hex[:12]
-    log.error("internal error %s", ticket, exc_info=error)
-    return Internal("INTERNAL", f"an internal error, logged as {ticket}")

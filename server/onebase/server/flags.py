@@ -35,7 +35,14 @@ def sources(flag: str, values: list[str] | None, *, with_path: bool) -> tuple[Ad
 
 
 def state_config(
-    path: Path | None, durability: str, steps: int, seconds: float, keep: int, restore: list[str] | None
+    path: Path | None,
+    durability: str,
+    steps: int,
+    seconds: float,
+    keep: int,
+    restore: list[str] | None,
+    checkpoints: str = "",
+    adopt: bool = False,
 ) -> StateConfig | None:
     """The flags of durability as settings; None without --state.
 
@@ -43,7 +50,12 @@ def state_config(
         ConfigError: one that cannot work, or that needs --state.
     """
     if path is None:
-        for flag, given in (("--durability step", durability == "step"), ("--restore", bool(restore))):
+        for flag, given in (
+            ("--durability step", durability == "step"),
+            ("--restore", bool(restore)),
+            ("--checkpoints", bool(checkpoints)),
+            ("--adopt", adopt),
+        ):
             if given:
                 raise ConfigError(f"{flag} needs a directory: give --state DIR too")
         return None
@@ -53,7 +65,7 @@ def state_config(
         if not version.isdigit():
             raise ConfigError(f"--restore is {value!r}: give it as NAME=VERSION")
         chosen.append((name, int(version)))
-    return StateConfig(path, durability, steps, seconds, keep, tuple(chosen))
+    return StateConfig(path, durability, steps, seconds, keep, tuple(chosen), checkpoints, adopt)
 
 
 def reward_sources(

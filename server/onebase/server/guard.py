@@ -132,6 +132,8 @@ class Guard(grpc.aio.ServerInterceptor):
                 try:
                     async with asyncio.timeout(self._idle):
                         await context.write(response)
+                except grpc.aio.InternalError as error:  # the client is gone, and its context may not say so yet
+                    raise asyncio.CancelledError from error
                 except TimeoutError:
                     raise ResourceExhausted(
                         "SLOW_CONSUMER",

@@ -38,6 +38,8 @@ _RESPONSES: Mapping[str, type[Message]] = {
     "LoadAdapter": types_pb2.Adapter,
     "UploadAdapter": types_pb2.Adapter,
     "DeleteAdapter": adapters_pb2.DeleteAdapterResponse,
+    "SaveAdapter": adapters_pb2.SaveAdapterResponse,
+    "CheckpointAdapter": adapters_pb2.CheckpointAdapterResponse,
     "OptimStep": training_pb2.OptimStepResponse,
 }
 """The methods whose answers outlive the process."""

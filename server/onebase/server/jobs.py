@@ -21,11 +21,16 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from onebase.server.identity import OPERATOR
+
 BASE = 0
 """The uid of the base with no adapter."""
 
 PEFT_DEFAULT = "peft-default"
 """As the only target module: the layers that PEFT adapts of this architecture where nobody names any."""
+
+MAX_CLIENT_STATE = 2**20
+"""Most bytes that a trainer keeps with its adapter."""
 
 Tokens = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -179,6 +184,15 @@ class OptimStepResult:
 
 
 @dataclass(frozen=True)
+class ClientState:
+    """What a trainer keeps with its adapter: opaque to the server."""
+
+    data: bytes = b""
+    version: int = 0
+    """The adapter's version that it was left with."""
+
+
+@dataclass(frozen=True)
 class SaveResult:
     """Where an adapter was written."""
 
@@ -309,7 +323,8 @@ R = TypeVar("R")
 class Job(Generic[R]):
     """A request on its way through the worker. `done` gets the result or an OnebaseError, exactly once."""
 
-    session: str = ""  # whose queue it stands in; "" is everybody without a session
+    tenant: str = OPERATOR  # whose turns it takes
+    session: str = ""  # in which of that tenant's queues; "" is all calls without a session
     deadline: float | None = None  # on time.monotonic's clock
     done: Future[R] = field(default_factory=Future, repr=False)
     _cancelled: threading.Event = field(default_factory=threading.Event, repr=False)
@@ -423,6 +438,7 @@ class OptimStepJob(Job[OptimStepResult]):
     max_grad_norm: float = 0.0  # 0 does not clip
     expected_version: int | None = None
     expected_pending: int | None = None  # passes whose gradients must not have been lost
+    client_state: bytes | None = None  # kept with the new version; None keeps what is there
     save_to: Path | None = None  # also write exactly the new version there, with its optimizer
 
     work = Work.TRAIN
@@ -473,8 +489,17 @@ class SaveAdapterJob(Job[SaveResult]):
     adapter: int
     path: Path
     with_optimizer: bool = False
+    with_client_state: bool = False
     overwrite: bool = False
     merged: bool = False
+    client_state: bytes | None = None  # replaces, before it is written, what is kept with the adapter
+
+
+@dataclass(eq=False, kw_only=True)
+class ClientStateJob(Job[ClientState]):
+    """Reads what is kept with an adapter for its trainer."""
+
+    adapter: int
 
 
 @dataclass(eq=False, kw_only=True)

@@ -1,19 +1,19 @@
-"""Where clients may have adapters loaded from and saved to: under the server's roots, symlinks followed first.
+"""Where clients may have adapters loaded from and saved to: under the server's roots.
 
-A path is checked when it is given. Whoever can swap a directory under a root for a symlink between then and the
-reading has the server's files anyway: roots are for directories that only the operator and the server write.
+The operator uses the roots whole, symlinks followed first, and checked when a path is given: they are directories
+that only the operator and the server write. Any other tenant has ROOT/TENANT of each (`walls`), and what is shared.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from onebase.server.errors import FailedPrecondition, InvalidArgument, PermissionDenied
+from onebase.server.walls import OURS, Place
 
 _MAX_LENGTH = 4096
-_OUR_FILES = ("adapter_config.json", "onebase.json")
-"""Only a directory that has one of these is ever overwritten."""
 
 
 class Roots:
@@ -21,27 +21,31 @@ class Roots:
 
     Args:
         roots: directories; they are resolved once, here.
+        shared: directories to load from alone, for every tenant; resolved too.
     """
 
-    def __init__(self, roots: Sequence[Path]) -> None:
+    def __init__(self, roots: Sequence[Path], shared: Sequence[Path] = ()) -> None:
         self._roots = tuple(root.resolve() for root in roots)
+        self._shared = tuple(root.resolve() for root in shared)
+        self._as_given = tuple(root.absolute() for root in roots)
+        self._shared_as_given = tuple(root.absolute() for root in shared)
 
     def readable(self, path: str) -> Path:
-        """The directory that a client wants an adapter loaded from, resolved.
+        """The directory that the operator wants an adapter loaded from, resolved.
 
         Raises:
             InvalidArgument: BAD_PATH.
             FailedPrecondition: NO_ROOTS.
             PermissionDenied: PATH_OUTSIDE_ROOTS, of the directory or of a file that a symlink in it leads to.
         """
+        roots = (*self._roots, *self._shared)
         resolved = self._resolve(path)
-        files = [one.resolve() for one in _links(resolved)]
-        if not all(any(one.is_relative_to(root) for root in self._roots) for one in (resolved, *files)):
-            raise self._outside(path)
+        if not _within(resolved, roots):
+            raise _outside(path, roots)
         return resolved
 
     def writable(self, path: str) -> Path:
-        """The directory that a client wants an adapter saved to, resolved: under a root, and no root itself.
+        """The directory that the operator wants an adapter saved to, resolved: under a root, and no root itself.
 
         Raises:
             InvalidArgument: BAD_PATH.
@@ -50,8 +54,8 @@ class Roots:
         """
         resolved = self._resolve(path)
         if not any(root in resolved.parents for root in self._roots):
-            raise self._outside(path)
-        ours = any((resolved / name).is_file() for name in _OUR_FILES)
+            raise _outside(path, self._roots)
+        ours = any((resolved / name).is_file() for name in OURS)
         if resolved.is_dir() and any(resolved.iterdir()) and not ours:
             raise FailedPrecondition(
                 "NOT_AN_ADAPTER",
@@ -60,8 +64,50 @@ class Roots:
             )
         return resolved
 
-    def _resolve(self, path: str) -> Path:
-        if not self._roots:
+    def shared(self, path: str) -> Path | None:
+        """A directory that the operator shares, resolved; None where the path names none.
+
+        Raises:
+            InvalidArgument: BAD_PATH.
+            FailedPrecondition: NO_ROOTS.
+        """
+        self._check_form(path)
+        plain = _plain(path)
+        if not any(plain.is_relative_to(root) for root in (*self._shared, *self._shared_as_given)):
+            return None
+        resolved = self._resolve(path)
+        return resolved if _within(resolved, self._shared) else None
+
+    def place(self, path: str, tenant: str) -> Place:
+        """A path in a tenant's own directories; whether anything is there is not looked at.
+
+        Raises:
+            InvalidArgument: BAD_PATH.
+            FailedPrecondition: NO_ROOTS.
+            PermissionDenied: PATH_OUTSIDE_ROOTS, of whatever is not the tenant's own, there or not.
+        """
+        self._check_form(path)
+        names = (*zip(self._roots, self._roots, strict=True), *zip(self._as_given, self._roots, strict=True))
+        homes = [(name / tenant, root) for name, root in names]
+        for home, root in homes if os.path.isabs(path) else homes[:1]:
+            plain = _plain(home / path)
+            if plain.is_relative_to(home):
+                return Place(root, tenant, plain.relative_to(home).parts, path)
+        raise _outside(path, [*(root / tenant for root in self._roots), *self._shared])
+
+    def own(self, path: str, tenant: str) -> Place:
+        """As `place`, of a path that is not the tenant's whole directory: what may be written.
+
+        Raises:
+            OnebaseError: as `place`.
+        """
+        place = self.place(path, tenant)
+        if not place.parts:
+            raise _outside(path, [root / tenant for root in self._roots])
+        return place
+
+    def _check_form(self, path: str) -> None:
+        if not (self._roots or self._shared):
             raise FailedPrecondition(
                 "NO_ROOTS",
                 "this server reads and writes no paths for clients: start it with --root DIR",
@@ -75,8 +121,11 @@ class Roots:
             raise InvalidArgument(
                 "BAD_PATH", f"path is no path: use at most {_MAX_LENGTH} characters, none of them NUL", field="path"
             )
+
+    def _resolve(self, path: str) -> Path:
+        self._check_form(path)
         try:
-            resolved = (self._roots[0] / path).resolve()
+            resolved = ((*self._roots, *self._shared)[0] / path).resolve()
             resolved.exists()  # fails for names that no file system takes
         except (OSError, RuntimeError):  # RuntimeError: a circle of symlinks
             raise InvalidArgument(
@@ -84,13 +133,25 @@ class Roots:
             ) from None
         return resolved
 
-    def _outside(self, path: str) -> PermissionDenied:
-        return PermissionDenied(
-            "PATH_OUTSIDE_ROOTS",
-            f"path {path!r} leads outside the server's roots: use a directory under one of "
-            + ", ".join(str(root) for root in self._roots),
-            field="path",
-        )
+
+def _outside(path: str, roots: Sequence[Path]) -> PermissionDenied:
+    return PermissionDenied(
+        "PATH_OUTSIDE_ROOTS",
+        f"path {path!r} leads outside the server's roots: use a directory under one of "
+        + (", ".join(str(root) for root in roots) or "those that --root names, of which there are none"),
+        field="path",
+    )
+
+
+def _plain(path: str | Path) -> Path:
+    """A path without "..", as it reads: no symlink is looked at."""
+    return Path(os.path.normpath(path))
+
+
+def _within(folder: Path, roots: Sequence[Path]) -> bool:
+    """Whether a directory, and what symlinks in it lead to, is under one of the roots."""
+    files = [one.resolve() for one in _links(folder)]
+    return all(any(one.is_relative_to(root) for root in roots) for one in (folder, *files))
 
 
 def _links(folder: Path) -> list[Path]:

@@ -33,6 +33,14 @@ class WorkerLike(Protocol):
         """How long the engine's step under way has gone on; 0 while there is nothing to do. Returns at once."""
         ...
 
+    def lost(self) -> str:
+        """The ticket under which the log says why the engine cannot be trusted any more; "" while it can."""
+        ...
+
+    def abandon(self, why: str) -> str:
+        """Answers all work UNAVAILABLE, and lets nothing count that the engine still does. Returns the ticket."""
+        ...
+
     def start(self) -> None:
         """Begins to work."""
         ...

@@ -156,6 +156,14 @@ class QuotaWorker:
         """The worker's."""
         return self._worker.stuck_seconds()
 
+    def lost(self) -> str:
+        """The worker's."""
+        return self._worker.lost()
+
+    def abandon(self, why: str) -> str:
+        """As the worker does."""
+        return self._worker.abandon(why)
+
     def start(self) -> None:
         """Begins to work."""
         self._worker.start()

@@ -2,11 +2,13 @@
 
 An adapter comes back under its name, with its newest checkpoint and its version. Where versions may have been made that
 are lost, it gets a version that was never given. One whose checkpoint is damaged keeps its name, and every call that
-names it is told DATA_LOSS and which checkpoint is whole.
+names it is told DATA_LOSS and which checkpoint is whole; unless the registry itself was lost, and made again from the
+checkpoints: then the newest that is whole is taken.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -22,6 +24,8 @@ from onebase.server.names import name_of
 from onebase.server.ports import WorkerLike
 from onebase.server.registry import Entry, Registry, owner_of
 from onebase.server.store import AdapterRow, CheckpointRow
+
+log = logging.getLogger(__name__)
 
 _FAR = 5
 """So many older checkpoints are looked at for one that is whole."""
@@ -60,7 +64,7 @@ async def restore(durable: Durable, rooms: Rooms, told: Told, *, frozen: Collect
     """
     store, directory = durable.store, durable.directory
     known = await durable.on_thread(lambda: [row.folder for row in store.checkpoints()])
-    await durable.on_thread(lambda: directory.sweep(known))
+    await durable.on_storage(lambda: directory.sweep(known))
     rooms.registry.start_after(await durable.on_thread(lambda: store.last_uid))
     anew = dict(frozen)
     rows = await durable.on_thread(store.adapters)
@@ -89,32 +93,46 @@ def check_trained(entry: Entry | None, name: str, kind: AdapterKind) -> None:
 
 
 async def _bring_back(durable: Durable, rooms: Rooms, told: Told, row: AdapterRow, version: int | None) -> None:
-    began = time.monotonic()
     checkpoints = await durable.on_thread(lambda: durable.store.checkpoints(row.uid))
     reserved = row.reserved
+    checkpoint = checkpoints[0] if version is None else _named(row.name, checkpoints, version)
     if version is not None:
-        checkpoint = _named(row.name, checkpoints, version)
         reserved = await _go_back(durable, row, checkpoints, checkpoint)
-    else:
-        checkpoint = checkpoints[0]
+    older = [one for one in checkpoints if one is not checkpoint][:_FAR]
     try:
-        await durable.on_thread(lambda: durable.directory.verify(checkpoint))
+        await _load(durable, rooms, told, row, checkpoint, reserved)
     except DataLoss as error:
-        older = [one for one in checkpoints if one is not checkpoint][:_FAR]
-        damage = await _offer(durable, row.name, error, older)
+        whole = await _whole(durable, older)
+        if durable.adopted and whole is not None:
+            log.warning("adapter %s: %s; it goes on from version %d", row.name, error, whole.version)
+            reserved = await _go_back(durable, row, checkpoints, whole)
+            await _load(durable, rooms, told, row, whole, reserved)
+            return
+        damage = _offer(row.name, error, whole)
         rooms.registry.damage(row.name, damage)
         told.damaged(row.name, damage)
-        return
-    kind = AdapterKind(row.kind)
-    job: Job[AdapterFacts] = LoadAdapterJob(
-        uid=row.uid,
-        name=row.name,
-        kind=kind,
-        path=durable.directory.path_of(checkpoint.folder),
-        with_optimizer=kind.trained,
-        least_version=reserved + 1 if reserved > checkpoint.version else 0,
-    )
-    facts = await settle(rooms.worker, job)
+
+
+async def _load(
+    durable: Durable, rooms: Rooms, told: Told, row: AdapterRow, checkpoint: CheckpointRow, reserved: int
+) -> None:
+    """Has the engine read a checkpoint, if it is whole.
+
+    Raises:
+        DataLoss: it is not.
+        OnebaseError: it cannot be read now, or not by this engine.
+    """
+    began, kind = time.monotonic(), AdapterKind(row.kind)
+    async with durable.verified(checkpoint) as path:
+        job: Job[AdapterFacts] = LoadAdapterJob(
+            uid=row.uid,
+            name=row.name,
+            kind=kind,
+            path=path,
+            with_optimizer=kind.trained,
+            least_version=reserved + 1 if reserved > checkpoint.version else 0,
+        )
+        facts = await settle(rooms.worker, job)
     entry = Entry(name_of(row.name), facts, row.create_time, row.source, owner_of(row.name))
     rooms.registry.restore(entry)
     durable.track(entry, checkpoint.version, reserved)  # a version that is new here is in no checkpoint yet
@@ -127,20 +145,29 @@ async def _go_back(durable: Durable, row: AdapterRow, checkpoints: list[Checkpoi
     await durable.on_thread(lambda: durable.store.reserve(row.uid, reserved))
     for newer in checkpoints[: checkpoints.index(chosen)]:
         await durable.on_thread(lambda folder=newer.folder: durable.store.forget(folder))  # type: ignore[misc]
-        await durable.on_thread(lambda folder=newer.folder: durable.directory.remove([folder]))  # type: ignore[misc]
+        await durable.on_storage(lambda folder=newer.folder: durable.directory.remove([folder]))  # type: ignore[misc]
     return reserved
 
 
-async def _offer(durable: Durable, name: str, error: DataLoss, older: list[CheckpointRow]) -> DataLoss:
-    """The error, and which older checkpoint is whole."""
+async def _whole(durable: Durable, older: list[CheckpointRow]) -> CheckpointRow | None:
+    """The first of these checkpoints that is what was written."""
     for one in older:
         try:
-            await durable.on_thread(lambda one=one: durable.directory.verify(one))  # type: ignore[misc]
+            await durable.on_storage(lambda one=one: durable.directory.verify(one))  # type: ignore[misc]
         except DataLoss:
             continue
-        way_out = f"version {one.version} is whole: start the server with --restore {name}={one.version} to go on there"
-        return DataLoss(error.reason, f"adapter {name!r}: {error}; {way_out}, or delete or replace the adapter")
-    return DataLoss(error.reason, f"adapter {name!r}: {error}; no older one is whole: delete or replace the adapter")
+        return one
+    return None
+
+
+def _offer(name: str, error: DataLoss, whole: CheckpointRow | None) -> DataLoss:
+    """The error, and which older checkpoint is whole."""
+    if whole is None:
+        return DataLoss(
+            error.reason, f"adapter {name!r}: {error}; no older one is whole: delete or replace the adapter"
+        )
+    way_out = f"version {whole.version} is whole: start the server with --restore {name}={whole.version} to go on there"
+    return DataLoss(error.reason, f"adapter {name!r}: {error}; {way_out}, or delete or replace the adapter")
 
 
 def _named(name: str, checkpoints: list[CheckpointRow], version: int) -> CheckpointRow:

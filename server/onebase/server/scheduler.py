@@ -2,29 +2,31 @@
 
 Kinds of work, in the order in which a step takes them: small score jobs of people and single calls (interactive),
 tokens of running completions, then prompts of new ones and bulk score jobs, which alternate. Training shares the device
-with all of these by time. Inside a kind, sessions take turns by the tokens they have been served (`turns`), so nobody's
-long queue holds up another's short one; the adapters that a session trains share its turns.
+with all of these by time. Inside a kind, tenants take turns by the tokens they have been served, and inside a tenant
+its sessions (`turns`). So nobody's long queue holds up another's short one, and many sessions get a tenant no more than
+one does; the adapters that a session trains share its turns.
 
-What everybody may count on, whatever others do, where n sessions have interactive rows:
+What everybody may count on, whatever others do, where n tenants have interactive rows. What is said of tenants is so of
+the sessions of one tenant among themselves; and the operator's sessions count as a tenant each in what may go ahead.
 
 * Size. A step has at most `step_tokens` tokens, running completions included, or `train_tokens` if it trains, unless a
   single row is longer. While interactive rows wait, prompts and bulk rows take at most an eighth of `step_tokens`; one
   that is longer goes first once they have kept it out of 3 steps.
-* Interactive. A session's row is in the next step if no waiting session was served less, if the session has not been
-  ahead of training, prompts or bulk rows since their last turns, and if rows of other such sessions leave room. Of any
+* Interactive. A tenant's row is in the next step if no waiting tenant was served less, if the tenant has not been
+  ahead of training, prompts or bulk rows since their last turns, and if rows of other such tenants leave room. Of any
   three steps while interactive rows wait, one has some.
 * Prompts and bulk rows. Interactive rows keep them out of at most 3 + n steps in a row; of their turns, each has every
   other. A prompt that waits for slots gets the next ones.
 * Training. While it and work that is not interactive wait, neither gets more device time than the other by more than
   the longest step of each. Interactive rows may go ahead of it for 7 times as long as its last step took, one step
-  more, and two steps more for each of the n sessions.
-* Sessions of one kind that both want something throughout. Scored tokens differ by at most two of the longest rows. A
-  prompt and an adapter have one turn in a step; in steps that leave the other session out, neither gets more tokens
+  more, and two steps more for each of the n tenants.
+* Tenants that both want something of one kind throughout. Scored tokens differ by at most two of the longest rows. A
+  request and an adapter have one turn in a step; in steps that leave the other tenant out, neither gets more tokens
   than the other does in all, but for three of the largest turns.
 * Absence. Who comes back is level with those who waited, but for one of the largest turns.
 
-So every request is done in a time that depends on what its session had waiting when it came, on the number of sessions
-and on the longest step, and on nothing that comes later.
+So every request is done in a time that depends on what its session had waiting when it came, on the number of
+tenants, of its own tenant's sessions, and on the longest step, and on nothing that comes later.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from onebase.server.jobs import Work
-from onebase.server.turns import FairQueue, Lead, Turns
+from onebase.server.turns import FairQueue, Lead, Owner, Shares, TenantQueue, Turns
 
 _AHEAD_OF_REST = 3
 """Steps in a row out of which interactive rows may keep prompts and bulk rows."""
@@ -50,7 +52,7 @@ class Task(Protocol):
     """Something under way that wants engine steps."""
 
     @property
-    def session(self) -> str:
+    def owner(self) -> Owner:
         """Whose turn it takes."""
 
     @property
@@ -71,8 +73,12 @@ class ScoreWork(Task, Protocol):
 class GenerateWork(Task, Protocol):
     """Prompts to complete."""
 
+    @property
+    def under_way(self) -> bool:
+        """Whether its next prompt only goes on, in the slots that it has."""
+
     def next_slots(self) -> int:
-        """Slots that its next prompt can use; 0 if the prompt is under way and has them."""
+        """Slots that its next prompt can use; 0 if it is under way."""
 
     def next_length(self) -> int:
         """Tokens that each of these slots must hold."""
@@ -120,15 +126,15 @@ class Scheduler:
     def __init__(self, step_tokens: int, train_tokens: int | None = None) -> None:
         self.step_tokens = step_tokens
         self.train_tokens = train_tokens or step_tokens
-        self.scores: dict[Work, FairQueue[ScoreWork]] = {Work.INTERACTIVE: FairQueue(), Work.SCORE: FairQueue()}
-        self.prompts: FairQueue[GenerateWork] = FairQueue(credit=1)
+        self.scores: dict[Work, TenantQueue[ScoreWork]] = {Work.INTERACTIVE: TenantQueue(), Work.SCORE: TenantQueue()}
+        self.prompts: TenantQueue[GenerateWork] = TenantQueue(credit=1)
         self.trains: FairQueue[TrainWork] = FairQueue()  # by adapter: its passes and steps keep their order
-        self._trainers = Turns(credit=1)  # sessions with passes
+        self._trainers = Shares(credit=1)  # tenants and sessions with passes
         self._sides = Turns()  # training and inference, in seconds
         self._rest = [Work.GENERATE, Work.SCORE]  # the first goes first
         self._ahead_of_rest = Lead()  # in steps
         self._ahead_of_training = Lead()  # in seconds
-        self._jumpers: set[str] | None = None  # if the present step goes ahead of training, sessions that let it
+        self._jumpers: set[Hashable] | None = None  # if the present step goes ahead of training, who let it
 
     def account(self, *, training: bool, seconds: float) -> None:
         """Notes how long the device worked for one side."""
@@ -150,23 +156,23 @@ class Scheduler:
         turn = bool(self.trains) and (behind or not inference)
         barred = self._ahead_of_training.barred if turn else frozenset()
         self._jumpers = None
-        if turn and not self.scores[Work.INTERACTIVE].owners(barred):
+        if turn and self.scores[Work.INTERACTIVE].next(barred) is None:
             return self._plan_training()
         plan = self._plan_inference(running, slots, barred)
         if turn:
-            self._jumpers = {task.session for task, _ in plan.scores if task.work is Work.INTERACTIVE}
+            self._jumpers = {task.owner.party for task, _ in plan.scores if task.work is Work.INTERACTIVE}
         return plan
 
     def keep_prompts(self, task: GenerateWork) -> None:
         """Lets a task stand in the queue of prompts exactly while it has some to begin."""
-        queued = self.prompts.has(task.session, task)
+        queued = self.prompts.has(task.owner, task)
         if task.next_cost() and not queued:  # a completion had to give up its slot
-            self.prompts.push(task.session, task)
+            self.prompts.push(task.owner, task)
         elif queued and not task.next_cost():
-            self.prompts.remove(task.session, task)
+            self.prompts.remove(task.owner, task)
 
     def _plan_inference(self, running: int, slots: Slots, barred: frozenset[Hashable]) -> Plan:
-        """Rows and prompts; no interactive rows of barred sessions, which may not go ahead of training."""
+        """Rows and prompts; no interactive rows of those who may not go ahead of training."""
         plan, room = Plan(decode=running > 0), self.step_tokens - running
         interactive = self.scores[Work.INTERACTIVE]
         share = min(room, self.step_tokens // 8)
@@ -182,7 +188,7 @@ class Scheduler:
         Whoever gets nothing, or less than the whole share, keeps the turn.
         """
         kinds, left = [kind for kind in self._rest if self._waits(kind, slots)], budget
-        ahead = {task.session for task, _ in plan.scores}
+        ahead = {task.owner.party for task, _ in plan.scores}
         for kind in kinds:
             if kind is Work.GENERATE:
                 taken = self._take_prompts(plan, left, slots)
@@ -200,38 +206,38 @@ class Scheduler:
         """Whether there are prompts that can go on or begin, or rows of a kind."""
         return any(True for _ in self._ready(slots)) if kind is Work.GENERATE else bool(self.scores[kind])
 
-    def _ready(self, slots: Slots) -> Iterator[tuple[Hashable, GenerateWork]]:
+    def _ready(self, slots: Slots) -> Iterator[tuple[Owner, GenerateWork]]:
         """Prompts that can go on, and those that can begin: none may take a place that one before it waits for."""
-        begun, longest = 0, 0
-        for owner in self.prompts.owners():
-            task = self.prompts.first(owner)
-            if wanted := task.next_slots():
+        begun, longest, full = 0, 0, False
+        for owner, task in self.prompts.in_turn(lambda task: task.under_way or not full):  # noqa: B023  as it is then
+            if not task.under_way:
                 longest = max(longest, task.next_length())
-                free = slots(longest) - begun  # none for those behind one that finds none: it would wait for ever
-                if free <= 0:
+                free = slots(longest) - begun
+                full = free <= 0  # and so for those behind it: it would wait for ever
+                if full:
                     continue
-                begun += min(wanted, free)
+                begun += min(task.next_slots(), free)
             yield owner, task
 
     def _take_scores(
-        self, plan: Plan, queue: FairQueue[ScoreWork], budget: int, barred: frozenset[Hashable] = frozenset()
+        self, plan: Plan, queue: TenantQueue[ScoreWork], budget: int, barred: frozenset[Hashable] = frozenset()
     ) -> int:
-        """Plans rows by turns, up to a barred session's: their tokens."""
+        """Plans rows by turns, up to those of somebody who is barred: their tokens."""
         left = budget
-        while owners := queue.owners(barred):
-            task = queue.first(owners[0])
+        while owner := queue.next(barred):
+            task = queue.first(owner)
             cost = task.next_cost()
             if cost > left and (plan.scores or plan.prompts):
                 break
             plan.scores.append((task, task.take()))
-            queue.charge(owners[0], cost)
+            queue.charge(owner, cost)
             left -= cost
             if not task.next_cost():
-                queue.remove(owners[0], task)
+                queue.remove(owner, task)
         return budget - left
 
     def _take_prompts(self, plan: Plan, budget: int, slots: Slots) -> int:
-        """Plans at most one prompt of each session: their tokens."""
+        """Plans prompts by turns, one of each request: their tokens."""
         left = budget
         for owner, task in self._ready(slots):
             cost = task.next_cost()
@@ -243,18 +249,18 @@ class Scheduler:
         return budget - left
 
     def _plan_training(self) -> Plan:
-        """One micro-batch or step of each adapter, by turns of their sessions, as many as fit."""
+        """One micro-batch or step of each adapter, by turns of their owners, as many as fit."""
         heads = [self.trains.first(adapter) for adapter in self.trains.owners()]
         plan, left = Plan(steps=[task for task in heads if not task.next_cost()]), self.train_tokens
         passes = [task for task in heads if task.next_cost()]
         while passes:
-            task = min(passes, key=lambda task: self._trainers.tag(task.session))
+            task = min(passes, key=lambda task: self._trainers.tags(task.owner))
             cost = task.next_cost()
             if cost > left and plan.trains:
                 break
             passes.remove(task)
             plan.trains.append(task)
             self.trains.charge(task.adapter, cost)
-            self._trainers.charge(task.session, cost)
+            self._trainers.charge(task.owner, cost)
             left -= cost
         return plan

@@ -10,13 +10,13 @@ import asyncio
 import contextlib
 import hashlib
 import shutil
-import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from onebase.server.errors import DataLoss, InvalidArgument, ResourceExhausted
+from onebase.server.errors import DataLoss, InvalidArgument, OnebaseError, ResourceExhausted
+from onebase.server.scratch import Scratch
 
 R = TypeVar("R")
 
@@ -34,9 +34,14 @@ class SpooledFile:
 
 
 class Spool:
-    """A directory that only this process may read, deleted when its last user has left; made when it is first used."""
+    """A directory that only this user may read, deleted when its last user has left; made when it is first used.
 
-    def __init__(self) -> None:
+    Args:
+        scratch: where it lies.
+    """
+
+    def __init__(self, scratch: Scratch) -> None:
+        self._scratch = scratch
         self._path: Path | None = None
         self._users = 0
 
@@ -49,7 +54,7 @@ class Spool:
         """
         if self._path is None:
             with _room():
-                self._path = Path(tempfile.mkdtemp(prefix="onebase-"))
+                self._path = self._scratch.fresh()
         self._users += 1
         try:
             yield self._path
@@ -70,7 +75,7 @@ async def receive(data: AsyncIterator[bytes], files: Sequence[SpooledFile], fold
     """
     with contextlib.closing(_Writer(files, folder)) as writer:
         async for piece in data:
-            await _elsewhere(lambda piece=piece: writer.write(piece))  # type: ignore[misc]
+            await elsewhere(lambda piece=piece: writer.write(piece))  # type: ignore[misc]
         writer.check_whole()
 
 
@@ -80,14 +85,14 @@ async def described(folder: Path) -> list[SpooledFile]:
     def describe() -> list[SpooledFile]:
         return [_describe(path) for path in sorted(folder.iterdir())]
 
-    return await _elsewhere(describe)
+    return await elsewhere(describe)
 
 
 async def pieces(files: Sequence[SpooledFile], folder: Path) -> AsyncGenerator[bytes, None]:
     """The bytes of these files, laid end to end."""
     for one in files:
         with (folder / one.name).open("rb") as file:
-            while piece := await _elsewhere(lambda file=file: file.read(CHUNK)):  # type: ignore[misc]
+            while piece := await elsewhere(lambda file=file: file.read(CHUNK)):  # type: ignore[misc]
                 yield piece
 
 
@@ -172,7 +177,20 @@ def _describe(path: Path) -> SpooledFile:
         return SpooledFile(path.name, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
-async def _elsewhere(function: Callable[[], R]) -> R:
+@contextlib.contextmanager
+def shown_as(folder: Path, name: str) -> Iterator[None]:
+    """Errors of a directory of the server's own in the words of who meant it: by the name that they know it by."""
+    try:
+        yield
+    except OnebaseError as error:
+        message = error.message.replace(f"{folder}/", f"{name}/" if name else "").replace(
+            str(folder), name or "the upload"
+        )
+        field = "files" if error.field == "path" and not name else error.field
+        raise type(error)(error.reason, message, field=field, retry_after=error.retry_after) from error
+
+
+async def elsewhere(function: Callable[[], R]) -> R:
     """Runs a short function on another thread; a cancel waits until it is done, so that nothing is written after it."""
     task = asyncio.ensure_future(asyncio.to_thread(function))
     try:

@@ -14,7 +14,7 @@ import errno
 import json
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -177,10 +177,7 @@ class Store:
         """A new adapter, in the place of any other of its name; returns the directories that nobody needs any more."""
         with self._transaction():
             dropped = self._remove(adapter.name)
-            self._db.execute(
-                "INSERT INTO adapters (name, uid, kind, create_time, source, reserved) VALUES (?, ?, ?, ?, ?, ?)",
-                (adapter.name, adapter.uid, adapter.kind, adapter.create_time, adapter.source, adapter.reserved),
-            )
+            self._add_adapter(adapter)
             self._set_meta("last_uid", str(max(self.last_uid, adapter.uid)))
             self._add_checkpoint(checkpoint)
             self._add_responses(responses)
@@ -189,14 +186,19 @@ class Store:
     def advance(self, checkpoint: CheckpointRow, keep: int, responses: Sequence[ResponseRow] = ()) -> list[str]:
         """A later checkpoint of an adapter, of which only the newest `keep` stay; of none if the adapter is gone.
 
-        Returns the directories that nobody needs any more.
+        It takes the place of one of the same version, which had another state of the client's. Returns the directories
+        that nobody needs any more.
         """
         with self._transaction():
             self._add_responses(responses)
             if not self._db.execute("SELECT 1 FROM adapters WHERE uid = ?", (checkpoint.uid,)).fetchone():
                 return [checkpoint.folder]
+            before = self.checkpoints(checkpoint.uid)
+            dropped = [one.folder for one in before if one.version == checkpoint.version]
+            kept = [checkpoint, *(one for one in before if one.version != checkpoint.version)]
+            kept.sort(key=lambda one: one.version, reverse=True)
+            dropped += [one.folder for one in kept[keep:]]
             self._add_checkpoint(checkpoint)
-            dropped = [one.folder for one in self.checkpoints(checkpoint.uid)[keep:]]
             self._db.executemany("DELETE FROM checkpoints WHERE folder = ?", [(folder,) for folder in dropped])
         return dropped
 
@@ -205,6 +207,23 @@ class Store:
         with self._transaction():
             self._add_responses(responses)
             return self._remove(name)
+
+    def answer(self, response: ResponseRow) -> None:
+        """Notes what a call was answered whose effect is not in here."""
+        with self._transaction():
+            self._add_responses([response])
+
+    def adopt(
+        self, adapters: Sequence[AdapterRow], checkpoints: Sequence[CheckpointRow], meta: Mapping[str, str]
+    ) -> None:
+        """Takes in what the lost store of another state has had, and facts about the whole state, all or nothing."""
+        with self._transaction():
+            for adapter in adapters:
+                self._add_adapter(adapter)
+            for checkpoint in checkpoints:
+                self._add_checkpoint(checkpoint)
+            for key, value in meta.items():
+                self._set_meta(key, value)
 
     def forget(self, folder: str) -> None:
         """Forgets one checkpoint."""
@@ -249,6 +268,12 @@ class Store:
 
     def _set_meta(self, key: str, value: str) -> None:
         self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    def _add_adapter(self, row: AdapterRow) -> None:
+        self._db.execute(
+            "INSERT INTO adapters (name, uid, kind, create_time, source, reserved) VALUES (?, ?, ?, ?, ?, ?)",
+            (row.name, row.uid, row.kind, row.create_time, row.source, row.reserved),
+        )
 
     def _add_checkpoint(self, row: CheckpointRow) -> None:
         self._db.execute(

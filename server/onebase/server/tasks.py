@@ -7,10 +7,11 @@ resolves its job's future exactly once.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from onebase.server import failpoints
 from onebase.server.errors import FailedPrecondition, OnebaseError, ResourceExhausted
 from onebase.server.jobs import (
     CompletionChunk,
@@ -25,6 +26,8 @@ from onebase.server.jobs import (
     ScoreResult,
     Work,
 )
+from onebase.server.memory import is_out_of_memory
+from onebase.server.turns import Owner
 
 if TYPE_CHECKING:
     from onebase.server.engine.adapters import Weights
@@ -50,9 +53,9 @@ class Task(Generic[J]):
         self.ended = False
 
     @property
-    def session(self) -> str:
+    def owner(self) -> Owner:
         """Whose turn it takes."""
-        return self.job.session
+        return Owner(self.job.tenant, self.job.session)
 
     @property
     def work(self) -> Work:
@@ -70,15 +73,19 @@ class Task(Generic[J]):
     def succeed(self, engine: Engine, result: object) -> None:
         """Ends with a result."""
         self._end(engine)
-        if self.job.done.set_running_or_notify_cancel():
+        if self._unanswered():
             self.job.done.set_result(result)
 
     def fail(self, engine: Engine, error: OnebaseError) -> None:
         """Ends with an error."""
         if not self.ended:
             self._end(engine)
-            if self.job.done.set_running_or_notify_cancel():
+            if self._unanswered():
                 self.job.done.set_exception(error)
+
+    def _unanswered(self) -> bool:
+        """Whether somebody waits for an answer that has not come from elsewhere."""
+        return not self.job.done.done() and self.job.done.set_running_or_notify_cancel()
 
     def _end(self, engine: Engine) -> None:
         self.ended = True
@@ -140,6 +147,7 @@ class Completion:
     read_tokens: int = 0  # by the detokenizer
     sent_tokens: int = 0
     sent_text: int = 0
+    starved: int = -1  # its length when it had the cache for itself, and memory ran out
 
     @property
     def place(self) -> tuple[int, int, int]:
@@ -243,16 +251,15 @@ class GenerateTask(Task[GenerateJob]):
 
     Args:
         job: the request.
-        step_tokens: most tokens of a prompt in one step.
+        step_tokens: most tokens of a prompt in one step; asked anew for each.
     """
 
-    def __init__(self, job: GenerateJob, step_tokens: int) -> None:
+    def __init__(self, job: GenerateJob, step_tokens: Callable[[], int]) -> None:
         super().__init__(job)
         self.weights: Weights | None = None
         self.running: list[Completion] = []
         self.filling: list[Prefill] = []  # several short prompts, or one long one
         self._step_tokens = step_tokens
-        self._together = step_tokens // SHARE
         self._waiting = [Completion(self, p, c) for p in range(len(job.prompts)) for c in range(job.n)]
         self._waiting.reverse()
 
@@ -276,9 +283,16 @@ class GenerateTask(Task[GenerateJob]):
     def release(self, engine: Engine) -> None:
         """Gives the version and the slots back."""
         engine.release(self.weights)
-        for completion in (*self.running, *(c for one in self.filling for c in one.completions)):
+        for completion in self.running:
             self._leave(engine, completion)
+        for filling in self.filling:
+            self._leave_filling(engine, filling)
         self.running, self.filling = [], []
+
+    @property
+    def under_way(self) -> bool:
+        """Whether its next prompts only go on, in the slots that they have."""
+        return bool(self.filling)
 
     def next_slots(self) -> int:
         """Slots that its next prompts can use, one for each completion; 0 if those prompts are under way."""
@@ -296,16 +310,16 @@ class GenerateTask(Task[GenerateJob]):
             together = self._next()
             firsts = [one for at, one in enumerate(together) if not (at and one.like(together[at - 1]))]
             total = sum(one.length for one in firsts)
-        return min(total, self._step_tokens)
+        return min(total, self._step_tokens())
 
     def _next(self) -> list[Completion]:
         """The completions that begin together: those of one prompt, and of more while they are short."""
         found: list[Completion] = []
-        total = 0
+        total, together = 0, self._step_tokens() // SHARE
         for completion in reversed(self._waiting):
             if not (found and completion.like(found[-1])):
                 total += completion.length
-                if found and total > self._together:
+                if found and total > together:
                     break
             found.append(completion)
         return found
@@ -319,7 +333,7 @@ class GenerateTask(Task[GenerateJob]):
         if not self.filling:
             self._begin_prompts(engine, len(self._next()))
         for one in self.filling:
-            one.stop = min(one.done + self._step_tokens, len(one.tokens))
+            one.stop = min(one.done + self._step_tokens(), len(one.tokens))
         return list(self.filling)
 
     def _begin_prompts(self, engine: Engine, most: int) -> None:
@@ -348,7 +362,12 @@ class GenerateTask(Task[GenerateJob]):
             return None
         shared = max(0, min(shared, len(tokens) - 1))  # the last token is run, for what comes after it
         if shared and source != first.slot:
-            engine.kv.copy(source, [first.slot], shared)
+            try:
+                engine.kv.copy(source, [first.slot], shared)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                shared = 0  # to copy is only quicker than to run it
         return Prefill(begun, tokens, shared, shared)
 
     @property
@@ -356,15 +375,26 @@ class GenerateTask(Task[GenerateJob]):
         """What made a slot's numbers: the adapter and its version."""
         return (0, 0) if self.weights is None else (self.weights.serial, self.weights.version)
 
+    def share(self, engine: Engine, filling: Prefill) -> None:
+        """Once a prompt is in the cache, gives it to all that begin from it; may be done twice."""
+        if filling.whole:
+            failpoints.hit("share")
+            first, others = filling.completions[0], filling.completions[1:]
+            engine.kv.copy(first.slot, [completion.slot for completion in others], filling.stop)
+
     def filled(self, engine: Engine, filling: Prefill) -> None:
-        """The step is done: a prompt, or a part of it, is in the cache."""
+        """The step is done: a prompt, or a part of it, is in the cache, and shared."""
         filling.done = filling.stop
-        first, others = filling.completions[0], filling.completions[1:]
-        engine.kv.note(first.slot, self._key, filling.tokens[: filling.done])
+        engine.kv.note(filling.completions[0].slot, self._key, filling.tokens[: filling.done])
         if filling.done == len(filling.tokens):
-            engine.kv.copy(first.slot, [completion.slot for completion in others], filling.done)
             self.running += filling.completions
             self.filling.remove(filling)
+
+    def withdraw(self, engine: Engine, filling: Prefill) -> None:
+        """Takes the slots of a prompt on its way into the cache away; it begins anew later."""
+        self.filling.remove(filling)
+        self._leave_filling(engine, filling)
+        self._waiting += reversed(filling.completions)
 
     def preempt(self, engine: Engine, completion: Completion) -> None:
         """Takes a running completion's slot away; it goes on later, from its tokens, as if nothing had happened."""
@@ -388,6 +418,13 @@ class GenerateTask(Task[GenerateJob]):
         held = completion.all_tokens[:-1] if completion.tokens else []
         engine.kv.give_back(completion.slot, self._key, held)
         completion.slot = -1
+
+    def _leave_filling(self, engine: Engine, filling: Prefill) -> None:
+        """Gives the slots of a prompt on its way back, saying how far it is in the cache."""
+        for completion in filling.completions:
+            held = filling.tokens[: filling.done] if completion is filling.completions[0] else []
+            engine.kv.give_back(completion.slot, self._key, held)
+            completion.slot = -1
 
 
 class PassTask(Task[ForwardBackwardJob]):
@@ -419,6 +456,16 @@ class PassTask(Task[ForwardBackwardJob]):
     def ran(self) -> None:
         """The next micro-batch was run."""
         self._batches.pop()
+
+    def halve(self) -> bool:
+        """Cuts what is left into micro-batches half as large as the next one; whether that was possible."""
+        rows, cost = self._batches[-1]
+        if rows <= self.job.rows_per_term:
+            return False
+        left = sum(count for count, _ in self._batches)
+        costs = [len(row.tokens) for row in self.job.rows[len(self.job.rows) - left :]]
+        self._batches = micro_batches(costs, cost // 2, self.job.rows_per_term)[::-1]
+        return True
 
 
 class StepTask(Task[OptimStepJob | DropGradientsJob]):

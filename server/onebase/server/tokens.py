@@ -89,6 +89,10 @@ class TokenFile:
             scopes: what it may do.
             adapters: the only policies and critics that it means; none means all of the tenant's.
             seconds: how long it is good for; None is for ever.
+
+        Raises:
+            TokenFileError: the file cannot be read; or the tenant's name is another's but for capitals: their
+                directories would be one on some file systems.
         """
         name = secrets.token_hex(6)
         whole = f"ob_{name}_{secrets.token_urlsafe(32)}"
@@ -103,6 +107,11 @@ class TokenFile:
             expires=None if seconds is None else now + seconds,
         )
         with self._changed() as tokens:
+            for known in (OPERATOR, *(one.tenant for one in tokens.values())):
+                if known != tenant and known.lower() == tenant.lower():
+                    raise TokenFileError(
+                        f"tenant {tenant!r} differs from {known!r} in capitals alone: use another name"
+                    )
             tokens[name] = token
         return whole
 

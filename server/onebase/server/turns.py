@@ -1,4 +1,4 @@
-"""Who goes next: turns between owners of tasks, and how far somebody may go ahead of another's turn.
+"""Who goes next: turns between tenants, and inside each between its sessions; how far somebody may go ahead of others.
 
 Turns are start-time fair queueing (Goyal et al. 1996): a deficit round robin without rounds. An owner has a tag, which
 grows with what he is served, and the lowest tag goes next. The highest tag that had its turn is the present: nobody is
@@ -9,10 +9,25 @@ gives no other.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterable
-from typing import Generic, TypeVar
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import Generic, NamedTuple, TypeVar
+
+from onebase.server.identity import OPERATOR
 
 T = TypeVar("T")
+
+
+class Owner(NamedTuple):
+    """Whose a task is."""
+
+    tenant: str
+    session: str
+    """Its queue; "" is all of the tenant's calls without a session."""
+
+    @property
+    def party(self) -> Hashable:
+        """Who may go ahead of others once: a tenant, however many sessions it has; of the operator, each session."""
+        return self if self.tenant == OPERATOR else self.tenant
 
 
 class Turns:
@@ -40,6 +55,29 @@ class Turns:
         self._least = self._now - self._credit * self._largest
         if len(self._tags) > 4096:  # the least tag is anybody's
             self._tags = {owner: tag for owner, tag in self._tags.items() if tag > self._least}
+
+
+class Shares:
+    """Turns of tenants, and inside each those of its sessions: who has many sessions gets no more by that.
+
+    Args:
+        credit: how many turns a tenant or a session may fall behind.
+    """
+
+    def __init__(self, credit: int = 0) -> None:
+        self._credit = credit
+        self._tenants = Turns(credit)
+        self._sessions: dict[str, Turns] = {}
+
+    def tags(self, owner: Owner) -> tuple[float, float]:
+        """What his tenant was served, and what he was: the least goes next."""
+        sessions = self._sessions.get(owner.tenant)
+        return self._tenants.tag(owner.tenant), sessions.tag(owner.session) if sessions else 0.0
+
+    def charge(self, owner: Owner, amount: float) -> None:
+        """Notes that it is an owner's turn, and what he is served."""
+        self._tenants.charge(owner.tenant, amount)
+        self._sessions.setdefault(owner.tenant, Turns(self._credit)).charge(owner.session, amount)
 
 
 class FairQueue(Generic[T]):
@@ -72,6 +110,17 @@ class FairQueue(Generic[T]):
         """An owner's oldest task."""
         return self._tasks[owner][0]
 
+    def in_turn(self, able: Callable[[T], bool]) -> Iterator[tuple[Hashable, T]]:
+        """Each task that is able when its turn comes, always the least served owner's next; `charge` counts at once."""
+        left = {owner: iter(tuple(tasks)) for owner, tasks in self._tasks.items()}
+        while left:
+            owner = min(left, key=self._turns.tag)
+            task = next(filter(able, left[owner]), None)
+            if task is None:
+                del left[owner]
+            else:
+                yield owner, task
+
     def charge(self, owner: Hashable, tokens: float) -> None:
         """Notes what an owner with tasks is served."""
         self._turns.charge(owner, tokens)
@@ -89,6 +138,73 @@ class FairQueue(Generic[T]):
         tasks.remove(task)
         if not tasks:
             del self._tasks[owner]
+
+
+class TenantQueue(Generic[T]):
+    """Tasks of the sessions of several tenants: tenants take turns, and inside each its sessions.
+
+    Args:
+        credit: how many turns a tenant or a session may fall behind.
+    """
+
+    def __init__(self, credit: int = 0) -> None:
+        self._credit = credit
+        self._queues: dict[str, FairQueue[T]] = {}  # who has waited longest since its last turn stands first
+        self._turns = Turns(credit)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._queues.values()))
+
+    def push(self, owner: Owner, task: T) -> None:
+        """Adds a task; who was away begins level with those who waited, with no credit for the time."""
+        self._queues.setdefault(owner.tenant, FairQueue(self._credit)).push(owner.session, task)
+
+    def next(self, barred: frozenset[Hashable] = frozenset()) -> Owner | None:
+        """Whose turn it is; None if that one's party is barred, or nobody has a task.
+
+        Of those who are level, barred ones stand last; of the others, who has waited longest is first.
+        """
+        heads = [(tenant, self._head(tenant, queue, barred)) for tenant, queue in self._queues.items() if queue]
+        tenant, session = min(heads, key=lambda head: (self._turns.tag(head[0]), head[1] is None), default=("", None))
+        return None if session is None else Owner(tenant, session)
+
+    def _head(self, tenant: str, queue: FairQueue[T], barred: frozenset[Hashable]) -> str | None:
+        if tenant in barred:
+            return None
+        turns = queue.owners(frozenset(one.session for one in barred if isinstance(one, Owner) and one[0] == tenant))
+        return str(turns[0]) if turns else None
+
+    def first(self, owner: Owner) -> T:
+        """An owner's oldest task."""
+        return self._queues[owner.tenant].first(owner.session)
+
+    def in_turn(self, able: Callable[[T], bool]) -> Iterator[tuple[Owner, T]]:
+        """Each task that is able when its turn comes, always the least served owner's next; `charge` counts at once."""
+        left = {tenant: queue.in_turn(able) for tenant, queue in self._queues.items() if queue}
+        while left:
+            tenant = min(left, key=self._turns.tag)
+            found = next(left[tenant], None)
+            if found is None:
+                del left[tenant]
+            else:
+                yield Owner(tenant, str(found[0])), found[1]
+
+    def charge(self, owner: Owner, tokens: float) -> None:
+        """Notes what an owner with tasks is served."""
+        self._turns.charge(owner.tenant, tokens)
+        queue = self._queues[owner.tenant] = self._queues.pop(owner.tenant)
+        queue.charge(owner.session, tokens)
+
+    def has(self, owner: Owner, task: T) -> bool:
+        """Whether a task stands in the queue."""
+        queue = self._queues.get(owner.tenant)
+        return queue is not None and queue.has(owner.session, task)
+
+    def remove(self, owner: Owner, task: T) -> None:
+        """Takes a task out, wherever it stands; nothing happens if it is not there."""
+        queue = self._queues.get(owner.tenant)
+        if queue is not None:
+            queue.remove(owner.session, task)
 
 
 class Lead:

@@ -4,20 +4,28 @@ loop:  take in new jobs  →  drop what was cancelled or is too late  →  plan 
 
 Files are read and written on threads beside it, so that no step waits for a disk: what they read of the device does not
 change, and what they make is taken in between two steps.
+
+What goes wrong in a job ends that job (`isolation`). An error that comes out of the loop itself, or one after which no
+number of the device can be trusted, ends the worker: whatever waits is answered UNAVAILABLE, and nothing more counts.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
 import time
+import uuid
 from collections import Counter, deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from typing import Any
 
+from onebase.server import failpoints
 from onebase.server.config import CPU_BUDGET, Budget, Limits
 from onebase.server.engine import Engine
 from onebase.server.errors import Cancelled, DeadlineExceeded, OnebaseError, ResourceExhausted, Unavailable
-from onebase.server.executor import AnyTask, Aside, Executor, told
+from onebase.server.executor import Aside, Executor
+from onebase.server.isolation import AnyTask, told
 from onebase.server.jobs import (
     BaseFacts,
     DropGradientsJob,
@@ -30,11 +38,18 @@ from onebase.server.jobs import (
     Work,
     WorkerStatus,
 )
+from onebase.server.memory import is_out_of_memory
+from onebase.server.pressure import Pressure
 from onebase.server.scheduler import Scheduler
 from onebase.server.tasks import GenerateTask, PassTask, ScoreTask, StepTask
 
+log = logging.getLogger(__name__)
+
 FILE_THREADS = 4
 """So many adapters are read or written at once; the others wait."""
+
+RESTART_SECONDS = 2.0
+"""What clients are told to wait at least after a crash."""
 
 
 class Worker:
@@ -55,13 +70,18 @@ class Worker:
         self._admin: deque[Job[Any]] = deque()
         self._tasks: list[AnyTask] = []
         self._counts: Counter[str] = Counter()  # unfinished jobs by session
+        self._jobs: set[Job[Any]] = set()  # that were not answered yet
         self._draining = False
         self._stop = False
+        self._lost = ""  # the ticket under which the log says why the engine cannot be trusted any more
+        self._train_tokens = budget.train_tokens  # passes are cut by this, whatever memory there is
+        self._pressure = Pressure(self._scheduler, engine.kv)
         self._steps = 0
         self._executor = Executor(engine, limits, self._begin_aside)
         self._turn: float | None = None  # when the turn under way began; None while there is nothing to do
         self._files = ThreadPoolExecutor(FILE_THREADS, thread_name_prefix="onebase-files")
         self._back: deque[tuple[Job[Any], Aside, Future[Any]]] = deque()  # from those threads
+        self._started = False
         self._thread = threading.Thread(target=self._run, name="onebase-worker", daemon=True)
 
     # --------------------------------------------------------------------------------------- for other threads
@@ -74,6 +94,7 @@ class Worker:
     def start(self) -> None:
         """Begins to work."""
         self._thread.start()
+        self._started = True
 
     def submit(self, job: Job[Any]) -> None:
         """Takes a job in; its future is resolved later, on the worker's thread.
@@ -83,14 +104,22 @@ class Worker:
             ResourceExhausted: too many jobs wait, of this session or in all.
         """
         with self._wake:
+            if self._lost:
+                raise crashed(self._lost)
             if self._stop or (self._draining and not isinstance(job, SaveAdapterJob)):
                 raise Unavailable("DRAINING", "the server is shutting down: connect again later", retry_after=5.0)
             if job.work is not Work.ADMIN:
                 self._check_room(job.session)
             self._counts[job.session] += 1
+            self._follow(job)
             job.done.add_done_callback(lambda _: self._forget(job.session))
             self._inbox.append(job)
             self._wake.notify()
+
+    def _follow(self, job: Job[Any]) -> None:
+        """Knows a job until it is answered."""
+        self._jobs.add(job)
+        job.done.add_done_callback(lambda _: self._jobs.discard(job))
 
     def _check_room(self, session: str) -> None:
         limits = self._limits
@@ -135,6 +164,27 @@ class Worker:
         began = self._turn
         return 0.0 if began is None else time.monotonic() - began
 
+    def lost(self) -> str:
+        """The ticket under which the log says why the engine cannot be trusted any more; "" while it can."""
+        if self._started and not (self._lost or self._stop or self._thread.is_alive()):
+            self.abandon("the engine's thread ended without a word")
+        return self._lost
+
+    def abandon(self, why: str, error: BaseException | None = None) -> str:
+        """Answers all work UNAVAILABLE, and lets nothing count that the engine still does. Returns the ticket."""
+        with self._wake:
+            if self._lost:
+                return self._lost
+            self._lost = uuid.uuid4().hex[:12]
+            self._wake.notify()
+            unanswered = list(self._jobs)
+        log.critical("the engine is lost, ticket %s: %s", self._lost, why, exc_info=error)
+        self._files.shutdown(wait=False, cancel_futures=True)
+        for job in unanswered:
+            with contextlib.suppress(InvalidStateError):  # answered just now
+                job.done.set_exception(crashed(self._lost))
+        return self._lost
+
     def drain(self, seconds: float) -> None:
         """Refuses new jobs, except to save adapters, and lets those under way finish for so long."""
         with self._wake:
@@ -149,22 +199,28 @@ class Worker:
         with self._wake:
             self._stop = True
             self._wake.notify()
-        if self._thread.is_alive():
+        if self._thread.is_alive() and not self._lost:  # a lost one may never end
             self._thread.join()
 
     # ------------------------------------------------------------------------------------- the worker's thread
 
     def _run(self) -> None:
+        try:
+            self._loop()
+        except BaseException as error:  # whatever it is: who knows what it left half done
+            self.abandon(f"{type(error).__name__} in its loop", error)
+
+    def _loop(self) -> None:
         while self._take_in():
-            try:
-                self._drop()
-                while self._admin:
-                    self._run_admin(self._admin.popleft())
-                while self._back:
-                    self._take_back(*self._back.popleft())
-                self._work()
-            except Exception as error:  # a bug in here must not hang every client
-                self._fail_all(told(error))
+            failpoints.hit("worker")
+            self._drop()
+            while self._admin:
+                self._run_admin(self._admin.popleft())
+            while self._back:
+                self._take_back(*self._back.popleft())
+            self._work()
+        if self._lost:
+            return
         self._fail_all(_gone())
         self._files.shutdown(cancel_futures=True)
         while self._back:
@@ -176,9 +232,9 @@ class Worker:
         """Waits until there is something to do, and sorts new jobs into their queues; False to stop."""
         with self._wake:
             self._turn = None
-            while not (self._inbox or self._tasks or self._admin or self._back or self._stop):
+            while not (self._inbox or self._tasks or self._admin or self._back or self._stop or self._lost):
                 self._wake.wait()
-            if self._stop:
+            if self._stop or self._lost:
                 return False
             self._turn = time.monotonic()
             jobs = list(self._inbox)
@@ -192,11 +248,11 @@ class Worker:
         if isinstance(job, ScoreJob):
             score = ScoreTask(job)
             self._tasks.append(score)
-            scheduler.scores[job.work].push(job.session, score)
+            scheduler.scores[job.work].push(score.owner, score)
         elif isinstance(job, GenerateJob):
-            generate = GenerateTask(job, scheduler.step_tokens)
+            generate = GenerateTask(job, lambda: scheduler.step_tokens)
             self._tasks.append(generate)
-            scheduler.prompts.push(job.session, generate)
+            scheduler.prompts.push(generate.owner, generate)
         elif isinstance(job, ForwardBackwardJob | OptimStepJob | DropGradientsJob):
             train = self._train_task(job)
             self._tasks.append(train)
@@ -206,7 +262,7 @@ class Worker:
 
     def _train_task(self, job: ForwardBackwardJob | OptimStepJob | DropGradientsJob) -> PassTask | StepTask:
         if isinstance(job, ForwardBackwardJob):
-            return PassTask(job, self._scheduler.train_tokens)
+            return PassTask(job, self._train_tokens)
         return StepTask(job)
 
     def _drop(self) -> None:
@@ -224,9 +280,9 @@ class Worker:
             task.fail(self._engine, error)
         if isinstance(task, ScoreTask):
             for queue in self._scheduler.scores.values():
-                queue.remove(task.session, task)
+                queue.remove(task.owner, task)
         elif isinstance(task, GenerateTask):
-            self._scheduler.prompts.remove(task.session, task)
+            self._scheduler.prompts.remove(task.owner, task)
         else:
             self._scheduler.trains.remove(task.adapter, task)
         if task in self._tasks:
@@ -248,6 +304,7 @@ class Worker:
             self._executor.train(plan)
         else:
             self._executor.infer(plan, running)
+        self._pressure.learn(training=training, too_many=self._executor.too_many)
         self._scheduler.account(training=training, seconds=time.perf_counter() - began)
         self._steps += 1
         for task in list(self._tasks):
@@ -270,16 +327,26 @@ class Worker:
             if job.cancelled:
                 raise Cancelled("CANCELLED", "the client cancelled")
             result = self._executor.admin(job)
+            if isinstance(result, Aside):
+                self._begin_aside(job, result)
+                return
         except Exception as error:
-            job.done.set_exception(told(error))
-            return
-        if isinstance(result, Aside):
-            self._begin_aside(job, result)
+            self._fail(job, error)
         else:
-            job.done.set_result(result)
+            self._succeed(job, result)
 
     def _begin_aside(self, job: Job[Any], aside: Aside) -> None:
-        self._files.submit(aside.work).add_done_callback(lambda done: self._bring_back(job, aside, done))
+        def work() -> Any:
+            failpoints.hit("files")
+            return aside.work()
+
+        try:
+            begun = self._files.submit(work)
+        except BaseException:  # there may be no room for another thread
+            aside.release()
+            raise
+        self._follow(job)
+        begun.add_done_callback(lambda done: self._bring_back(job, aside, done))
 
     def _bring_back(self, job: Job[Any], aside: Aside, done: Future[Any]) -> None:
         """Called on a thread of the files."""
@@ -289,14 +356,36 @@ class Worker:
 
     def _take_back(self, job: Job[Any], aside: Aside, done: Future[Any]) -> None:
         aside.release()
-        try:
-            if done.cancelled():
-                raise _gone()
-            result = aside.accept(done.result())
-        except Exception as error:
-            job.done.set_exception(told(error))
-        else:
+        error = _gone() if done.cancelled() else done.exception()
+        if error is None:
+            try:
+                result = aside.accept(done.result())
+            except Exception as refusal:
+                error = refusal
+            else:
+                self._succeed(job, result)
+        if error is not None:
+            self._fail(job, error)
+
+    def _fail(self, job: Job[Any], error: BaseException) -> None:
+        answer = told(error)
+        if is_out_of_memory(error):
+            self._engine.relieve()
+        with contextlib.suppress(InvalidStateError):  # answered from elsewhere: the engine is lost
+            job.done.set_exception(answer)
+
+    def _succeed(self, job: Job[Any], result: object) -> None:
+        with contextlib.suppress(InvalidStateError):
             job.done.set_result(result)
+
+
+def crashed(ticket: str) -> Unavailable:
+    """What is told of work that a lost engine had, or is asked for."""
+    return Unavailable(
+        "WORKER_CRASHED",
+        f"the engine crashed, logged as {ticket}: repeat the call when the server has started again",
+        retry_after=RESTART_SECONDS,
+    )
 
 
 def _gone() -> Unavailable:

@@ -12,8 +12,11 @@ import onebase.client as onebase
 from onebase.client import types as t
 from onebase.client.aio import connect
 from onebase.client.aio.keepalive import KeepAlive
+from onebase.client.aio.transport import Transport
+from onebase.client.codec import sessions as sessions_codec
 from onebase.client.errors import AbortedError, FailedPreconditionError, NotFoundError
 
+ATTEND = sessions_codec.attend("f" * 32)
 HELD = Failure(grpc.StatusCode.ABORTED, "policy_1 is leased", reason="LEASE_HELD", retry_after=0.001)
 PAIR, ROW = t.Sequence("p", "abc"), t.TrainingSequence([1], [2], *[np.zeros(1, np.float32)] * 4)
 SAMPLING = t.SamplingParams(max_new_tokens=2, n=2, seed=5)
@@ -199,9 +202,9 @@ class Heart:
         return True
 
 
-async def test_a_task_does_not_keep_alive_what_was_forgotten():
-    heart = Heart()
-    keepalive = KeepAlive(heart.beat, 0.001)
+async def test_a_task_does_not_keep_alive_what_was_forgotten(server):
+    heart, transport = Heart(), Transport(server.target, timeout=60.0)
+    keepalive = KeepAlive(transport, ATTEND, heart.beat, 0.001)
     await asyncio.wait_for(heart.beaten.wait(), 60)
     forgotten = weakref.ref(heart)
 
@@ -210,9 +213,10 @@ async def test_a_task_does_not_keep_alive_what_was_forgotten():
     gc.collect()
 
     assert forgotten() is None
+    await transport.close()
 
 
-async def test_stopping_cancels_a_beat_under_way():
+async def test_stopping_cancels_a_beat_under_way(server):
     begun = asyncio.Event()
 
     class Slow:
@@ -221,13 +225,66 @@ async def test_stopping_cancels_a_beat_under_way():
             await asyncio.sleep(60)
             return True
 
-    slow = Slow()
-    keepalive = KeepAlive(slow.beat, 0.001)
+    slow, transport = Slow(), Transport(server.target, timeout=60.0)
+    keepalive = KeepAlive(transport, ATTEND, slow.beat, 0.001)
     await asyncio.wait_for(begun.wait(), 60)
 
     await keepalive.stop(60)
 
     assert not keepalive.running
+    await transport.close()
+
+
+# --------------------------------------------------------------------------------------------------- attending
+
+
+async def test_a_session_is_attended_until_it_is_closed_and_its_task_ends(server):
+    server.attends = True
+    async with opened(server) as client:
+        session = await client.open_session("policy_1", ttl=0.03)
+        await arrived(server, "AttendSession", 1)
+        await asyncio.sleep(0.1)
+        assert session._keepalive.running
+        assert {request.session_id for request in server.requests["AttendSession"]} == {session.id}
+        assert not server.requests["KeepAlive"]
+
+        await session.close()
+
+        assert not session._keepalive.running
+        assert server.sessions == {}
+
+
+async def test_a_stream_that_breaks_is_opened_again(server):
+    server.attends, server.cuts = True, 3
+    server.fail("AttendSession", Failure(grpc.StatusCode.CANCELLED), Failure(grpc.StatusCode.INTERNAL))
+    async with opened(server) as client, client.open_session("policy_1", ttl=0.03) as session:
+        await arrived(server, "AttendSession", 6)
+        assert session._keepalive.running
+
+
+async def test_a_session_that_ended_or_a_client_that_was_closed_is_attended_no_more(server):
+    server.attends = True
+    async with opened(server) as client:
+        ended, other = await client.open_session("policy_1"), await client.open_session("policy_2")
+        await arrived(server, "AttendSession", 2)
+        del server.sessions[ended.id]
+        await becomes(lambda: not ended._keepalive.running)
+        assert other._keepalive.running
+        await client._transport.close()
+        await becomes(lambda: not other._keepalive.running)
+
+
+async def test_a_forgotten_session_is_let_go(server):
+    server.attends = True
+    async with opened(server) as client:
+        session = await client.open_session("policy_1")
+        await arrived(server, "AttendSession", 1)
+        keepalive = session._keepalive
+
+        del session
+        gc.collect()
+
+        await becomes(lambda: not keepalive.running)
 
 
 # -------------------------------------------------------------------------------------------- the active adapter

@@ -18,7 +18,7 @@ LEASE_SECONDS = 60.0
 
 
 def attach(
-    client: Client, policy: PolicyConfig, state: TrainerState | None, *, value_head: bool = True
+    client: Client, policy: PolicyConfig, state: TrainerState | None, *, last_session: str = "", value_head: bool = True
 ) -> tuple[Session, str]:
     """Opens the session that trains the policy.
 
@@ -26,6 +26,7 @@ def attach(
         client: connected to the server.
         policy: the policy's settings.
         state: the run to go on with, or None to begin with the policy as it is.
+        last_session: the session of the last run in this place, which may have died with it in its hands; "" if none.
         value_head: whether the algorithm needs the policy to have one.
 
     Returns:
@@ -34,12 +35,14 @@ def attach(
     Raises:
         ConfigError: the policy is not there and shall not be made, cannot be trained, or cannot be brought back.
     """
+    if last_session and state is None:  # its gradients are nothing to build upon
+        client.open_session(resume=last_session).close()
     session = client.open_session(
         ppo_adapter_name=policy.name if find(client, policy.name) else "",
         label=f"train {policy.name}"[:100],
         ttl=LEASE_SECONDS,
-        resume=state.session_id if state else "",
-        wait=LEASE_SECONDS + 10,  # a trainer that died holds the lease no longer than this
+        resume=last_session if state else "",
+        wait=LEASE_SECONDS + 10,  # a trainer that died elsewhere holds the lease no longer than this
     )
     try:
         there = find(client, policy.name)  # looked at again: until the lease was ours, others could train it

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from onebase.trainer.evaluation import Evaluation
 from onebase.trainer.parsing import ConfigError
 
 STATE_FILE = "trainer_state.json"
+SESSION_FILE = "session.json"
+LOCK_FILE = ".lock"
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,6 @@ class TrainerState:
     """The evaluation before the first step."""
     latest: Evaluation | None
     """The newest evaluation."""
-    session_id: str
-    """The session, to take up again while it lives. A secret."""
     adapter: AdapterMark
     """The policy."""
     critic: AdapterMark | None
@@ -96,6 +98,35 @@ def load_state(directory: Path) -> TrainerState | None:
         return TrainerState(**data)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError("resume", f"{path} is not a trainer's state ({error}); use resume: never") from error
+
+
+def save_session(directory: Path, session_id: str) -> None:
+    """Notes the session that trains, a secret, so that the next run has its lease at once, whatever ends this one."""
+    write_json(directory / SESSION_FILE, {"session_id": session_id})
+
+
+def load_session(directory: Path) -> str:
+    """The session of the last run in a directory; "" if none is known."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return str(json.loads((directory / SESSION_FILE).read_text(encoding="utf-8"))["session_id"])
+    return ""
+
+
+@contextlib.contextmanager
+def sole_run(directory: Path) -> Iterator[None]:
+    """Keeps other runs out of a directory while the block runs; one that was killed keeps nobody out.
+
+    Raises:
+        ConfigError: another run is there.
+    """
+    with (directory / LOCK_FILE).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                "output_dir", f"another run writes to {directory}; wait for its end, or set another output_dir"
+            ) from None
+        yield
 
 
 def write_json(path: Path, data: object) -> None:

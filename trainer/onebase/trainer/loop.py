@@ -12,7 +12,17 @@ import numpy as np
 
 from onebase.client.errors import FailedPreconditionError
 from onebase.trainer.attach import attach, attach_critic, find
-from onebase.trainer.checkpoint import STATE_FILE, AdapterMark, TrainerState, load_state, save_state, write_json
+from onebase.trainer.checkpoint import (
+    STATE_FILE,
+    AdapterMark,
+    TrainerState,
+    load_session,
+    load_state,
+    save_session,
+    save_state,
+    sole_run,
+    write_json,
+)
 from onebase.trainer.config import TrainConfig
 from onebase.trainer.display import Display, make_display
 from onebase.trainer.evaluation import Evaluation, evaluate
@@ -56,13 +66,19 @@ def train(
     judge = Judge(config)
     state = _state_to_resume(config)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(sole_run(config.output_path))
         interrupt = stack.enter_context(Interrupt())
         shown = stack.enter_context(display or make_display(f"onebase train {config.policy.name}"))
         client = client or stack.enter_context(_connect(config))
         session, origin = attach(
-            client, config.policy, state, value_head=config.algorithm == "ppo" and config.critic is None
+            client,
+            config.policy,
+            state,
+            last_session=load_session(config.output_path),
+            value_head=config.algorithm == "ppo" and config.critic is None,
         )
         stack.enter_context(session)
+        save_session(config.output_path, session.id)
         shown.note(origin)
         if config.critic is not None:
             shown.note(attach_critic(client, session, config.critic, state))
@@ -176,7 +192,6 @@ class Run:
                 kl=self._kl,
                 before=self._before,
                 latest=self._latest,
-                session_id=self._session.id,
                 adapter=replace(policy, version=self._learner.version or 0),
                 critic=critic,
             ),

@@ -19,8 +19,8 @@
 entered (`async with connect() as client`); `stream` is entered or iterated over, and everything else is awaited.
 Cancelling a task cancels the call that it waits for, on the server too.
 
-A client belongs to the event loop that it was made in. A task keeps a session alive, so a program that holds up the
-loop for longer than the session's ttl loses it: compute in a thread (`asyncio.to_thread`), or ask for a longer ttl.
+A client belongs to the event loop that it was made in. A program that holds up the loop keeps its sessions: they live
+by a stream, whose connection answers the server meanwhile.
 """
 
 from onebase.client.aio.client import AsyncClient, connect

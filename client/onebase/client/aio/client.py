@@ -203,7 +203,7 @@ class AsyncClient(Calls):
         Args:
             name: the adapter.
             path: a directory on the server, absolute or relative to the server's first root.
-            with_optimizer: also write the AdamW moments, so that training can go on from there.
+            with_optimizer: also write the AdamW moments and the client state, so that training can go on from there.
             overwrite: replace what is there; otherwise `AlreadyExistsError`.
             merged: write the base with the adapter merged into it, as a transformers model with its tokenizer, in the
                 base's dtype; a value head is not part of it. `FailedPreconditionError` for a quantized base.
@@ -229,7 +229,7 @@ class AsyncClient(Calls):
         Args:
             ppo_adapter_name: the active adapter; may be "" and set later.
             label: a name for people, shown in the status.
-            ttl: seconds that the session outlives a client that dies, 1 to 3600.
+            ttl: seconds that the session outlives a client that vanishes, 1 to 3600.
             resume: the id of a session to go on with, if it still lives.
             wait: seconds to wait for the lease if another session holds it; `AbortedError` after that.
             timeout: seconds for each attempt.

@@ -1,29 +1,45 @@
-"""A task that keeps a session alive while its client is busy with something else."""
+"""A task that keeps a session alive, and tells the server that the session's client is there."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import random
 import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any
+
+import grpc
+
+from onebase.client.aio.transport import Transport, task_is_cancelled
+from onebase.client.codec.rpc import Call
+from onebase.client.errors import CancelledError, NotFoundError, OnebaseError, UnimplementedError, translate
+from onebase.client.retry import Pauses
+from onebase.client.transport import CLIENT_CLOSED
 
 Beat = Callable[[], Coroutine[Any, Any, bool]]
 
 
 class KeepAlive:
-    """Awaits a method over and over, from a task of its own, until it returns False or `stop` is called.
+    """Attends a session from a task of its own, until the session ends or `stop` is called.
+
+    A stream lives as long as this process does, and is opened again where it breaks. A server that knows no such
+    streams has a method called over and over, until it returns False.
 
     The method's object is held weakly: when nobody else holds it any more, the task ends, and so the lease of a
     session that was forgotten runs out.
 
     Args:
-        beat: the bound method; returns whether to go on.
-        interval: seconds from one call to the next.
+        transport: sends the call.
+        attend: opens the stream.
+        beat: the bound method that is called where there are no streams; returns whether to go on.
+        interval: seconds from one call of it to the next, and the longest wait for another stream.
     """
 
-    def __init__(self, beat: Beat, interval: float) -> None:
-        run = _run(weakref.WeakMethod(beat), interval)
-        self._task = asyncio.get_running_loop().create_task(run, name="onebase-keepalive")
+    def __init__(self, transport: Transport, attend: Call[Any], beat: Beat, interval: float) -> None:
+        self._loop = asyncio.get_running_loop()
+        run = _run(transport, attend, weakref.WeakMethod(beat, self._forget), interval)
+        self._task = self._loop.create_task(run, name="onebase-keepalive")
 
     @property
     def running(self) -> bool:
@@ -35,8 +51,51 @@ class KeepAlive:
         self._task.cancel()
         await asyncio.wait([self._task], timeout=wait)
 
+    def _forget(self, _: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._task.cancel)
 
-async def _run(beat: weakref.WeakMethod[Beat], interval: float) -> None:
+
+async def _run(transport: Transport, attend: Call[Any], beat: weakref.WeakMethod[Beat], interval: float) -> None:
+    pauses = Pauses(transport.backoff, interval)
+    while True:
+        try:
+            await _listen(transport, attend, pauses)
+        except NotFoundError:
+            return
+        except UnimplementedError:
+            await _beat_on(beat, interval)
+            return
+        except OnebaseError as error:
+            if error.reason == CLIENT_CLOSED:
+                return
+            await asyncio.sleep(pauses.after(error, random.random()))
+        else:
+            return
+
+
+async def _listen(transport: Transport, attend: Call[Any], pauses: Pauses) -> None:
+    """Returns when the server ends the stream, because the session has ended.
+
+    Raises:
+        OnebaseError: the stream broke.
+    """
+    stream = transport.begin(attend, None)
+    try:
+        async for _ in stream:  # what it says may be older than the answers to calls, so only that it speaks counts
+            pauses.heard()
+    except grpc.RpcError as error:
+        raise translate(error, attend.rpc.method) from None
+    except asyncio.CancelledError:
+        if task_is_cancelled():
+            raise
+        transport.check_open()
+        raise CancelledError("the server cancelled the stream") from None
+    finally:
+        stream.cancel()
+
+
+async def _beat_on(beat: weakref.WeakMethod[Beat], interval: float) -> None:
     while True:
         await asyncio.sleep(interval)
         method = beat()

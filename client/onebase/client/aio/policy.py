@@ -127,6 +127,7 @@ class AsyncPolicy:
         max_grad_norm: float = 0.0,
         expected_version: int | None = None,
         expected_pending: int | None = None,
+        client_state: bytes | None = None,
         timeout: float | None = None,
     ) -> t.OptimStep:
         """Makes the policy's next version, as `AsyncSession.optim_step` does."""
@@ -136,8 +137,17 @@ class AsyncPolicy:
             adapter=self.name,
             expected_version=expected_version,
             expected_pending=expected_pending,
+            client_state=client_state,
             timeout=timeout,
         )
+
+    async def checkpoint(self, *, client_state: bytes | None = None, timeout: float | None = None) -> t.AdapterVersion:
+        """Makes the policy's newest version durable now, as `AsyncSession.checkpoint_adapter` does."""
+        return await self._session.checkpoint_adapter(self.name, client_state=client_state, timeout=timeout)
+
+    async def client_state(self, *, timeout: float | None = None) -> t.ClientState:
+        """What was left with the policy, as `AsyncSession.client_state` gives it."""
+        return await self._session.client_state(self.name, timeout=timeout)
 
     async def save(
         self,

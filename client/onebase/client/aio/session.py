@@ -38,9 +38,9 @@ _STOP_SECONDS = 1.0
 class AsyncSession(Calls):
     """An open session; `AsyncClient.open_session` makes one. Closes itself at the end of an `async with` block.
 
-    A method's adapter "" is the session's active one, `ppo_adapter_name`. A task in the background keeps the session
-    alive. Any number of tasks may use a session. Every method raises an `OnebaseError`; `timeout` is in seconds,
-    None takes the client's.
+    A method's adapter "" is the session's active one, `ppo_adapter_name`. A task in the background tells the server
+    that this client is there, so the session does not end while it is. Any number of tasks may use a session. Every
+    method raises an `OnebaseError`; `timeout` is in seconds, None takes the client's.
     """
 
     def __init__(self, transport: Transport, info: t.SessionInfo) -> None:
@@ -49,7 +49,8 @@ class AsyncSession(Calls):
         self._active = ActiveAdapter(info.ppo_adapter_name)
         self._closed = False
         self._beat_seconds = info.ttl_seconds / 3
-        self._keepalive = KeepAlive(self._beat, self._beat_seconds)
+        attend = sessions.attend(info.session_id)
+        self._keepalive = KeepAlive(transport, attend, self._beat, self._beat_seconds)
 
     @property
     def id(self) -> str:
@@ -235,12 +236,15 @@ class AsyncSession(Calls):
         adapter: str = "",
         expected_version: int | None = None,
         expected_pending: int | None = None,
+        client_state: bytes | None = None,
         timeout: float | None = None,
     ) -> t.OptimStep:
         """One AdamW step with the pending gradients, which makes the adapter's next version.
 
         `max_grad_norm` scales the adapter's gradients down to this global norm; 0 does not clip. What is expected is
-        checked as in `forward_backward`.
+        checked as in `forward_backward`. `client_state` is kept with that version, in every checkpoint of it, until
+        another replaces it: what a trainer wants back with the weights, as its step counter and its generator's state;
+        at most 1 MiB, and None keeps what is there. `client_state()` reads it.
         """
         call = training.optim_step(
             adamw,
@@ -248,6 +252,7 @@ class AsyncSession(Calls):
             adapter=adapter,
             expected_version=expected_version,
             expected_pending=expected_pending,
+            client_state=client_state,
             session_id=self.id,
             request_id=new_request_id(),
         )
@@ -302,9 +307,11 @@ class AsyncSession(Calls):
         if self._closed:
             return
         self._closed = True
-        await self._keepalive.stop(_STOP_SECONDS)
-        with suppress(NotFoundError, UnavailableError, DeadlineExceededError, CancelledError):
-            await self._transport.run(sessions.close(self.id), _CLOSE_SECONDS)
+        try:
+            with suppress(NotFoundError, UnavailableError, DeadlineExceededError, CancelledError):
+                await self._transport.run(sessions.close(self.id), _CLOSE_SECONDS)
+        finally:  # not before: a client that is no longer there has vanished, unless it has closed its session
+            await self._keepalive.stop(_STOP_SECONDS)
 
     async def __aenter__(self) -> AsyncSession:
         return self

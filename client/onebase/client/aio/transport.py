@@ -15,6 +15,7 @@ from onebase.client.channel import Security, open_async_channel
 from onebase.client.codec.rpc import Call
 from onebase.client.errors import CancelledError, OnebaseError, translate
 from onebase.client.retry import Backoff
+from onebase.client.transport import CLIENT_CLOSED
 
 Result = TypeVar("Result")
 
@@ -34,7 +35,7 @@ class Transport:
     ) -> None:
         self.target = target
         self._timeout = timeout
-        self._backoff = backoff or Backoff()
+        self.backoff = backoff or Backoff()
         security = security or Security()
         self._metadata = security.metadata
         self._channel = open_async_channel(target, security)
@@ -96,25 +97,25 @@ class Transport:
         """Sends a call whose answer is a stream, and gives it to be read."""
         return AsyncStream(self, call, timeout)
 
-    def begin(self, call: Call[Any], remaining: float) -> grpc.aio.UnaryStreamCall[Any, Any]:
-        """Starts one attempt of a streaming call."""
+    def begin(self, call: Call[Any], remaining: float | None) -> grpc.aio.UnaryStreamCall[Any, Any]:
+        """Starts one attempt of a streaming call; None has no deadline, and waits for a server as long as it takes."""
         self.check_open()
         send = self._channel.unary_stream(
             call.rpc.path,
             request_serializer=call.rpc.request.SerializeToString,
             response_deserializer=call.rpc.answer.FromString,
         )
-        return send(call.request, timeout=remaining, metadata=self._metadata)
+        return send(call.request, timeout=remaining, metadata=self._metadata, wait_for_ready=remaining is None)
 
     def attempts(self, call: Call[Any], timeout: float | None) -> Attempts:
         """The attempts of one call, of which the clock starts now."""
         seconds = self._timeout if timeout is None else timeout
-        return Attempts(self._backoff, repeatable=call.rpc.repeatable, seconds=seconds)
+        return Attempts(self.backoff, repeatable=call.rpc.repeatable, seconds=seconds)
 
     def check_open(self) -> None:
         """CancelledError if the transport was closed."""
         if self._closed.is_set():
-            raise CancelledError("the client is closed", reason="CLIENT_CLOSED") from None
+            raise CancelledError("the client is closed", reason=CLIENT_CLOSED) from None
 
     async def sleep(self, seconds: float) -> None:
         """Waits; CancelledError if the transport is closed meanwhile."""

@@ -25,6 +25,12 @@ LIST = Rpc("AdapterService/ListAdapters", pb.ListAdaptersRequest, pb.ListAdapter
 DELETE = Rpc("AdapterService/DeleteAdapter", pb.DeleteAdapterRequest, pb.DeleteAdapterResponse, repeatable=True)
 LOAD = Rpc("AdapterService/LoadAdapter", pb.LoadAdapterRequest, types_pb2.Adapter, repeatable=True)
 SAVE = Rpc("AdapterService/SaveAdapter", pb.SaveAdapterRequest, pb.SaveAdapterResponse, repeatable=True)
+CHECKPOINT = Rpc(
+    "AdapterService/CheckpointAdapter", pb.CheckpointAdapterRequest, pb.CheckpointAdapterResponse, repeatable=True
+)
+CLIENT_STATE = Rpc(
+    "AdapterService/GetClientState", pb.GetClientStateRequest, pb.GetClientStateResponse, repeatable=True
+)
 
 UPLOAD = Rpc("AdapterService/UploadAdapter", pb.UploadAdapterRequest, types_pb2.Adapter, repeatable=True)
 DOWNLOAD = Rpc("AdapterService/DownloadAdapter", pb.DownloadAdapterRequest, pb.DownloadAdapterResponse, repeatable=True)
@@ -139,6 +145,33 @@ def save(
 
 def _read_saved(response: pb.SaveAdapterResponse) -> t.SavedAdapter:
     return t.SavedAdapter(path=response.path, adapter=decode_version(response.adapter), bytes=response.bytes)
+
+
+def checkpoint(
+    name: str, *, client_state: bytes | None, request_id: str, session_id: str = ""
+) -> Call[t.AdapterVersion]:
+    """CheckpointAdapter."""
+    request = build(
+        pb.CheckpointAdapterRequest,
+        session_id=session_id,
+        request_id=request_id,
+        name=name,
+        client_state=client_state,
+    )
+    return CHECKPOINT.call(request, _read_durable)
+
+
+def _read_durable(response: pb.CheckpointAdapterResponse) -> t.AdapterVersion:
+    return decode_version(response.adapter)
+
+
+def client_state(name: str) -> Call[t.ClientState]:
+    """GetClientState."""
+    return CLIENT_STATE.call(build(pb.GetClientStateRequest, name=name), _read_client_state)
+
+
+def _read_client_state(response: pb.GetClientStateResponse) -> t.ClientState:
+    return t.ClientState(adapter=decode_version(response.adapter), data=response.client_state)
 
 
 def upload(

@@ -13,6 +13,7 @@ OPEN = Rpc("SessionService/OpenSession", pb.OpenSessionRequest, pb.Session, repe
 GET = Rpc("SessionService/GetSession", pb.GetSessionRequest, pb.Session, repeatable=True)
 SET_ACTIVE = Rpc("SessionService/SetActiveAdapter", pb.SetActiveAdapterRequest, pb.Session, repeatable=False)
 KEEP_ALIVE = Rpc("SessionService/KeepAlive", pb.KeepAliveRequest, pb.Session, repeatable=True)
+ATTEND = Rpc("SessionService/AttendSession", pb.AttendSessionRequest, pb.Session, repeatable=True)
 CLOSE = Rpc("SessionService/CloseSession", pb.CloseSessionRequest, pb.CloseSessionResponse, repeatable=False)
 
 
@@ -43,6 +44,11 @@ def set_active(session_id: str, name: str) -> Call[t.SessionInfo]:
 def keep_alive(session_id: str) -> Call[t.SessionInfo]:
     """KeepAlive."""
     return KEEP_ALIVE.call(build(pb.KeepAliveRequest, session_id=session_id), _read_session)
+
+
+def attend(session_id: str) -> Call[t.SessionInfo]:
+    """AttendSession."""
+    return ATTEND.call(build(pb.AttendSessionRequest, session_id=session_id), _read_session)
 
 
 def close(session_id: str) -> Call[None]:

@@ -113,6 +113,7 @@ def optim_step(
     adapter: str,
     expected_version: int | None,
     expected_pending: int | None = None,
+    client_state: bytes | None = None,
     session_id: str,
     request_id: str,
 ) -> Call[t.OptimStep]:
@@ -126,6 +127,7 @@ def optim_step(
         expected_pending=expected_pending,
         adamw=build(pb.AdamW, "adamw.", **vars(adamw)),
         max_grad_norm=max_grad_norm,
+        client_state=client_state,
     )
     return OPTIM_STEP.call(request, _read_optim_step)
 

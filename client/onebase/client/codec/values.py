@@ -265,6 +265,7 @@ def decode_adapter(adapter: pb.Adapter) -> t.Adapter:
         source=adapter.source,
         append_eos=adapter.append_eos if adapter.HasField("append_eos") else None,
         pooling=decode_name(POOLINGS, adapter.pooling) if adapter.pooling else None,
+        durable_version=adapter.durable_version if adapter.HasField("durable_version") else None,
     )
 
 

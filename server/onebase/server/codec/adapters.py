@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
+from onebase.server import patterns
 from onebase.server.catalog import LoadedAdapter, NewAdapter, SavedAdapter
 from onebase.server.codec.fields import integer, number, out_of_range, required
 from onebase.server.config import Limits
 from onebase.server.errors import InvalidArgument, ResourceExhausted
-from onebase.server.jobs import AdapterFacts, AdapterKind, LoraSpec, Pooling, SaveResult
+from onebase.server.identity import OPERATOR, caller
+from onebase.server.jobs import AdapterFacts, AdapterKind, ClientState, LoraSpec, Pooling, SaveResult
 from onebase.server.names import BASE_NAME, check_name, check_new_name
-from onebase.server.paths import Roots
 from onebase.server.registry import Entry
 from onebase.v1 import adapters_pb2, types_pb2
 
@@ -35,8 +35,6 @@ _Load = adapters_pb2.LoadAdapterRequest | adapters_pb2.UploadAdapterHeader
 
 _MAX_MODULES = 4096
 _MODULE = re.compile(r"[A-Za-z0-9_.-]{1,256}", re.ASCII)
-# A pattern is a regular expression to PEFT. Without repetition it can take no time to speak of to match.
-_PATTERN = re.compile(r"[A-Za-z0-9_.^$|()\[\]\\-]{1,256}", re.ASCII)
 
 
 def read_create(request: adapters_pb2.CreateAdapterRequest, limits: Limits) -> NewAdapter:
@@ -72,18 +70,8 @@ def read_create(request: adapters_pb2.CreateAdapterRequest, limits: Limits) -> N
     )
 
 
-def read_load(request: adapters_pb2.LoadAdapterRequest, roots: Roots) -> LoadedAdapter:
-    """Checks a request of LoadAdapter.
-
-    Raises:
-        InvalidArgument: naming the field.
-        FailedPrecondition, PermissionDenied: the path may not be read.
-    """
-    return replace(read_loaded(request), path=roots.readable(request.path))
-
-
 def read_loaded(request: _Load, source: str = "") -> LoadedAdapter:
-    """Checks what these two have in common; the path is still open.
+    """Checks a request to load an adapter, or the header of an upload; the path is still open.
 
     Raises:
         InvalidArgument: naming the field.
@@ -131,12 +119,11 @@ def _check_reward(kind: AdapterKind, field: str) -> None:
         )
 
 
-def read_save(request: adapters_pb2.SaveAdapterRequest, roots: Roots) -> SavedAdapter:
-    """Checks a request of SaveAdapter.
+def read_save(request: adapters_pb2.SaveAdapterRequest) -> SavedAdapter:
+    """Checks a request of SaveAdapter; the path is still open.
 
     Raises:
         InvalidArgument: naming the field.
-        FailedPrecondition, PermissionDenied: the path may not be written.
     """
     check_name(request.name, "name")
     if request.merged and request.with_optimizer:
@@ -145,8 +132,7 @@ def read_save(request: adapters_pb2.SaveAdapterRequest, roots: Roots) -> SavedAd
             "with_optimizer is set, and a merged model has no place for the moments: leave it out",
             field="with_optimizer",
         )
-    path = roots.writable(request.path)
-    return SavedAdapter(request.name, path, request.with_optimizer, request.overwrite, request.merged)
+    return SavedAdapter(request.name, Path(), request.with_optimizer, request.overwrite, request.merged)
 
 
 def read_kind(kind: int) -> AdapterKind | None:
@@ -175,8 +161,13 @@ def read_pooling(pooling: int) -> Pooling | None:
     return _POOLINGS[types_pb2.Pooling.ValueType(pooling)]
 
 
-def adapter_message(entry: Entry, *, leased: bool, all_names: bool = False) -> types_pb2.Adapter:
-    """An adapter as clients see it; with `all_names`, among those of all tenants: "tenant/name"."""
+def adapter_message(
+    entry: Entry, *, leased: bool, durable: int | None = None, all_names: bool = False
+) -> types_pb2.Adapter:
+    """An adapter as clients see it; with `all_names`, among those of all tenants: "tenant/name".
+
+    `durable` is its newest version that would be there after a crash, if any.
+    """
     facts = entry.facts
     return types_pb2.Adapter(
         name=entry.key if all_names else entry.name,
@@ -202,9 +193,10 @@ def adapter_message(entry: Entry, *, leased: bool, all_names: bool = False) -> t
         leased=leased,
         pending_gradients=facts.pending_gradients,
         create_time=entry.create_time,
-        source=entry.source,
+        source=entry.source if caller().tenant in (entry.owner, OPERATOR) else "",  # a path of the server's
         append_eos=facts.append_eos,
         pooling=_pooling_message(facts),
+        durable_version=durable,
     )
 
 
@@ -222,8 +214,22 @@ def save_response(name: str, result: SaveResult) -> adapters_pb2.SaveAdapterResp
     )
 
 
+def checkpoint_response(name: str, version: int) -> adapters_pb2.CheckpointAdapterResponse:
+    """The version of the adapter of that name that is durable."""
+    return adapters_pb2.CheckpointAdapterResponse(adapter=types_pb2.AdapterVersion(name=name, version=version))
+
+
+def client_state_response(name: str, state: ClientState) -> adapters_pb2.GetClientStateResponse:
+    """What is kept with the adapter of that name."""
+    version = types_pb2.AdapterVersion(name=name, version=state.version)
+    return adapters_pb2.GetClientStateResponse(adapter=version, client_state=state.data)
+
+
 def _read_lora(lora: types_pb2.LoraSpec, limits: Limits) -> LoraSpec:
     _check_modules(lora)
+    for field, keys in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        if len(keys) > _MAX_MODULES:
+            raise out_of_range(f"lora.{field}", f"a map of {len(keys)}", f"at most {_MAX_MODULES}")
     for pattern in (*lora.rank_pattern, *lora.alpha_pattern):
         _check_pattern(pattern, "lora.rank_pattern" if pattern in lora.rank_pattern else "lora.alpha_pattern")
     ranks = {
@@ -269,14 +275,6 @@ def _check_modules(lora: types_pb2.LoraSpec) -> None:
 
 def _check_pattern(pattern: str, field: str) -> None:
     try:
-        fine = _PATTERN.fullmatch(pattern) is not None
-        re.compile(pattern)
-    except re.error:
-        fine = False
-    if not fine:
-        raise InvalidArgument(
-            "BAD_MODULE_NAME",
-            f"{field} has the key {pattern[:256]!r}: use a module's name or path, or a regular expression of them "
-            "without repetition",
-            field=field,
-        )
+        patterns.check(pattern)
+    except patterns.PatternError as error:
+        raise InvalidArgument("BAD_PATTERN", f"{field} has the key {pattern[:256]!r}: {error}", field=field) from None

@@ -19,6 +19,7 @@ NAMES = (
     "adapter_model.safetensors",
     "value_head.safetensors",
     "optimizer.safetensors",
+    "client_state.bin",
     "onebase.json",
 )
 """What the directory of an adapter may hold."""

@@ -11,6 +11,7 @@ from onebase.server.codec.losses import check_adapter, check_pairs, read_arrays,
 from onebase.server.codec.sequences import Pair, SequenceReader
 from onebase.server.codec.tensors import float_tensor, read_mask
 from onebase.server.jobs import (
+    MAX_CLIENT_STATE,
     AdamW,
     ForwardBackwardJob,
     ForwardBackwardResult,
@@ -20,7 +21,7 @@ from onebase.server.jobs import (
     TrainRow,
 )
 from onebase.server.registry import Entry
-from onebase.v1 import training_pb2, types_pb2
+from onebase.v1 import adapters_pb2, training_pb2, types_pb2
 
 _ADAMW = AdamW(learning_rate=0.0)
 
@@ -75,6 +76,7 @@ def read_optim_step(request: training_pb2.OptimStepRequest, entry: Entry) -> Opt
         max_grad_norm=number(request.max_grad_norm, "max_grad_norm", least=0),
         expected_version=version(request, "expected_version"),
         expected_pending=_pending(request),
+        client_state=read_client_state(request),
     )
 
 
@@ -124,6 +126,22 @@ def _pending(request: training_pb2.ForwardBackwardRequest | training_pb2.OptimSt
     if request.expected_pending < 0:
         raise out_of_range("expected_pending", request.expected_pending, "0 or more")
     return request.expected_pending
+
+
+def read_client_state(
+    request: training_pb2.OptimStepRequest | adapters_pb2.CheckpointAdapterRequest,
+) -> bytes | None:
+    """What shall be kept with the adapter for its trainer; None keeps what is there.
+
+    Raises:
+        InvalidArgument: OUT_OF_RANGE for more than is kept.
+    """
+    if not request.HasField("client_state"):
+        return None
+    length = len(request.client_state)
+    if length > MAX_CLIENT_STATE:
+        raise out_of_range("client_state", f"{length} bytes", f"at most {MAX_CLIENT_STATE}")
+    return request.client_state
 
 
 def _beta(adamw: training_pb2.AdamW, name: str, default: float) -> float:

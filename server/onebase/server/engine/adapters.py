@@ -15,9 +15,19 @@ import torch
 from peft import LoraConfig
 from torch.optim.adamw import adamw
 
+from onebase.server import failpoints
 from onebase.server.engine.lora import LoraPair
 from onebase.server.errors import Aborted, FailedPrecondition
-from onebase.server.jobs import PEFT_DEFAULT, AdamW, AdapterFacts, AdapterKind, AdapterMemory, LoraSpec, Pooling
+from onebase.server.jobs import (
+    PEFT_DEFAULT,
+    AdamW,
+    AdapterFacts,
+    AdapterKind,
+    AdapterMemory,
+    ClientState,
+    LoraSpec,
+    Pooling,
+)
 
 _serials = itertools.count(1)
 
@@ -117,6 +127,12 @@ class Adapter:
     window: int = 0  # how many old versions are kept for those who may ask
     append_eos: bool | None = None  # of a reward: whether an end-of-sequence token belongs behind what it reads
     pooling: Pooling = Pooling.LAST_TOKEN  # of a reward: where its score is read
+    client_state: ClientState = field(default_factory=ClientState)
+
+    def leave(self, data: bytes | None) -> None:
+        """Keeps something for the client with the newest version; None keeps what is there."""
+        if data is not None:
+            self.client_state = ClientState(data, self.weights.version)
 
     def facts(self) -> AdapterFacts:
         """What is true of it now."""
@@ -206,37 +222,44 @@ class Adapter:
         Returns:
             The gradients' global norm before clipping, and how many passes they came from.
 
+        All memory that it needs is taken before anything is changed: without it, nothing is, and the gradients wait.
+
         Raises:
-            FailedPrecondition: without gradients, or if their norm is not finite; then they are dropped, and weights
-                and moments stay as they were, bit for bit.
+            FailedPrecondition: without gradients, or if their norm, or its square, is not finite; then they are
+                dropped, and weights and moments stay as they were, bit for bit.
         """
         if not self.pending:
             raise FailedPrecondition("NO_GRADIENTS", f"adapter {self.name!r} has no gradients: call ForwardBackward")
         gradients, applied = self.gradients, self.pending
-        self.drop_gradients()
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()]))
-        if not torch.isfinite(norm):
+        scale = torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        clipped = norm * scale if max_grad_norm > 0 else norm
+        if not torch.isfinite(clipped * clipped):  # AdamW squares them
+            self.drop_gradients()
             raise FailedPrecondition(
                 "NONFINITE_GRADIENT",
                 f"the gradients of adapter {self.name!r} have norm {norm.item()}: they were dropped and no step was "
                 "made; lower the learning rate or the rewards' scale",
             )
+        copied = self.weights.copy() if self.weights.readers or self.window else None
+        moments = self.moments or Moments.zeros(self.weights.parameters())
+        failpoints.hit("optimizer")
+        self.drop_gradients()
         if max_grad_norm > 0:
-            scale = torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_
             torch._foreach_mul_(list(gradients.values()), scale)
-        if self.weights.readers or self.window:
+        if copied is not None:
             self.old.append(self.weights)
-            self.weights = self.weights.copy()
-        self._adamw(settings, gradients)
+            self.weights = copied
+        self.moments = moments
+        self._adamw(settings, gradients, moments)
         self.weights.version += 1
         self._forget_old()
         return norm.item(), applied
 
-    def _adamw(self, settings: AdamW, gradients: Mapping[str, torch.Tensor]) -> None:
+    def _adamw(self, settings: AdamW, gradients: Mapping[str, torch.Tensor], moments: Moments) -> None:
+        """The step in place; torch's fused one takes no memory, so it cannot be half made."""
         parameters = self.weights.parameters()
-        if self.moments is None:
-            self.moments = Moments.zeros(parameters)
-        moments, names = self.moments, list(parameters)
+        names, device = list(parameters), next(iter(parameters.values())).device
         with torch.no_grad():
             adamw(
                 [parameters[name] for name in names],
@@ -244,7 +267,8 @@ class Adapter:
                 [moments.exp_avg[name] for name in names],
                 [moments.exp_avg_sq[name] for name in names],
                 [],
-                [torch.tensor(float(moments.step)) for _ in names],
+                [torch.tensor(float(moments.step), device=device) for _ in names],
+                fused=True,
                 amsgrad=False,
                 beta1=settings.beta1,
                 beta2=settings.beta2,

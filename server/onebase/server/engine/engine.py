@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from onebase.server import failpoints
 from onebase.server.engine.adapters import Adapter, Moments, Weights
 from onebase.server.engine.batch import Batch, Route, Row, flatten, row_multiple
 from onebase.server.engine.formats import Formats
@@ -34,6 +36,7 @@ from onebase.server.jobs import (
     BASE,
     AdapterFacts,
     BaseFacts,
+    ClientState,
     Floats,
     ForwardBackwardJob,
     RowResult,
@@ -156,7 +159,7 @@ class Engine:
         """Writes merged models. Any thread may use it."""
         return self._merger
 
-    def snapshot(self, uid: int, *, with_optimizer: bool) -> Adapter:
+    def snapshot(self, uid: int, *, with_optimizer: bool, with_client_state: bool = False) -> Adapter:
         """An adapter as it is now, for another thread to read: steps do not change it, and it takes no copy but of
         the moments, if they are wanted. Give its weights back with `release`.
 
@@ -164,9 +167,14 @@ class Engine:
             NotFound: it is gone.
         """
         adapter = self.adapter(uid)
-        adapter.weights.readers += 1
+        failpoints.hit("snapshot")
         moments = adapter.moments or Moments.zeros(adapter.weights.parameters()) if with_optimizer else None
-        return dataclasses.replace(adapter, moments=moments and moments.copy(), gradients={}, old=[])
+        kept = adapter.client_state if with_client_state else ClientState()
+        taken = dataclasses.replace(
+            adapter, moments=moments and moments.copy(), gradients={}, old=[], client_state=kept
+        )
+        adapter.weights.readers += 1
+        return taken
 
     def bind(self, uid: int, version: int | None = None) -> Weights | None:
         """Begins to read an adapter: a version of it, the newest if none is named, which now cannot change.
@@ -197,6 +205,14 @@ class Engine:
         self._stacks.drop()
         if self._segmented is not None:
             self._segmented.drop()
+
+    def relieve(self) -> None:
+        """Frees what only saves time, after memory ran out: nothing of the step that failed may be held any more."""
+        self.rest()
+        self.kv.forget()
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def begin_pass(self, job: ForwardBackwardJob) -> Pass:
         """A training pass before its first row; see `training`."""
@@ -239,6 +255,7 @@ class Engine:
         """One step without gradients: numbers for each scoring, and a list of drawn tokens for each decoding."""
         rows = [Row(s.weights, _needed(s.row)) for s in scorings]
         _, hidden = self.forward([*rows, *(d.row for d in decodings)])
+        failpoints.hit("infer")
         scored = self._score(scorings, rows, hidden)
         return scored, self._draw(decodings, hidden) if decodings else []
 

@@ -20,9 +20,11 @@ from safetensors.torch import load_file
 
 from onebase.server import failpoints
 from onebase.server.errors import AlreadyExists, DataLoss, InvalidArgument, NotFound, disk_full
+from onebase.server.jobs import MAX_CLIENT_STATE
 
 ADAPTER = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+CLIENT_STATE = "client_state.bin"
 MANIFEST = "onebase.json"
 
 _MANIFEST_TYPES = {"version": (int, "an integer"), "base": (dict, "an object"), "sha256": (dict, "an object")}
@@ -80,6 +82,7 @@ class SavedFiles:
         if path.exists():
             return path
         pickles = sorted(p.name for p in self.path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        pickles = [name for name in pickles if name != CLIENT_STATE]
         if pickles:
             raise InvalidArgument(
                 "PICKLE_ADAPTER",
@@ -96,21 +99,43 @@ class SavedFiles:
             DataLoss: the hash does not match.
             InvalidArgument: it is not a whole safetensors file.
         """
-        wanted = self._hashes.get(path.name)
-        if wanted is not None and sha256(path) != wanted:
-            raise DataLoss(
-                "HASH_MISMATCH", f"{path} is not what {MANIFEST} says it is: load another checkpoint", field="path"
-            )
+        self._check_hash(path)
         try:
             found: dict[str, torch.Tensor] = load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
             raise InvalidArgument("BAD_SAFETENSORS", f"{path} cannot be read: {error}", field="path") from error
         return found
 
+    def client_state(self) -> bytes:
+        """What its trainer kept with the adapter; empty where it kept nothing.
+
+        Raises:
+            DataLoss: the hash does not match.
+            InvalidArgument: it is too long.
+        """
+        path = self.path / CLIENT_STATE
+        if not path.exists():
+            return b""
+        if path.stat().st_size > MAX_CLIENT_STATE:
+            raise InvalidArgument(
+                "CLIENT_STATE_TOO_LONG",
+                f"{path} has {path.stat().st_size} bytes: at most {MAX_CLIENT_STATE} are kept with an adapter",
+                field="path",
+            )
+        self._check_hash(path)
+        return path.read_bytes()
+
+    def _check_hash(self, path: Path) -> None:
+        wanted = self._hashes.get(path.name)
+        if wanted is not None and sha256(path) != wanted:
+            raise DataLoss(
+                "HASH_MISMATCH", f"{path} is not what {MANIFEST} says it is: load another checkpoint", field="path"
+            )
+
     def _json(self, name: str) -> dict[str, Any]:
         try:
             found = json.loads((self.path / name).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # brackets a thousand deep
             raise InvalidArgument("BAD_JSON", f"{self.path / name} is not JSON: {error}", field="path") from error
         if not isinstance(found, dict):
             raise InvalidArgument("BAD_JSON", f"{self.path / name} is not a JSON object", field="path")

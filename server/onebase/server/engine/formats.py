@@ -4,6 +4,7 @@
     adapter_model.safetensors    base_model.model.{layer}.lora_{A,B}.weight; rewards: base_model.model.score.weight
     value_head.safetensors       v_head.summary.{weight,bias}, where there is a value head (TRL's names)
     optimizer.safetensors        AdamW's moments, where they were asked for
+    client_state.bin             what the trainer keeps with the adapter, beside the moments: bytes, never looked into
     onebase.json                 version, kind, the base's fingerprint and precision, the tokenizer's fingerprint, and a
                                  SHA-256 of each file; of rewards also append_eos and pooling
     tokenizer.json, …            not written; where TRL wrote them, they must be the base's
@@ -18,7 +19,7 @@ import logging
 import math
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from onebase.server.engine.adapters import Adapter, Head, Moments, Weights
-from onebase.server.engine.files import SavedFiles, write_directory
+from onebase.server.engine.files import CLIENT_STATE, SavedFiles, write_directory
 from onebase.server.engine.lora import LoraPair
 from onebase.server.engine.precision import widens
 from onebase.server.engine.settings import HEAD_NAMES, check_config, lora_config, read_config, trainable_config
@@ -41,12 +42,14 @@ from onebase.server.errors import FailedPrecondition, InvalidArgument, ResourceE
 from onebase.server.jobs import (
     AdapterKind,
     BaseFacts,
+    ClientState,
     CreateAdapterJob,
     LoadAdapterJob,
     Pooling,
     SaveResult,
     precision,
 )
+from onebase.server.patterns import PatternError, assigned, matching
 
 log = logging.getLogger(__name__)
 
@@ -157,12 +160,23 @@ class Formats:
     def targets(self, config: LoraConfig, field: str) -> dict[str, Target]:
         """The layers a configuration means, as PEFT finds them on this architecture.
 
+        PEFT is given no regular expression of a client's: what they match is found by `patterns`.
+
         Raises:
+            InvalidArgument: BAD_PATTERN: one takes too long to match.
             FailedPrecondition: it means none, or one that is not a linear layer inside the blocks.
         """
         plain = copy.copy(config)
         plain.modules_to_save = None
         plain.inference_mode = False
+        plain.rank_pattern, plain.alpha_pattern = {}, {}
+        try:
+            ranks = assigned(config.rank_pattern or {}, self._layers)
+            alphas = assigned(config.alpha_pattern or {}, self._layers)
+            plain.target_modules = self._spelled(config.target_modules)
+            plain.exclude_modules = self._spelled(config.exclude_modules)
+        except PatternError as error:
+            raise InvalidArgument("BAD_PATTERN", f"a pattern of the adapter's modules: {error}", field=field) from None
         try:
             with self._placing:
                 model = inject_adapter_in_model(plain, copy.deepcopy(self._skeleton), low_cpu_mem_usage=True)
@@ -183,9 +197,17 @@ class Formats:
                     "target_modules (embeddings and the output layer are shared by all adapters)",
                     field=field,
                 )
-            rank, scaling = int(module.r["default"]), float(module.scaling["default"])
+            rank, alpha = ranks.get(name, config.r), alphas.get(name, config.lora_alpha)
+            scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
             found[name] = Target(rank, scaling, int(module.in_features), int(module.out_features))
         return found
+
+    def _spelled(self, modules: str | Collection[str] | None) -> str | Collection[str] | None:
+        """A regular expression as the names that it matches, in one that is no more than these; others as they are."""
+        if not isinstance(modules, str) or modules.lower() == "all-linear":
+            return modules
+        names = matching(modules, (name for name, _ in self._skeleton.named_modules() if name))
+        return "|".join(map(re.escape, names)) if names else ()
 
     # --------------------------------------------------------------------------------------------------- read
 
@@ -229,6 +251,7 @@ class Formats:
             self._declare(adapter, job, manifest)
         if job.with_optimizer:
             adapter.moments = self._read_moments(files, weights)
+            adapter.client_state = _read_client_state(files, manifest, version)
         return adapter
 
     def _check_base(self, manifest: dict[str, Any], path: Path) -> None:
@@ -376,6 +399,7 @@ class Formats:
             files["optimizer.safetensors"] = _moments_state(Moments.zeros(weights.parameters()))
         config = copy.copy(adapter.config)
         config.inference_mode = True
+        kept = adapter.client_state
         manifest: dict[str, Any] = {
             "format": 1,
             "kind": adapter.kind.value,
@@ -385,12 +409,16 @@ class Formats:
         }
         if adapter.kind is AdapterKind.REWARD:
             manifest |= {"append_eos": adapter.append_eos, "pooling": adapter.pooling.value}
+        if kept.data:
+            manifest["client_state"] = kept.version
 
         def fill(folder: Path) -> None:
             config.save_pretrained(str(folder))
             for name, tensors in files.items():
                 own = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
                 save_file(own, folder / name, {"format": "pt"})
+            if kept.data:
+                (folder / CLIENT_STATE).write_bytes(kept.data)
 
         size = write_directory(path, fill, manifest, overwrite=overwrite)
         return SaveResult(path, weights.version, size)
@@ -404,6 +432,19 @@ def base_entry(facts: BaseFacts) -> dict[str, str]:
         "dtype": facts.dtype,
         "quantization": facts.quantization,
     }
+
+
+def _read_client_state(files: SavedFiles, manifest: dict[str, Any], version: int) -> ClientState:
+    """What the trainer kept with an adapter that gets this version here.
+
+    Raises:
+        DataLoss, InvalidArgument: it is not what was written, or too long.
+    """
+    written = manifest.get("client_state", 0)
+    if not isinstance(written, int):
+        raise _bad_manifest("client_state", written, "a version")
+    data = files.client_state()
+    return ClientState(data, version if written == manifest.get("version", 0) else written) if data else ClientState()
 
 
 def _moments_state(moments: Moments) -> dict[str, torch.Tensor]:

@@ -38,6 +38,7 @@ class KVCache:
         self.max_length = max_length
         self._tokens = budget // token_bytes if budget and token_bytes else slots * padded(max_length)
         self.budget = budget
+        self.allowed = slots  # so many may be in use: fewer than there are after memory ran out
         self._free = list(range(slots - 1, -1, -1))  # lowest last: slots in use stay neighbours
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._contents: dict[int, tuple[Hashable, Sequence[int]]] = {}
@@ -74,7 +75,7 @@ class KVCache:
         if not self.used and not self.fits(length, 1):
             self.forget()  # what is kept for prompts that begin alike must not stand in the way
         count = 0
-        while count < len(self._free) and self.fits(length, count + 1):
+        while count < min(len(self._free), self.allowed - self.used) and self.fits(length, count + 1):
             count += 1
         return count
 
@@ -180,8 +181,9 @@ class KVCache:
         if pair is not None and had >= stop and had_rows >= rows:
             return pair
         capacity = max(had, self._rounded(stop))
-        rows = max(rows, self._highest() + 1)  # what nobody uses may go where room is short
-        rows = max(rows, min(self.slots, 2 * had_rows if had_rows < rows else had_rows, self._tokens // capacity))
+        needed = max(rows, self._highest() + 1)  # what nobody uses may go where room is short
+        rows = max(needed, min(self.slots, 2 * had_rows if had_rows < needed else had_rows, self._tokens // capacity))
+        rows = needed if self.allowed < self.slots else rows
         self._contents = {slot: held for slot, held in self._contents.items() if slot < rows}
         grown = (_grow(pair and pair[0], rows, capacity, keys), _grow(pair and pair[1], rows, capacity, values))
         self._layers[layer] = grown

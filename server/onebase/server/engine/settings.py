@@ -6,9 +6,13 @@ What we do not compute the way PEFT does is refused by the name of its setting.
 from __future__ import annotations
 
 import copy
+import math
+import re
+from collections.abc import Iterable
 
 from peft import LoraConfig
 
+from onebase.server import patterns
 from onebase.server.engine.files import SavedFiles
 from onebase.server.errors import FailedPrecondition, InvalidArgument, OnebaseError
 from onebase.server.jobs import PEFT_DEFAULT, AdapterKind, LoraSpec
@@ -29,6 +33,9 @@ _UNDERSTOOD = {
     *("layers_to_transform", "layers_pattern", "fan_in_fan_out", "lora_dropout", "modules_to_save", "runtime_config"),
     *("init_lora_weights", "eva_config", "loftq_config", "corda_config", "lora_ga_config", "ensure_weight_tying"),
 }
+_MAX_MODULES = 65_536
+"""Modules in a list; PEFT compares each with each of the model's."""
+_LAYERS = re.compile(r"[A-Za-z0-9_.]{1,256}", re.ASCII)
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 """Ways to begin that leave the base's weights as they are."""
 
@@ -83,9 +90,10 @@ def read_config(files: SavedFiles) -> LoraConfig:
     known.pop("peft_type", None)
     try:
         config = LoraConfig(**known)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise InvalidArgument("BAD_CONFIG", f"adapter_config.json of {files.path}: {error}", field="path") from error
     _check_form(config)
+    _check_patterns(config)
     return config
 
 
@@ -96,11 +104,17 @@ def _check_form(config: LoraConfig) -> None:
         InvalidArgument: naming the first.
     """
     ranks, alphas, saved = config.rank_pattern or {}, config.alpha_pattern or {}, config.modules_to_save or []
+    layers = config.layers_to_transform
     fine = {
+        **{name: _names(getattr(config, name)) for name in ("target_modules", "exclude_modules", "layers_pattern")},
+        "layers_to_transform": layers is None
+        or type(layers) is int
+        or (isinstance(layers, list) and all(type(one) is int for one in layers)),
         "r": type(config.r) is int,
-        "lora_alpha": type(config.lora_alpha) in (int, float),
-        "rank_pattern": isinstance(ranks, dict) and all(type(rank) is int for rank in ranks.values()),
-        "alpha_pattern": isinstance(alphas, dict) and all(type(alpha) in (int, float) for alpha in alphas.values()),
+        "lora_alpha": type(config.lora_alpha) in (int, float) and math.isfinite(config.lora_alpha),
+        "rank_pattern": isinstance(ranks, dict) and all(type(rank) is int and rank > 0 for rank in ranks.values()),
+        "alpha_pattern": isinstance(alphas, dict)
+        and all(type(alpha) in (int, float) and math.isfinite(alpha) for alpha in alphas.values()),
         "modules_to_save": isinstance(saved, list | tuple | set) and all(isinstance(name, str) for name in saved),
     }
     for name, as_it_should in fine.items():
@@ -110,6 +124,42 @@ def _check_form(config: LoraConfig) -> None:
                 f"adapter_config.json has {name}={getattr(config, name)!r}, which PEFT's LoraConfig does not take",
                 field="path",
             )
+
+
+def _names(value: object) -> bool:
+    """Whether a setting names modules as PEFT's do: not at all, by a text, or by a list."""
+    if isinstance(value, list | tuple | set):
+        return len(value) <= _MAX_MODULES and all(isinstance(name, str) for name in value)
+    return value is None or isinstance(value, str)
+
+
+def _check_patterns(config: LoraConfig) -> None:
+    """Refuses regular expressions that could take ages to match: PEFT is given none of them (`Formats.targets`).
+
+    Raises:
+        InvalidArgument: BAD_PATTERN, naming the setting.
+    """
+    given: dict[str, Iterable[str]] = {
+        "rank_pattern": config.rank_pattern or (),
+        "alpha_pattern": config.alpha_pattern or (),
+        "target_modules": [config.target_modules] if isinstance(config.target_modules, str) else (),
+        "exclude_modules": [config.exclude_modules] if isinstance(config.exclude_modules, str) else (),
+    }
+    for setting, texts in given.items():
+        for text in texts:
+            try:
+                patterns.check(text)
+            except patterns.PatternError as error:
+                raise _bad_pattern(setting, text, error) from None
+    layers = config.layers_pattern or ()
+    for text in [layers] if isinstance(layers, str) else layers:
+        if not _LAYERS.fullmatch(text):
+            raise _bad_pattern("layers_pattern", text, "use the name of the list of layers, such as 'layers'")
+
+
+def _bad_pattern(setting: str, text: str, why: object) -> InvalidArgument:
+    """What is told of a pattern that is not matched here."""
+    return InvalidArgument("BAD_PATTERN", f"adapter_config.json has {text[:256]!r} in {setting}: {why}", field="path")
 
 
 def check_config(config: LoraConfig, kind: AdapterKind) -> None:

@@ -121,11 +121,11 @@ class TokenizerCheck:
             return
         try:
             tokenizer = type(self._tokenizer).from_pretrained(str(path), local_files_only=True)
+            theirs = Reading.of(tokenizer)
         except Exception as error:  # the files are someone else's, and may be wrong in any way
             raise InvalidArgument(
                 "BAD_TOKENIZER", f"the tokenizer beside the adapter in {path} cannot be read: {error}", field="path"
             ) from error
-        theirs = Reading.of(tokenizer)
         if theirs.fingerprint() != self.manifest["fingerprint"]:
             raise _mismatch(path, theirs.difference(Reading.of(self._tokenizer)))
         if tokenizer.chat_template is not None and tokenizer.chat_template != self._tokenizer.chat_template:

@@ -6,13 +6,14 @@ its end and only then join the adapter's pending ones, so a pass that fails or i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from onebase.server import failpoints
 from onebase.server.engine.adapters import Adapter
 from onebase.server.engine.batch import Row
 from onebase.server.engine.heads import linear_head, token_logprobs
@@ -22,6 +23,10 @@ from onebase.server.jobs import Floats, ForwardBackwardJob, ForwardBackwardResul
 
 if TYPE_CHECKING:
     from onebase.server.engine.engine import Engine
+
+
+Said = tuple[list[Floats], list[Floats], list[Floats]]
+"""Logprobs, entropies and values on the host, an array per row."""
 
 
 @dataclass(eq=False)
@@ -38,12 +43,16 @@ class Pass:
     entropies: list[Floats] = field(default_factory=list)
     values: list[Floats] = field(default_factory=list)
 
-    def note(self, train: Sequence[TrainRow], now: Now) -> None:
-        """Keeps what the weights said about the rows that were run."""
-        cuts = np.cumsum([len(row.tokens) - row.start for row in train])[:-1]
-        for store, numbers in ((self.logprobs, now.logprobs), (self.entropies, now.entropy), (self.values, now.values)):
-            store.extend(np.split(numbers.detach().cpu().numpy(), cuts))
-        self.done += len(train)
+    def keep(self, gradients: Mapping[str, torch.Tensor], said: Said) -> None:
+        """Takes in what a micro-batch gave, all of it: this takes no memory, so it cannot fail half-way."""
+        for name, gradient in gradients.items():
+            if name in self.gradients:
+                self.gradients[name].add_(gradient)
+            else:
+                self.gradients[name] = gradient
+        for store, rows in zip((self.logprobs, self.entropies, self.values), said, strict=True):
+            store.extend(rows)
+        self.done += len(said[0])
 
 
 def begin(adapter: Adapter, job: ForwardBackwardJob) -> Pass:
@@ -76,14 +85,20 @@ def run(engine: Engine, parts: Sequence[tuple[Pass, int]]) -> None:
         parameters = [task.adapter.weights.parameters() for task, _ in work]
         flat = [p for named in parameters for p in named.values()]
         found = iter(torch.autograd.grad(torch.stack(losses).sum(), flat, materialize_grads=True))
-    for (task, train), named, now in zip(work, parameters, said, strict=True):
-        for name in named:
-            gradient = next(found)
-            if name in task.gradients:
-                task.gradients[name].add_(gradient)
-            else:
-                task.gradients[name] = gradient
-        task.note(train, now)
+    told = [_on_host(train, now) for (_, train), now in zip(work, said, strict=True)]
+    gradients = [{name: next(found) for name in named} for named in parameters]
+    failpoints.hit("train")
+    for (task, _), of_task, numbers in zip(work, gradients, told, strict=True):
+        task.keep(of_task, numbers)
+
+
+def _on_host(train: Sequence[TrainRow], now: Now) -> Said:
+    """What the weights said about rows."""
+    cuts = np.cumsum([len(row.tokens) - row.start for row in train])[:-1]
+    logprobs, entropies, values = (
+        list(np.split(numbers.detach().cpu().numpy(), cuts)) for numbers in (now.logprobs, now.entropy, now.values)
+    )
+    return logprobs, entropies, values
 
 
 def _say(engine: Engine, task: Pass, train: Sequence[TrainRow], rows: Sequence[Row], hidden: torch.Tensor) -> Now:

@@ -6,24 +6,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import grpc
 from google.protobuf.message import Message
 
-from onebase.server.calls import deadline_of
+from onebase.server.calls import deadline_of, perform, settled
 from onebase.server.catalog import Receipt, SavedAdapter
 from onebase.server.codec import adapters as codec
 from onebase.server.codec import files
+from onebase.server.codec.training import read_client_state
 from onebase.server.edge import Edge
-from onebase.server.errors import OnebaseError
 from onebase.server.idempotency import record
+from onebase.server.jobs import ClientStateJob
 from onebase.server.leases import Session
 from onebase.server.registry import Entry
-from onebase.server.spool import Spool, described, pieces, receive
+from onebase.server.spool import Spool, described, pieces, receive, shown_as
 from onebase.server.store import ResponseRow
 from onebase.v1 import adapters_pb2, adapters_pb2_grpc, types_pb2
 
@@ -47,12 +48,15 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         return await edge.once("CreateAdapter", request, context, work)
 
     async def GetAdapter(self, request: adapters_pb2.GetAdapterRequest, context: Context) -> types_pb2.Adapter:
-        return self._message(self._edge.registry.get(request.name, "name"))
+        entry = self._edge.registry.get(request.name, "name")
+        await self._edge.keeper.seen({entry.uid: entry.facts.version})
+        return self._message(entry)
 
     async def ListAdapters(
         self, request: adapters_pb2.ListAdaptersRequest, context: Context
     ) -> adapters_pb2.ListAdaptersResponse:
         entries = self._edge.registry.entries(codec.read_kind(request.kind))
+        await self._edge.keeper.seen({entry.uid: entry.facts.version for entry in entries})
         return adapters_pb2.ListAdaptersResponse(adapters=[self._message(entry) for entry in entries])
 
     async def DeleteAdapter(
@@ -71,9 +75,11 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         edge = self._edge
 
         async def work(session: Session | None, deadline: float | None) -> types_pb2.Adapter:
-            loaded = codec.read_load(request, edge.roots)
+            loaded = codec.read_loaded(request)
             receipt = self._receipt("LoadAdapter", request, session)
-            return self._message(await edge.catalog.load(loaded, session, deadline, receipt))
+            async with edge.disks.reading(request.path) as (folder, source):
+                loaded = replace(loaded, path=folder, source=source)
+                return self._message(await edge.catalog.load(loaded, session, deadline, receipt))
 
         return await edge.once("LoadAdapter", request, context, work)
 
@@ -84,15 +90,51 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
         async def work(session: Session | None, deadline: float | None) -> adapters_pb2.SaveAdapterResponse:
             entry = edge.registry.get(request.name, "name")
-            saved = codec.read_save(request, edge.roots)
-            return codec.save_response(entry.name, await edge.catalog.save(saved, entry, session, deadline))
+            saved = codec.read_save(request)
+            async with edge.disks.writing(request.path, overwrite=request.overwrite) as (folder, final):
+                result = await edge.catalog.save(replace(saved, path=folder), entry, session, deadline)
+                await settled(edge.keeper.seen({entry.uid: result.version}))
+            response = codec.save_response(entry.name, replace(result, path=final))
+            answered = record("SaveAdapter", request, response)
+            finish = partial(edge.keeper.answered, answered)  # it is there now: a repeated call must not save it again
+            edge.idempotency.applied("SaveAdapter", request, response, finish)
+            await finish()
+            return response
 
         return await edge.once("SaveAdapter", request, context, work)
+
+    async def CheckpointAdapter(
+        self, request: adapters_pb2.CheckpointAdapterRequest, context: Context
+    ) -> adapters_pb2.CheckpointAdapterResponse:
+        edge = self._edge
+
+        async def work(session: Session | None, _deadline: float | None) -> adapters_pb2.CheckpointAdapterResponse:
+            state = read_client_state(request)
+            entry = edge.access.trainable(session, request.name, "name")
+            edge.registry.check_may_change(entry)
+            if state is not None:
+                edge.access.require(session, entry)
+
+            def answer(version: int) -> ResponseRow | None:
+                return record("CheckpointAdapter", request, codec.checkpoint_response(entry.name, version))
+
+            return codec.checkpoint_response(entry.name, await edge.keeper.checkpoint(entry, state, answer))
+
+        return await edge.once("CheckpointAdapter", request, context, work)
+
+    async def GetClientState(
+        self, request: adapters_pb2.GetClientStateRequest, context: Context
+    ) -> adapters_pb2.GetClientStateResponse:
+        entry = self._edge.registry.get(request.name, "name")
+        self._edge.registry.check_may_change(entry)
+        job = ClientStateJob(adapter=entry.uid)
+        state = await perform(self._edge.worker, job, None, deadline_of(context))
+        return codec.client_state_response(entry.name, state)
 
     async def UploadAdapter(
         self, request_iterator: AsyncIterator[adapters_pb2.UploadAdapterRequest], context: Context
     ) -> types_pb2.Adapter:
-        edge, spool = self._edge, Spool()
+        edge, spool = self._edge, Spool(self._edge.disks.scratch)
         header = await files.read_header(request_iterator)
         with edge.sessions.use(header.session_id):
             upload = files.read_upload(header, edge.config.limits)
@@ -101,7 +143,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
                 async def work(session: Session | None, deadline: float | None) -> types_pb2.Adapter:
                     # A use of its own: a call of the same request_id may wait for this work when its own call is gone.
-                    with spool.used(), _of_upload(folder):
+                    with spool.used(), shown_as(folder, ""):
                         loaded = replace(upload.loaded, path=folder)
                         receipt = self._receipt("UploadAdapter", header, session)
                         return self._message(await edge.catalog.load(loaded, session, deadline, receipt))
@@ -112,10 +154,12 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.DownloadAdapterRequest, context: Context
     ) -> AsyncIterator[adapters_pb2.DownloadAdapterResponse]:
         edge = self._edge
-        with edge.sessions.use(request.session_id) as session, Spool().used() as folder:
+        spool = Spool(edge.disks.scratch)
+        with edge.sessions.use(request.session_id) as session, spool.used() as folder:
             entry = edge.registry.get(request.name, "name")
             saved = SavedAdapter(entry.name, folder / "adapter", request.with_optimizer)
             result = await edge.catalog.save(saved, entry, session, deadline_of(context))
+            await edge.keeper.seen({entry.uid: result.version})
             there = await described(result.path)
             yield files.download_header(entry.name, result.version, there)
             data = pieces(there, result.path)
@@ -124,24 +168,15 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
                     yield files.download_data(piece)
 
     def _message(self, entry: Entry) -> types_pb2.Adapter:
-        return codec.adapter_message(entry, leased=self._edge.sessions.holder(entry.key) is not None)
+        leased, durable = self._edge.sessions.holder(entry.key), self._edge.keeper.durable_version(entry.uid)
+        return codec.adapter_message(entry, leased=leased is not None, durable=durable)
 
     def _receipt(self, method: str, request: Message, session: Session | None) -> Receipt:
         """What the call that makes an entry is answered, before the session has its lease."""
 
         def receipt(entry: Entry) -> ResponseRow | None:
             taken = self._edge.sessions.holder(entry.name) is not None or (session is not None and entry.kind.trained)
-            return record(method, request, codec.adapter_message(entry, leased=taken))
+            made = codec.adapter_message(entry, leased=taken, durable=entry.facts.version)
+            return record(method, request, made)
 
         return receipt
-
-
-@contextlib.contextmanager
-def _of_upload(folder: Path) -> Iterator[None]:
-    """Errors of reading a directory in the words of who sent its files."""
-    try:
-        yield
-    except OnebaseError as error:
-        field = "files" if error.field == "path" else error.field
-        message = error.message.replace(f"{folder}/", "").replace(str(folder), "the upload")
-        raise type(error)(error.reason, message, field=field, retry_after=error.retry_after) from error

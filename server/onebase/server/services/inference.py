@@ -42,6 +42,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             chunks = stream(edge.worker, generation.job, session, deadline_of(context))
             async with contextlib.aclosing(chunks):
                 async for chunk in chunks:
+                    await edge.keeper.seen({adapter.uid: chunk.version})
                     yield generation.response(chunk)
 
     async def Logprob(self, request: inference_pb2.LogprobRequest, context: Context) -> inference_pb2.LogprobResponse:
@@ -49,7 +50,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         with edge.sessions.use(request.session_id) as session:
             adapter = edge.access.readable(session, request.adapter, version(request, "adapter_version"))
             plan = await read_logprob(request, adapter, edge.reader)
-            return plan.response(await perform(edge.worker, plan.job, session, deadline_of(context)))
+            result = await perform(edge.worker, plan.job, session, deadline_of(context))
+            await edge.keeper.seen(result.versions)
+            return plan.response(result)
 
     async def ReferenceLogprob(
         self, request: inference_pb2.ReferenceLogprobRequest, context: Context
@@ -68,6 +71,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             terms = read_terms(request, edge.access.rewards([term.adapter for term in request.rewards], _REWARDS))
             plan = await read_reward(request, terms, edge.reader)
             result = await perform(edge.worker, plan.job, session, deadline_of(context))
+            await edge.keeper.synced()
             return plan.response(result, session.active if session else "")
 
     async def Score(self, request: inference_pb2.ScoreRequest, context: Context) -> inference_pb2.ScoreResponse:
@@ -86,4 +90,6 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             )
             plan = await score.read_score(request, adapters, outputs, edge.reader)
             result = await perform(edge.worker, plan.job, session, deadline_of(context))
+            await edge.keeper.seen(result.versions)
+            await edge.keeper.synced()
             return plan.response(result, session.active if session else "")

@@ -44,12 +44,19 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
         sessions = edge.sessions
         rss, peak_rss = process.memory()
         operator = caller().tenant == OPERATOR  # sees what all tenants have, as "tenant/name"
+        entries = edge.registry.of_tenant(None) if operator else edge.registry.entries()
+        await edge.keeper.seen({entry.uid: entry.facts.version for entry in entries})
         return status_message(
             edge.worker.status(),
             sessions=[session_status(s, age=sessions.age(s), idle=sessions.idle(s)) for s in sessions.live()],
             adapters=[
-                adapter_message(entry, leased=sessions.holder(entry.key) is not None, all_names=operator)
-                for entry in (edge.registry.of_tenant(None) if operator else edge.registry.entries())
+                adapter_message(
+                    entry,
+                    leased=sessions.holder(entry.key) is not None,
+                    durable=edge.keeper.durable_version(entry.uid),
+                    all_names=operator,
+                )
+                for entry in entries
             ],
             process={
                 "uptime_seconds": time.monotonic() - edge.started,

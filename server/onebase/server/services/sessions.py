@@ -5,22 +5,35 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import grpc
 
 from onebase.server.codec.server import read_label, read_ttl, session_message
 from onebase.server.edge import Edge
+from onebase.server.guard import Admit
 from onebase.v1 import sessions_pb2, sessions_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
+_LOOK_AGAIN_SECONDS = 10.0
+_ATTEND = "/onebase.v1.SessionService/AttendSession"
+
 
 class SessionService(sessions_pb2_grpc.SessionServiceServicer):
-    """Sessions and their active adapters. Nothing here waits for the engine."""
+    """Sessions and their active adapters. Nothing here waits for the engine.
 
-    def __init__(self, edge: Edge) -> None:
+    Args:
+        edge: the rooms behind.
+        admit: says who makes a call: a token may expire or be revoked while a stream lives.
+    """
+
+    def __init__(self, edge: Edge, admit: Admit) -> None:
         self._edge = edge
+        self._admit = admit
 
     async def OpenSession(self, request: sessions_pb2.OpenSessionRequest, context: Context) -> sessions_pb2.Session:
         label, ttl = read_label(request), read_ttl(request)
@@ -48,6 +61,23 @@ class SessionService(sessions_pb2_grpc.SessionServiceServicer):
 
     async def KeepAlive(self, request: sessions_pb2.KeepAliveRequest, context: Context) -> sessions_pb2.Session:
         return session_message(self._edge.sessions.get(request.session_id))
+
+    async def AttendSession(
+        self, request: sessions_pb2.AttendSessionRequest, context: Context
+    ) -> AsyncGenerator[sessions_pb2.Session, None]:
+        sessions, metadata = self._edge.sessions, dict(context.invocation_metadata() or ())
+        with sessions.attend(request.session_id) as (session, news):
+            while sessions.is_open(session):
+                refusal = self._edge.gate.refusal()
+                if refusal is not None:
+                    raise refusal
+                news.clear()
+                yield session_message(session)
+                while not news.is_set():
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(_LOOK_AGAIN_SECONDS):
+                            await news.wait()
+                    self._admit(_ATTEND, metadata)
 
     async def CloseSession(
         self, request: sessions_pb2.CloseSessionRequest, context: Context

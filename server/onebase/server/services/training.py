@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from onebase.server.calls import settle
+from onebase.server.calls import settle, settled
 from onebase.server.codec.fields import required
 from onebase.server.codec.training import (
     forward_backward_response,
@@ -20,7 +20,9 @@ from onebase.server.codec.training import (
 )
 from onebase.server.edge import Edge
 from onebase.server.idempotency import record
+from onebase.server.jobs import OptimStepJob
 from onebase.server.leases import Session
+from onebase.server.registry import Entry
 from onebase.v1 import training_pb2, training_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -39,11 +41,13 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
 
         async def work(session: Session | None, deadline: float | None) -> training_pb2.ForwardBackwardResponse:
             entry = edge.access.trainable(_needed(session), request.adapter, "adapter")
-            job = await read_forward_backward(request, entry, edge.reader)
-            edge.access.require(session, entry)
-            result = await settle(edge.worker, job, session, deadline)
-            edge.registry.update(result.facts)
-            return forward_backward_response(entry.name, result)
+            with edge.fences.training(entry):
+                job = await read_forward_backward(request, entry, edge.reader)
+                edge.access.require(session, entry)
+                result = await settle(edge.worker, job, session, deadline)
+                edge.registry.update(result.facts)
+                await settled(edge.keeper.seen({entry.uid: result.version}))
+                return forward_backward_response(entry.name, result)
 
         return await edge.once("ForwardBackward", request, context, work)
 
@@ -56,15 +60,22 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
             entry = edge.access.trainable(_needed(session), request.adapter, "adapter")
             job = read_optim_step(request, entry)
             edge.access.require(session, entry)
+            with edge.fences.training(entry):
+                return await step(entry, job, session, deadline)
+
+        async def step(
+            entry: Entry, job: OptimStepJob, session: Session | None, deadline: float | None
+        ) -> training_pb2.OptimStepResponse:
             await edge.keeper.before_step(entry)
             job.save_to = edge.keeper.step_path(entry)
-            result = await settle(edge.worker, job, session, deadline)
-            edge.registry.update(result.facts)
-            response = optim_step_response(entry.name, result)
-            # From here on the step is made: if it cannot be made durable now, a repeated call does no more than that.
-            finish = partial(edge.keeper.finish_step, entry.uid, result.version)
-            edge.idempotency.applied("OptimStep", request, response, finish)
-            await edge.keeper.stepped(entry, result, record("OptimStep", request, response))
+            with edge.keeper.stepping(entry):
+                result = await settle(edge.worker, job, session, deadline)
+                edge.registry.update(result.facts)
+                response = optim_step_response(entry.name, result)
+                # From here on the step is made: if it cannot be made durable now, a repeated call does no more.
+                finish = partial(edge.keeper.finish_step, entry.uid, result.version)
+                edge.idempotency.applied("OptimStep", request, response, finish)
+                await edge.keeper.stepped(entry, result, record("OptimStep", request, response))
             return response
 
         return await edge.once("OptimStep", request, context, work)

@@ -1,0 +1,22 @@
+"""The short form of the randomized history, as a part of `make test`."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from history.run import run
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(280)]
+KILLS = 8
+
+
+def test_a_short_history_breaks_no_promise(tmp_path: Path) -> None:
+    seed = random.SystemRandom().randrange(2**31)
+    outcome = run(tmp_path, KILLS, seed, lambda _: None, lively=0.6)
+    text = [line for violation in outcome.violations for line in violation.lines()]
+    assert not text, "\n".join([f"seed {seed}", *text])
+    assert outcome.record["kills"] >= KILLS
+    assert outcome.record["steps"] > 0
+    assert outcome.record["numbers_compared"] > 0

@@ -1,0 +1,79 @@
+"""What a server holds, sampled from outside: memory, descriptors, threads, disk, rows."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from onebase.v1 import server_pb2
+
+TABLES = ("adapters", "checkpoints", "responses", "sessions")
+
+
+@dataclass
+class Samples:
+    """Series by name, taken at the same times."""
+
+    seconds: list[float] = field(default_factory=list)
+    series: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, seconds: float, values: dict[str, float]) -> None:
+        """One sample of each."""
+        self.seconds.append(seconds)
+        for name, value in values.items():
+            self.series.setdefault(name, []).append(value)
+
+    def after(self, seconds: float) -> Samples:
+        """Those taken later."""
+        first = next((i for i, at in enumerate(self.seconds) if at >= seconds), len(self.seconds))
+        return Samples(self.seconds[first:], {name: values[first:] for name, values in self.series.items()})
+
+
+@dataclass
+class Watch:
+    """Samples one server.
+
+    Args:
+        pid: its process.
+        state: its state directory.
+        status: asks it for its status.
+    """
+
+    pid: int
+    state: Path
+    status: Callable[[], server_pb2.ServerStatus]
+    samples: Samples = field(default_factory=Samples)
+    _began: float = field(default_factory=time.monotonic)
+
+    def sample(self) -> dict[str, float]:
+        """Takes one of each, and keeps them."""
+        process, status = psutil.Process(self.pid), self.status()
+        memory = process.memory_full_info()
+        values = {
+            "rss_bytes": memory.rss,
+            "pss_bytes": memory.pss,
+            "descriptors": process.num_fds(),
+            "threads": process.num_threads(),
+            "state_bytes": sum(path.stat().st_size for path in _files(self.state)),
+            "kv_slots_used": status.kv_slots_used,
+            "live_sessions": len(status.sessions),
+            **{f"rows_{table}": count for table, count in self._rows().items()},
+        }
+        self.samples.add(time.monotonic() - self._began, values)
+        return values
+
+    def _rows(self) -> dict[str, int]:
+        store = f"file:{self.state / 'registry.sqlite'}?mode=ro"
+        with closing(sqlite3.connect(store, uri=True)) as db:
+            return {table: db.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0] for table in TABLES}
+
+
+def _files(folder: Path) -> list[Path]:
+    """Files that are there now; some go while one looks."""
+    return [path for path in folder.rglob("*") if path.is_file()]
