@@ -104,7 +104,7 @@ def good() -> dict[str, Any]:
         "faults": rows,
         "training": {"tried": 1, "held": 1, "kills": 3, "places": {"after_commit": 3}},
         "history": {"kills": 200, "wanted": 200, "operations": 9, "violations": 0, "seed": 7, "exit_code": 0},
-        "fuzz": {"inputs": 10, "wanted": 10, "crashes": 0, "exit_code": 0},
+        "fuzz": {"inputs": 10, "wanted": 10, "crashes": 0, "seed": 7, "exit_code": 0},
         "run": {"date": "2026-01-01", "commit": "abc", "machine": "a", "versions": "b", "seconds": 60},
     }
 

@@ -14,7 +14,7 @@ RECORD = ROOT / "tests" / "faults" / "results.json"
 PAGE = ROOT / "docs" / "reliability.md"
 
 HISTORY = "python -m history.run --kills {kills} --seed {seed} --out history.json"
-FUZZ = "python -m fuzz.run --inputs {inputs} --out fuzz.json"
+FUZZ = "python -m fuzz.run --inputs {inputs} --seed {seed} --out fuzz.json"
 
 Results = Mapping[str, Any]
 
@@ -71,7 +71,7 @@ def page(results: Results) -> str:
         history=history,
         history_command=HISTORY.format(kills=history["kills"], seed=history["seed"]),
         fuzz=fuzz,
-        fuzz_command=FUZZ.format(inputs=fuzz["inputs"]),
+        fuzz_command=FUZZ.format(inputs=fuzz["inputs"], seed=fuzz["seed"]),
         run=results["run"],
         minutes=results["run"]["seconds"] / 60,
     )

@@ -88,7 +88,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=5, help="run each test so often, if it is quick")
     parser.add_argument("--kills", type=int, default=200, help="kills of the history")
-    parser.add_argument("--seed", type=int, default=None, help="of the history; the date by default")
+    parser.add_argument("--seed", type=int, default=None, help="of the history and the fuzzers; the date by default")
     parser.add_argument("--inputs", type=int, default=100_000, help="of the fuzzers")
     parser.add_argument("--processes", type=int, default=2, help="for the faults")
     parser.add_argument("--page", action="store_true", help="only write the page, from the results that are there")
@@ -106,7 +106,7 @@ def main() -> int:
                 "history",
                 ["-m", "history.run", "--kills", str(asked.kills), "--seed", str(seed), "--out", str(history)],
             ),
-            begin("fuzz", ["-m", "fuzz.run", "--inputs", str(asked.inputs), "--out", str(fuzz)]),
+            begin("fuzz", ["-m", "fuzz.run", "--inputs", str(asked.inputs), "--seed", str(seed), "--out", str(fuzz)]),
         ]
         codes = [part.wait() for part in parts]
         results = {
@@ -116,7 +116,7 @@ def main() -> int:
                 "kills": 0, "operations": 0, "violations": -1, "seed": seed,
                 **result(history, codes[0], {"wanted": asked.kills}),
             },
-            "fuzz": {"inputs": 0, "crashes": -1, **result(fuzz, codes[1], {"wanted": asked.inputs})},
+            "fuzz": {"inputs": 0, "crashes": -1, "seed": seed, **result(fuzz, codes[1], {"wanted": asked.inputs})},
             "run": {**machine(), "seconds": round(time.monotonic() - began)},
         }  # fmt: skip
     report.write(results)
