@@ -161,6 +161,27 @@ def test_an_active_adapter_is_durable_before_the_call_that_set_it_is_answered(se
         assert asked.result(10).ppo_adapter_name == "p"
 
 
+def test_a_cancel_between_a_change_and_its_answer_does_not_lose_the_answer(serve):
+    """The change is made and the session's new leases are on their way to the disk: the retry finds the answer."""
+    with serve() as live:
+        create(live)
+        passes, reached, put = threading.Event(), threading.Event(), live.keeper.store.put_session
+
+        def slow(row):
+            reached.set()
+            passes.wait(20)
+            put(row)
+
+        live.keeper.store.put_session = slow
+        request = adapters_pb2.DeleteAdapterRequest(session_id=live.session, request_id="once", name="p")
+        call = live.adapters.DeleteAdapter.future(request)
+        assert reached.wait(10)
+        call.cancel()
+        time.sleep(0.2)  # until the server has heard of it
+        passes.set()
+        assert live.adapters.DeleteAdapter(request, timeout=10) == adapters_pb2.DeleteAdapterResponse()
+
+
 def test_otherwise_every_so_many_steps(serve):
     with serve(steps=3) as live:
         create(live)
