@@ -89,7 +89,6 @@ class Chaos:
     pace: float = 0.05
     ends: Counter[str] = field(default_factory=Counter)
     """How the server ended, how many times."""
-    clients_killed: int = 0
     starts: list[float] = field(default_factory=list)
     """Seconds from each start to its first answer."""
 
@@ -110,11 +109,11 @@ class Chaos:
         return sum(count for how, count in self.ends.items() if how != "sigterm")
 
     def run(self, kills: int, told: Callable[[Chaos], None] = lambda _: None, lively: float = 1.0) -> None:
-        """Kills the server so many times while clients do what they do, then lets them end."""
+        """Kills the server so many times while clients do what they do, or until there is a file `enough`."""
         draw = plan(self.seed, lively)
         for number in range(CLIENTS):
             self._begin_client(number)
-        while self.kills < kills:
+        while self.kills < kills and not (self.folder / "enough").exists():
             self._live(draw())
             told(self)
         with self.serving():
@@ -219,7 +218,6 @@ class Chaos:
         if client is not None:
             client.kill()
             client.wait(10)
-            self.clients_killed += 1
             self._clients[number] = None
 
 

@@ -259,7 +259,7 @@ def _between(model: Model, life: Life, op: Op, version: int) -> bool:
 def _certain_reads(model: Model, life: Life) -> Iterator[tuple[Op, Attempt, int]]:
     for op, attempt in answered(model.history.about(life.tenant, life.name)):
         version = attempt.answer.get("version")
-        if version is not None and op.kind != "save":
+        if version is not None and op.kind not in ("save", "step", *MAKING):  # those may be answers of long ago
             if candidates(model, op.tenant, op.name, attempt, version) != [life]:
                 continue
             yield op, attempt, version

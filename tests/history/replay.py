@@ -125,7 +125,12 @@ class Replayer:
         self._names += 1
         name = f"l{self._names}"
         try:
-            base = self._copies[bases[chosen[life.first]]] if bases else ""
+            base = self._copies.get(bases[chosen[life.first]], "") if bases else ""
+            if bases and not base:
+                source, version = bases[chosen[life.first]]
+                return [
+                    Mismatch(life.first, f"it would be a copy of version {version} of {source}, never made", life.maker)
+                ]
             self._make(life.maker, name, base)
             version = life.first
             while True:

@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,13 @@ from forks import SERVER_MODULES, Forked, ForkServer, fork_server
 from history import checks, journal, model
 from history.audit import audit
 from history.calls import Stubs
-from history.chaos import Chaos, tell
+from history.chaos import CLIENTS, Chaos, tell
 from history.model import Violation
 from history.replay import Replayer
 from oracle.fixtures import FIXTURES
 
 RESULTS = Path(__file__).parent / "results.json"
+Say = Callable[[str], None]
 MODULES = (*SERVER_MODULES, "history.client")
 
 
@@ -39,7 +41,7 @@ class Outcome:
     violations: list[Violation]
 
 
-def run(folder: Path, kills: int, seed: int, say: Callable[[str], None], lively: float = 1.0) -> Outcome:
+def run(folder: Path, kills: int, seed: int, say: Say, lively: float = 1.0) -> Outcome:
     """Makes a history in a directory and checks it.
 
     Args:
@@ -49,39 +51,43 @@ def run(folder: Path, kills: int, seed: int, say: Callable[[str], None], lively:
         say: is told how far it is.
         lively: how long the server's lives are; 1 is some two seconds.
     """
-    began = time.monotonic()
     with fork_server(MODULES, folder / "forks.log") as forks:
         _learn(forks, folder / "learned")
-        ready = time.monotonic()
         chaos = Chaos(forks, folder / "run", seed)
         chaos.run(kills, lambda now: say(tell(now)), lively)
         with chaos.serving() as address:
             audit(folder / "run", address, chaos.tokens, chaos.epoch)
-        made = time.monotonic()
-        history = journal.gather(folder / "run")
-        found = model.build(history)
-        violations = [*checks.check(found), *_bugs(folder / "run" / "server.log")]
-        say(f"{len(history.ops)} operations, {len(violations)} violations before the replay")
-        with _undisturbed(forks, folder) as server:
-            replayer = Replayer(Stubs(server.address), folder / "run")
-            violations += replayer.check(found, lambda done, of: None if done % 50 else say(f"replay {done} of {of}"))
-    starts = sorted(chaos.starts)
+        return examine(forks, folder, seed, say)
+
+
+def examine(forks: ForkServer, folder: Path, seed: int, say: Say) -> Outcome:
+    """Checks the history that lies in a directory."""
+    began = time.monotonic()
+    history = journal.gather(folder / "run")
+    found = model.build(history)
+    violations = [*checks.check(found), *_bugs(folder / "run" / "server.log")]
+    say(f"{len(history.ops)} operations, {len(violations)} violations before the replay")
+    with _undisturbed(forks, folder) as server:
+        replayer = Replayer(Stubs(server.address), folder / "run")
+        violations += replayer.check(found, lambda done, of: None if done % 50 else say(f"replay {done} of {of}"))
+    epochs = history.epochs.values()
+    ends = Counter(epoch.how for epoch in epochs)
+    made = max(epoch.ended for epoch in epochs) - min(epoch.began for epoch in epochs)
     record = {
-        "kills": chaos.kills,
+        "kills": sum(count for how, count in ends.items() if how != "sigterm"),
         "operations": len(history.ops),
         "violations": len(violations),
         "seed": seed,
-        "seconds": round(time.monotonic() - began, 1),
-        "seconds_of_history": round(made - ready, 1),
-        "ends": dict(sorted(chaos.ends.items())),
-        "clients_killed": chaos.clients_killed,
+        "seconds": round(made + time.monotonic() - began, 1),
+        "seconds_of_history": round(made, 1),
+        "ends": dict(sorted(ends.items())),
+        "lives_of_clients": len({op.id.rpartition(".")[0] for op in history.ops if op.client < CLIENTS}),
         "answered": sum(op.ok is not None for op in history.ops),
         "unknown": sum(op.unknown for op in history.ops),
         "adapters": sum(len(lives) for lives in found.lives.values()),
         "steps": sum(len(life.steps) for life in found.all()),
         "numbers_compared": replayer.compared,
         "ways_tried_again": replayer.retried,
-        "start_seconds": round(starts[len(starts) // 2], 2),
     }
     return Outcome(record, violations)
 
@@ -137,13 +143,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=None, help="of operations and kills; drawn if not given")
     parser.add_argument("--lively", type=float, default=0.7, help="how long the server's lives are; 1 is two seconds")
     parser.add_argument("--keep", type=Path, default=None, help="keep journals and logs in this directory, a new one")
+    parser.add_argument("--check", type=Path, default=None, help="make nothing: check the run that was kept here")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the result is written")
     chosen = parser.parse_args()
     seed = random.SystemRandom().randrange(2**31) if chosen.seed is None else chosen.seed
-    folder = chosen.keep or Path(tempfile.mkdtemp(prefix="onebase-history-"))
+    folder = chosen.check or chosen.keep or Path(tempfile.mkdtemp(prefix="onebase-history-"))
     folder.mkdir(parents=True, exist_ok=True)
     print(f"seed {seed}, in {folder}", flush=True)
-    outcome = run(folder, chosen.kills, seed, lambda line: print(line, flush=True), chosen.lively)
+    outcome = _outcome(folder, seed, chosen)
     text = [line for violation in outcome.violations for line in violation.lines()]
     (folder / "violations.txt").write_text("\n".join(text) + "\n", encoding="utf-8")
     print(*text[:200], sep="\n")
@@ -151,8 +158,19 @@ def main() -> None:
     chosen.out.write_text(json.dumps(outcome.record, indent=1) + "\n", encoding="utf-8")
     if outcome.violations:
         sys.exit(f"{len(outcome.violations)} violations; journals, logs and all of them are in {folder}")
-    if chosen.keep is None:
+    if chosen.keep is None and chosen.check is None:
         shutil.rmtree(folder)
+
+
+def _outcome(folder: Path, seed: int, chosen: argparse.Namespace) -> Outcome:
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    if chosen.check is None:
+        return run(folder, chosen.kills, seed, say, chosen.lively)
+    (folder / "replay-port").unlink(missing_ok=True)
+    with fork_server(MODULES, folder / "forks.log") as forks:
+        return examine(forks, folder, seed, say)
 
 
 if __name__ == "__main__":

@@ -273,3 +273,14 @@ def test_a_killed_client_leaves_an_operation_of_unknown_outcome(tmp_path: Path) 
     writer.end(op, 2.0, "FAILED_PRECONDITION", "NO_GRADIENTS")
     (read,) = gather(tmp_path).ops
     assert (read.unknown, read.ok) == (False, None)
+
+
+def test_a_stored_answer_says_nothing_of_what_is_there_now(world: World, tmp_path: Path) -> None:
+    """A client that was away asks again for the answer of long ago; its adapter is another one by now."""
+    op = next(op for op in world.ops if (op.kind, op.tenant) == ("step", "red"))
+    world.do("delete", "p", session="red")
+    world.do("create", "p", session="red", rank=2, seed=1)
+    op.attempts.append(Attempt(0, world.now + 1, world.now + 2, OK, "", op.attempts[0].answer))
+    world.now += 3
+    world.do("get", "p")
+    assert world.violations(tmp_path) == set()

@@ -16,7 +16,7 @@ from server.harness import Clock, Live, refused
 from onebase.server.checkpoints import StateDirectory
 from onebase.server.config import AdapterSource, ConfigError, EngineConfig, ServerConfig, StateConfig
 from onebase.server.durability import RESERVED_VERSIONS
-from onebase.server.jobs import AdapterKind, LoadAdapterJob, OptimStepJob
+from onebase.server.jobs import AdapterKind, LoadAdapterJob
 from onebase.server.opening import open_durable
 from onebase.v1 import adapters_pb2, inference_pb2, server_pb2, sessions_pb2, training_pb2, types_pb2
 
@@ -126,7 +126,7 @@ def test_a_step_that_can_still_be_lost_is_seen_by_nobody(serve):
             stepping = live.training.OptimStep.future(
                 training_pb2.OptimStepRequest(session_id=live.session, adapter="p", adamw=adamw)
             )
-            live.worker.wait_submitted(OptimStepJob)
+            eventually(lambda: [track.newest for track in live.keeper._tracks.values()] == [1, 0])  # it is made
             reads = [
                 live.adapters.GetAdapter.future(adapters_pb2.GetAdapterRequest(name="p")),
                 live.adapters.ListAdapters.future(adapters_pb2.ListAdaptersRequest()),
@@ -160,6 +160,27 @@ def test_an_active_adapter_is_durable_before_the_call_that_set_it_is_answered(se
             time.sleep(0.3)
             assert not asked.done()
         assert asked.result(10).ppo_adapter_name == "p"
+
+
+def test_a_cancel_between_a_change_and_its_answer_does_not_lose_the_answer(serve):
+    """The change is made and the session's new leases are on their way to the disk: the retry finds the answer."""
+    with serve() as live:
+        create(live)
+        passes, reached, put = threading.Event(), threading.Event(), live.keeper.store.put_session
+
+        def slow(row):
+            reached.set()
+            passes.wait(20)
+            put(row)
+
+        live.keeper.store.put_session = slow
+        request = adapters_pb2.DeleteAdapterRequest(session_id=live.session, request_id="once", name="p")
+        call = live.adapters.DeleteAdapter.future(request)
+        assert reached.wait(10)
+        call.cancel()
+        time.sleep(0.2)  # until the server has heard of it
+        passes.set()
+        assert live.adapters.DeleteAdapter(request, timeout=10) == adapters_pb2.DeleteAdapterResponse()
 
 
 def test_otherwise_every_so_many_steps(serve):

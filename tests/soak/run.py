@@ -69,7 +69,9 @@ def main() -> None:
         console.print(f"[bold red]failed[/] {line}", soft_wrap=True)
     if record["failures"]:
         sys.exit(1)
-    console.print("[bold green]flat[/]", f"{record['calls']} calls in {record['minutes']:g} minutes")
+    console.print(
+        "[bold green]held[/]", f"{record['calls']} calls in {record['minutes']:g} minutes; nothing above its limit"
+    )
 
 
 def soak(folder: Path, chosen: argparse.Namespace, console: Console) -> tuple[dict[str, Any], Samples]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import time
 from collections.abc import Callable
@@ -60,7 +61,7 @@ class Watch:
             "pss_bytes": memory.pss,
             "descriptors": process.num_fds(),
             "threads": process.num_threads(),
-            "state_bytes": sum(path.stat().st_size for path in _files(self.state)),
+            "state_bytes": _bytes(self.state),
             "kv_slots_used": status.kv_slots_used,
             "live_sessions": len(status.sessions),
             **{f"rows_{table}": count for table, count in self._rows().items()},
@@ -74,6 +75,10 @@ class Watch:
             return {table: db.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0] for table in TABLES}
 
 
-def _files(folder: Path) -> list[Path]:
-    """Files that are there now; some go while one looks."""
-    return [path for path in folder.rglob("*") if path.is_file()]
+def _bytes(folder: Path) -> int:
+    """Of the files that are there now; some go while one looks."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total

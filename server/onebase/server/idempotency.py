@@ -56,8 +56,15 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Stored:
+    """An answer as bytes: a message in memory takes up to ten times as much, which no bound would count."""
+
     digest: bytes
-    response: Message
+    kind: type[Message]
+    data: bytes
+
+    @property
+    def response(self) -> Message:
+        return self.kind.FromString(self.data)
 
 
 @dataclass(frozen=True)
@@ -90,8 +97,8 @@ class Idempotency:
 
     def restore(self, row: ResponseRow) -> None:
         """Knows what the server that was here before has answered."""
-        response = _RESPONSES[name_of(row.method)].FromString(row.response)
-        self._store((row.session, row.method, row.request), _Stored(row.digest, response))
+        kind = _RESPONSES[name_of(row.method)]
+        self._store((row.session, row.method, row.request), _Stored(row.digest, kind, row.response))
 
     def applied(self, method: str, request: Message, response: Message, finish: Callable[[], Awaitable[None]]) -> None:
         """Says, inside `work`, that the change is made: if `work` fails now, a repeated call only has to `finish`."""
@@ -167,13 +174,14 @@ class Idempotency:
         if task.cancelled() or task.exception() is not None:
             return
         self._applied.pop(key, None)
-        self._store(key, _Stored(digest, task.result()))
+        response: Message = task.result()
+        self._store(key, _Stored(digest, type(response), response.SerializeToString()))
 
     def _store(self, key: _Key, stored: _Stored) -> None:
         self._stored[key] = stored
-        self._bytes += stored.response.ByteSize()
+        self._bytes += len(stored.data)
         while len(self._stored) > 1 and (len(self._stored) > self._capacity or self._bytes > self._capacity_bytes):
-            self._bytes -= self._stored.popitem(last=False)[1].response.ByteSize()
+            self._bytes -= len(self._stored.popitem(last=False)[1].data)
 
 
 def record(method: str, request: Message, response: Message) -> ResponseRow | None:
