@@ -2,11 +2,11 @@
 
     python benchmarks/load.py [--minutes 10] [--flood-minutes 2.7]
 
-Eight equal tenants with eight clients each, in processes of their own, do all that clients do (`load_clients.DECK`) on a
-base with random weights (that of the tests: 35k parameters, so that the server's own work, and not arithmetic, is what
-is under load). Each client thinks for a moment between calls, so that there is always a queue, and no endless one. Half
-of the tenants have a session for each client, the others one for all: nobody may get more by that. Then one tenant sends
-ten times as much as before, whatever it is answered, in every other window of time.
+Eight equal tenants with eight clients each, in processes of their own, do all that clients do (`load_clients.DECK`) on
+a base with random weights (that of the tests: 23,200 parameters, so that the server's own work, and not arithmetic, is
+what is under load). Each client thinks for a moment between calls, so that there is always a queue, and no endless one.
+Half of the tenants have a session for each client, the others one for all: nobody may get more by that. Then one tenant
+sends ten times as much as before, whatever it is answered, in every other window of time.
 
 Writes results/load.json and the section of README.md. The exit code is 1 where a bound is broken.
 """
@@ -42,7 +42,7 @@ HERE = Path(__file__).resolve().parent
 FIXTURES = HERE.parent / "tests" / "oracle" / "fixtures"
 TENANTS = [f"tenant-{number}" for number in range(1, 9)]
 CLIENTS, PROCESSES = 8, 2
-THINK = 0.25
+THINK = 0.5
 FLOODER, TIMES = TENANTS[-1], 10
 WINDOW, SETTLE = 20.0, 4.0
 """Seconds of a calm or flooded window, and of its beginning that does not count."""
@@ -208,7 +208,7 @@ def jain(amounts: Sequence[float]) -> float:
 
 
 def growth(memory: Sequence[tuple[float, int]]) -> float:
-    """By how much memory grew over the time, as a part of its median: Theil and Sen's slope, the median of all pairs'."""
+    """By how much memory grew over the time, as a part of its median: by Theil and Sen's slope, the pairs' median."""
     slopes = [(b - a) / (later - earlier) for n, (earlier, a) in enumerate(memory) for later, b in memory[n + 1 :]]
     median = statistics.median(held for _, held in memory)
     return statistics.median(slopes) * (memory[-1][0] - memory[0][0]) / median
@@ -325,10 +325,10 @@ def section(found: dict[str, Any]) -> str:
     """The part of README.md."""
     one, where, bounds = found["steady"], found["machine"], found["bounds"]
     lines = [
-        f"{len(TENANTS) * CLIENTS} clients of {len(TENANTS)} tenants, {one['minutes']:g} minutes, a base of 35k parameters; "
-        f"{where['cpu']}, {where['cores']} cores, load {where['load_before']} before it began. "
+        f"{len(TENANTS) * CLIENTS} clients of {len(TENANTS)} tenants, {one['minutes']:g} minutes, a base of 23,200 "
+        f"parameters; {where['cpu']}, {where['cores']} cores, load {where['load_before']} before it began. "
         f"{one['calls_per_second']:g} calls and {one['tokens_per_second']:,} tokens a second; the server used "
-        f"{one['server_cpu']:g} of a core and held {one['memory_mib'][0]} MiB at first, {one['memory_mib'][1]} at last.",
+        f"{one['server_cpu']:g} of a core and held {one['memory_mib'][0]} MiB, {one['memory_mib'][1]} at the end.",
         "",
         "| bound | seen | at most / at least | |",
         "|---|---|---|---|",

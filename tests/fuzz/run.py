@@ -5,9 +5,9 @@
 
 Four targets: calls of every method (`calls`), adapters that are uploaded (`uploads`), adapters read by the engine's
 code in a process of its own (`files`), and bytes that are no calls (`raw`). An input is drawn from the seed, its target
-and its number. Nothing may crash, hang (a call its deadline, health a second), or be answered with a bug's code; the server's
-memory is bounded, and the numbers that it gives are the same, bit for bit, before and after. Each input that breaks a
-rule is written to a file that --replay sends again.
+and its number. Nothing may crash, hang (a call its deadline, health a second), or be answered with a bug's code; the
+server's memory is bounded, and the numbers that it gives are the same, bit for bit, before and after. Each input that
+breaks a rule is written to a file that --replay sends again.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from onebase.server.identity import Scope
 from onebase.server.tokens import TokenFile
 from onebase.v1 import adapters_pb2, inference_pb2, sessions_pb2, training_pb2
 
-SHARES = {"calls": 0.75, "uploads": 0.02, "files": 0.2, "raw": 0.03}
+SHARES = {"calls": 0.8, "uploads": 0.02, "files": 0.15, "raw": 0.03}
 """Of the inputs."""
 AT_ONCE = {"calls": 24, "uploads": 4, "raw": 16}
 HEALTH_SECONDS = 1.0
@@ -122,7 +122,7 @@ def served(folder: Path) -> Iterator[Server]:
     token = tokens.add("fuzz", tuple(Scope), (), None)
     places = ("--root", str(root), "--tokens", str(folder / "tokens.json"), "--tenant-quota", TENANT)
     adapters = ("--policy", f"p={root / 'policy'}", "--reward", f"r={root / 'reward'}")
-    with start_server(root / "base", *adapters, *places, *FLAGS) as running:
+    with start_server(root / "base", *adapters, *places, *FLAGS, wait=400) as running:
         channel = grpc.insecure_channel(running.address)
         server = Server(running, token, channel)
         server.prepare()
