@@ -23,10 +23,8 @@ from onebase.v1 import adapters_pb2, inference_pb2, sessions_pb2
 pytestmark = pytest.mark.e2e
 
 COUNT = 60
-WHOLES = [
-    {file.name: file.read_bytes() for file in (FIXTURES / name).iterdir()}
-    for name in ("policy", "policy_all", "reward")
-]
+PLACES = [FIXTURES / name for name in ("policy", "policy_all", "reward")]
+WHOLES = [{file.name: file.read_bytes() for file in place.iterdir()} for place in PLACES]
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ import asyncio
 import base64
 import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -45,10 +46,11 @@ from onebase.server.identity import Scope
 from onebase.server.tokens import TokenFile
 from onebase.v1 import adapters_pb2, inference_pb2, sessions_pb2, training_pb2
 
-SHARES = {"calls": 0.8, "uploads": 0.02, "files": 0.15, "raw": 0.03}
+SHARES = {"calls": 0.8, "uploads": 0.02, "files": 0.17, "raw": 0.01}
 """Of the inputs."""
 AT_ONCE = {"calls": 24, "uploads": 4, "raw": 16}
 HEALTH_SECONDS = 1.0
+"""In which health answers, where nobody else wants the cores."""
 GROWTH = 512 * 2**20
 """Bytes that the server, or the process that reads files, may have more at the end than at the beginning."""
 READING_SECONDS = 20.0
@@ -180,7 +182,8 @@ class Watch(threading.Thread):
                     fine = False
                 took = time.monotonic() - began
                 self._findings.health_longest = max(self._findings.health_longest, took)
-                missed = 0 if fine and took <= HEALTH_SECONDS else missed + 1
+                crowd = os.getloadavg()[0] / (os.cpu_count() or 1)  # programs that want a core, for each core
+                missed = 0 if fine and took <= HEALTH_SECONDS * max(1.0, crowd) else missed + 1
                 if missed == 2:  # once may be this machine's other work
                     self._findings.add("calls", f"hang: health took {took:.1f} s, or was not SERVING")
 
@@ -207,6 +210,8 @@ async def run_calls(server: Server, seed: int, count: int, findings: Findings, _
             await asyncio.to_thread(server.prepare)
             valid = calls.valid_requests(server.session)
             await _at_once("calls", server, range(first, min(count, first + 500)), one, findings)
+            if first % 10_000 == 0:
+                print(f"calls: at {first}", flush=True)
 
 
 async def run_uploads(server: Server, seed: int, count: int, findings: Findings, wholes: list[Files]) -> None:
