@@ -305,7 +305,7 @@ def judged(found: Found, of_steady: dict[str, Any], of_flood: dict[str, Any] | N
         "memory_growth": of_steady["memory_growth"],
         "fairness": of_steady["fairness"],
     }
-    if of_steady["calls_of_a_tenant_in_a_piece"] >= FEWEST_IN_PIECE:
+    if of_steady["fairness_pieces"] and of_steady["calls_of_a_tenant_in_a_piece"] >= FEWEST_IN_PIECE:
         seen["fairness_worst_piece"] = min(of_steady["fairness_pieces"])
     bounds = {}
     if of_flood is not None:

@@ -47,7 +47,7 @@ from onebase.server.identity import Scope
 from onebase.server.tokens import TokenFile
 from onebase.v1 import adapters_pb2, inference_pb2, sessions_pb2, training_pb2
 
-SHARES = {"calls": 0.93, "uploads": 0.01, "files": 0.05, "raw": 0.01}
+SHARES = {"calls": 0.8, "uploads": 0.02, "files": 0.17, "raw": 0.01}
 """Of the inputs."""
 AT_ONCE = {"calls": 24, "uploads": 4, "raw": 16}
 HEALTH_SECONDS = 1.0
