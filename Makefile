@@ -131,6 +131,17 @@ bench: .venv/.installed  ## ratios against transformers and PEFT, into benchmark
 bench-peers: .venv/.installed .venv-oracle/.installed  ## PPO beside TRL 0.11.4 on the same work
 	$(BIN)/python benchmarks/run.py --only ppo_ --only memory_
 
+.PHONY: load
+load: .venv/.installed  ## 64 clients for 10 minutes, then a flood, into benchmarks/results/load.json (LOAD_MINUTES=)
+	$(BIN)/python benchmarks/load.py
+
+FUZZ_INPUTS ?= 100000
+FUZZ_SEED ?= 0
+
+.PHONY: fuzz
+fuzz: .venv/.installed  ## malformed calls, files and connections, 12 minutes, into .cache/fuzz.json (FUZZ_INPUTS=, FUZZ_SEED=)
+	PYTHONPATH=tests $(BIN)/python -m fuzz.run --inputs $(FUZZ_INPUTS) --seed $(FUZZ_SEED) --out .cache/fuzz.json
+
 .PHONY: wheel
 wheel: .venv/.installed  ## build the wheel into dist/
 	$(BIN)/python -m build --no-isolation --wheel

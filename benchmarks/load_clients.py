@@ -141,7 +141,7 @@ class Client:
         return self._deck.pop()
 
     async def act(self, operation: str, *, obey: bool = True) -> None:
-        """Does an operation's calls, one after the other, and records them; of a flood, which obeys nothing, the first."""
+        """Does an operation's calls, one after the other, and records them; of a flood, which obeys nothing, one."""
         for name, tokens, method, request in self._calls(operation):
             began, refusals, error = time.monotonic(), 0, ""
             while True:

@@ -1,97 +1,30 @@
-"""Random requests and files: whatever comes, the answer is no INTERNAL, and the server lives.
+"""Random requests, files and connections: whatever comes, the answer is no bug, and the server lives.
 
-`ONEBASE_FUZZ=5000` tries so many of each.
+`make fuzz` tries a hundred thousand, with the same generators (tests/fuzz).
 """
 
 from __future__ import annotations
 
-import os
-import struct
+import asyncio
 from collections.abc import Callable
-from typing import Any
+from random import Random
 
 import grpc
 import pytest
 from faults.conftest import Place
-from faults.test_bytes import policy, upload
-from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescriptor
-from google.protobuf.message import Message
-from google.protobuf.message_factory import GetMessageClass
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from server.harness import refusal_of
+from faults.test_bytes import upload
+from fuzz import calls, grammar, raw, reading
+from google.protobuf.descriptor import MethodDescriptor
+from oracle.fixtures import FIXTURES
+from server.harness import pair
 
-from onebase.v1 import adapters_pb2, inference_pb2, server_pb2, sessions_pb2, training_pb2
+from onebase.v1 import adapters_pb2, inference_pb2, sessions_pb2
 
 pytestmark = pytest.mark.e2e
 
-COUNT = int(os.environ.get("ONEBASE_FUZZ", "25"))
-FUZZ = settings(
-    max_examples=COUNT,
-    deadline=None,
-    derandomize="ONEBASE_FUZZ" not in os.environ,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
-METHODS = [
-    method
-    for module in (adapters_pb2, inference_pb2, server_pb2, sessions_pb2, training_pb2)
-    for service in module.DESCRIPTOR.services_by_name.values()
-    for method in service.methods
-]
-BAD = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DATA_LOSS)
-NAMES = st.sampled_from(["p", "r", "base", "", "x", "../x", "policy", "q_proj", "all-linear", "w5 w6", "\0", "é" * 70])
-INTEGERS = st.one_of(st.integers(-2, 20), st.sampled_from([-(2**31), 2**31 - 1, 127, 128]))
-LONG = st.one_of(INTEGERS, st.sampled_from([-(2**63), 2**63 - 1, 2**40]))
-FLOATS = st.one_of(st.floats(width=32), st.sampled_from([0.0, 1.0, 1e-4]))
-KINDS: dict[int, st.SearchStrategy[Any]] = {
-    FieldDescriptor.TYPE_STRING: st.one_of(NAMES, st.text(max_size=8)),
-    FieldDescriptor.TYPE_BYTES: st.one_of(st.binary(max_size=24), st.just(struct.pack("<3i", 5, 6, 7))),
-    FieldDescriptor.TYPE_BOOL: st.booleans(),
-    FieldDescriptor.TYPE_FLOAT: FLOATS,
-    FieldDescriptor.TYPE_DOUBLE: FLOATS,
-    FieldDescriptor.TYPE_ENUM: st.integers(-1, 8),
-    FieldDescriptor.TYPE_INT32: INTEGERS,
-    FieldDescriptor.TYPE_INT64: LONG,
-}
-
-
-@st.composite
-def messages(draw: st.DrawFn, kind: Descriptor, session: str, depth: int = 0) -> Message:
-    """A message of this kind, with some of its fields set to something."""
-    message = GetMessageClass(kind)()
-    for field in kind.fields:
-        if field.name == "session_id":
-            message.session_id = draw(st.sampled_from([session, session, "", "x"]))  # type: ignore[attr-defined]
-        elif depth < 5 and draw(st.integers(0, 3)):
-            _fill(draw, message, field, session, depth)
-    return message
-
-
-def _fill(draw: st.DrawFn, message: Message, field: FieldDescriptor, session: str, depth: int) -> None:
-    inner = field.message_type
-    if inner is not None and inner.GetOptions().map_entry:
-        key, value = inner.fields_by_name["key"], inner.fields_by_name["value"]
-        getattr(message, field.name)[draw(KINDS[key.type])] = draw(KINDS[value.type])
-    elif inner is not None:
-        for _ in range(draw(st.integers(1, 2)) if field.is_repeated else 1):
-            there = getattr(message, field.name).add() if field.is_repeated else getattr(message, field.name)
-            there.CopyFrom(draw(messages(inner, session, depth + 1)))
-    elif field.is_repeated:
-        getattr(message, field.name).extend(draw(st.lists(KINDS[field.type], max_size=3)))
-    else:
-        setattr(message, field.name, draw(KINDS[field.type]))
-
-
-def ask(call: Callable[[], Any]) -> None:
-    """Calls, and reads what comes; only a bug fails."""
-    try:
-        answer = call()
-        if hasattr(answer, "__next__"):
-            list(answer)
-    except grpc.RpcError as error:
-        refusal = refusal_of(error)
-        assert refusal.code not in BAD, refusal
+COUNT = 60
+PLACES = [FIXTURES / name for name in ("policy", "policy_all", "reward")]
+WHOLES = [{file.name: file.read_bytes() for file in place.iterdir()} for place in PLACES]
 
 
 @pytest.fixture(scope="module")
@@ -108,43 +41,49 @@ def session(place: Place) -> str:
     return opened.session_id
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def problems(place: Place, some: list[calls.Call]) -> list[tuple[str, calls.Call]]:
+    """What is wrong with these calls, sent all at once."""
+
+    async def send() -> list[str | None]:
+        async with grpc.aio.insecure_channel(place.server.address) as channel:
+            return list(await asyncio.gather(*(calls.send(channel, call) for call in some)))
+
+    return [(problem, call) for problem, call in zip(asyncio.run(send()), some, strict=True) if problem is not None]
+
+
+@pytest.mark.parametrize("method", [*grammar.METHODS, *calls.OTHERS], ids=lambda method: method.name)
 def test_random_requests(place: Place, session: str, method: MethodDescriptor) -> None:
-    channel = place.as_("fuzz").channel
-    path = f"/{method.containing_service.full_name}/{method.name}"
-    if method.client_streaming:
-        send = channel.stream_unary(path)
-    else:
-        send = (channel.unary_stream if method.server_streaming else channel.unary_unary)(path)
-
-    @FUZZ
-    @given(data=st.data())
-    def fuzz(data: st.DataObject) -> None:
-        raw = data.draw(
-            st.one_of(
-                messages(method.input_type, session).map(lambda message: message.SerializeToString()),
-                st.binary(max_size=64),
-            )
-        )
-        ask(lambda: send(iter([raw]) if method.client_streaming else raw, timeout=20))
-
-    fuzz()
+    valid, token = calls.valid_requests(session), place.as_("fuzz").token
+    some = [calls.call_of(Random(f"{method.name}/{number}"), method, session, valid, token) for number in range(COUNT)]
+    assert problems(place, some) == []
 
 
 def test_random_files(place: Place) -> None:
-    files = policy(place)
-    fuzz = place.as_("fuzz-files")
+    token = place.as_("fuzz-files").token
+    some = []
+    for number in range(COUNT):
+        _, files = reading.drawn(0, number, WHOLES)
+        messages = tuple(one.SerializeToString() for one in upload("x", files))
+        some.append(calls.Call("/onebase.v1.AdapterService/UploadAdapter", messages, True, False, token))
+    assert problems(place, some) == []
 
-    @FUZZ
-    @given(data=st.data())
-    def spoil(data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(sorted(files)))
-        whole = bytearray(files[name])
-        # The beginning, where lengths, names, shapes and offsets are, more often than the numbers behind it.
-        for _ in range(data.draw(st.integers(1, 4))):
-            place_ = data.draw(st.one_of(st.integers(0, min(len(whole), 400) - 1), st.integers(0, len(whole) - 1)))
-            whole[place_] = data.draw(st.integers(0, 255))
-        cut = data.draw(st.one_of(st.just(len(whole)), st.integers(0, len(whole))))
-        ask(lambda: fuzz.adapters.UploadAdapter(upload("x", {**files, name: bytes(whole[:cut])}), timeout=20))
 
-    spoil()
+def test_random_connections_leave_the_port_to_others(place: Place) -> None:
+    async def throw() -> None:
+        await asyncio.gather(*(raw.throw(place.server.address, Random(number)) for number in range(COUNT)))
+
+    asyncio.run(throw())
+    request = inference_pb2.LogprobRequest(adapter="base", sequences=[pair((5, 6), (7,))])
+    assert place.as_("fuzz").inference.Logprob(request, timeout=20).results
+
+
+def test_what_the_generators_draw_is_spoiled_and_the_same_again() -> None:
+    valid = calls.valid_requests("s")["Score"]
+    drawn = [
+        [grammar.request(Random(number), grammar.METHODS[-1], "s", valid) for number in range(200)] for _ in range(2)
+    ]
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn[0])) > 150
+    files = [reading.drawn(0, number, WHOLES)[1] for number in range(200)]
+    assert files == [reading.drawn(0, number, WHOLES)[1] for number in range(200)]
+    assert sum(one in WHOLES for one in files) < 20

@@ -5,9 +5,9 @@
 
 Four targets: calls of every method (`calls`), adapters that are uploaded (`uploads`), adapters read by the engine's
 code in a process of its own (`files`), and bytes that are no calls (`raw`). An input is drawn from the seed, its target
-and its number. Nothing may crash, hang (a call its deadline, health a second), or be answered with a bug's code; the server's
-memory is bounded, and the numbers that it gives are the same, bit for bit, before and after. Each input that breaks a
-rule is written to a file that --replay sends again.
+and its number. Nothing may crash, hang (a call its deadline, health a second), or be answered with a bug's code; the
+server's memory is bounded, and the numbers that it gives are the same, bit for bit, before and after. Each input that
+breaks a rule is written to a file that --replay sends again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import asyncio
 import base64
 import contextlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -45,10 +47,11 @@ from onebase.server.identity import Scope
 from onebase.server.tokens import TokenFile
 from onebase.v1 import adapters_pb2, inference_pb2, sessions_pb2, training_pb2
 
-SHARES = {"calls": 0.75, "uploads": 0.02, "files": 0.2, "raw": 0.03}
+SHARES = {"calls": 0.8, "uploads": 0.02, "files": 0.17, "raw": 0.01}
 """Of the inputs."""
 AT_ONCE = {"calls": 24, "uploads": 4, "raw": 16}
 HEALTH_SECONDS = 1.0
+"""In which health answers, where nobody else wants the cores."""
 GROWTH = 512 * 2**20
 """Bytes that the server, or the process that reads files, may have more at the end than at the beginning."""
 READING_SECONDS = 20.0
@@ -122,7 +125,7 @@ def served(folder: Path) -> Iterator[Server]:
     token = tokens.add("fuzz", tuple(Scope), (), None)
     places = ("--root", str(root), "--tokens", str(folder / "tokens.json"), "--tenant-quota", TENANT)
     adapters = ("--policy", f"p={root / 'policy'}", "--reward", f"r={root / 'reward'}")
-    with start_server(root / "base", *adapters, *places, *FLAGS) as running:
+    with start_server(root / "base", *adapters, *places, *FLAGS, wait=400) as running:
         channel = grpc.insecure_channel(running.address)
         server = Server(running, token, channel)
         server.prepare()
@@ -180,7 +183,8 @@ class Watch(threading.Thread):
                     fine = False
                 took = time.monotonic() - began
                 self._findings.health_longest = max(self._findings.health_longest, took)
-                missed = 0 if fine and took <= HEALTH_SECONDS else missed + 1
+                crowd = os.getloadavg()[0] / (os.cpu_count() or 1)  # programs that want a core, for each core
+                missed = 0 if fine and took <= HEALTH_SECONDS * max(1.0, crowd) else missed + 1
                 if missed == 2:  # once may be this machine's other work
                     self._findings.add("calls", f"hang: health took {took:.1f} s, or was not SERVING")
 
@@ -207,6 +211,8 @@ async def run_calls(server: Server, seed: int, count: int, findings: Findings, _
             await asyncio.to_thread(server.prepare)
             valid = calls.valid_requests(server.session)
             await _at_once("calls", server, range(first, min(count, first + 500)), one, findings)
+            if first % 10_000 == 0:
+                print(f"calls: at {first}", flush=True)
 
 
 async def run_uploads(server: Server, seed: int, count: int, findings: Findings, wholes: list[Files]) -> None:
@@ -439,6 +445,7 @@ def main() -> None:
         problem = replay(asked.replay)
         print(problem or "nothing is wrong with it now")
         sys.exit(1 if problem else 0)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server goes too
     found = run(asked.inputs, asked.seed, asked.out)
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     asked.out.write_text(json.dumps(found, indent=2) + "\n")

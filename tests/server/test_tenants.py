@@ -10,7 +10,7 @@ from server.tenants import Guarded
 
 from onebase.server.config import AdapterSource
 from onebase.server.identity import Scope
-from onebase.server.jobs import AdapterKind
+from onebase.server.jobs import AdapterKind, ScoreJob
 from onebase.v1 import adapters_pb2, inference_pb2, server_pb2, sessions_pb2, training_pb2, types_pb2
 
 ONE = [pair((9,), (7,))]
@@ -264,3 +264,14 @@ def test_a_server_without_tokens_hides_nothing(live):
         "r2",
         "ref",
     ]
+
+
+def test_work_stands_in_its_own_tenants_queues(guarded):
+    for tenant in ("red", "blue"):
+        client = guarded.as_(tenant)
+        client.inference.Logprob(inference_pb2.LogprobRequest(adapter="base", sequences=ONE))
+        session = client.sessions.OpenSession(Open()).session_id
+        client.inference.Logprob(inference_pb2.LogprobRequest(session_id=session, adapter="base", sequences=ONE))
+    jobs = guarded.worker.wait_submitted(ScoreJob, 4)
+    assert [job.tenant for job in jobs] == ["red", "red", "blue", "blue"]
+    assert [bool(job.session) for job in jobs] == [False, True, False, True]

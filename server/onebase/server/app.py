@@ -35,7 +35,7 @@ from onebase.server.jobs import AdapterKind, LoraSpec
 from onebase.server.leases import Clock
 from onebase.server.opening import open_durable
 from onebase.server.ports import TextLike, WorkerLike
-from onebase.server.process import share_one_heap
+from onebase.server.process import share_one_heap, take_turns_quickly
 from onebase.server.registry import Entry
 from onebase.server.restoring import Rooms, Told, check_trained, restore
 from onebase.server.services.adapters import AdapterService
@@ -132,6 +132,7 @@ def open_parts(config: ServerConfig) -> Parts:
     make_roots(config)
     directory = _open_state(config.state)  # before the base, which takes long
     share_one_heap()
+    take_turns_quickly()
     engine = open_engine(config.engine)
     worker = Worker(engine, config.limits, config.engine.budget(engine.facts.device))
     if directory is None or config.state is None:
