@@ -247,10 +247,13 @@ class Server:
         self._audit.close()
 
     async def give_up(self) -> None:
-        """After a crash: lets the answers out, and writes nothing more."""
+        """After a crash: lets the answers out, refuses new calls, and writes nothing more.
+
+        gRPC's server is not stopped: it would tell who calls now CANCELLED, which no client repeats.
+        """
         self.edge.gate.state = State.LOST
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        await self._server.stop(_LOST_ANSWERS_SECONDS)
+        await asyncio.sleep(_LOST_ANSWERS_SECONDS)
 
     def _is_there(self, name: str, kind: AdapterKind) -> bool:
         """Whether the state directory has this adapter: it goes on from there."""
