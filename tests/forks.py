@@ -184,6 +184,7 @@ def _child(request: dict[str, Any]) -> None:
         os.close(out)
         os.environ.update(request["env"])
         sys.argv = request["argv"]
+        sys.orig_argv = [sys.executable, "-m", "onebase.client.cli", *sys.argv[1:]]  # for a server that replaces itself
         module, _, function = request["target"].partition(":")
         status = _status(getattr(importlib.import_module(module), function))
         if there := os.environ.get("FORKS_MODULES"):
