@@ -28,15 +28,15 @@ def begun(address: str, stop: threading.Event) -> Iterator[adapters_pb2.UploadAd
     stop.wait(60)
 
 
-@pytest.mark.parametrize("place", ["state", "temporary"])
+@pytest.mark.parametrize("where", ["state", "temporary"])
 def test_what_a_killed_server_left_of_an_upload_is_swept(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     shutil.copytree(FIXTURES / "base", tmp_path / "base")
-    flags = ("--state", str(tmp_path / "state")) if place == "state" else ()
-    folder = tmp_path / "state" / "spool" if place == "state" else tmp_path / "tmp" / f"onebase-{os.getuid()}"
+    flags = ("--state", str(tmp_path / "state")) if where == "state" else ()
+    folder = tmp_path / "state" / "spool" if where == "state" else tmp_path / "tmp" / f"onebase-{os.getuid()}"
     stop = threading.Event()
     with (
         start_server(tmp_path / "base", "--threads", "1", *flags) as server,
