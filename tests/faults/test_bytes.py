@@ -90,10 +90,9 @@ def test_20_what_is_no_name_is_refused_and_no_file_is_called_so(place: Place, na
     "path", ["../tokens.json", "/etc", "link", "link/x", "policy/../../x", "\0", "a\0b", "x" * 5000]
 )
 def test_21_a_path_that_leads_outside_is_refused(place: Place, path: str) -> None:
-    link = place.root / "red" / "link"
-    link.parent.mkdir(exist_ok=True)
-    if not link.is_symlink():
-        link.symlink_to(place.root.parent)
+    for folder in (place.root, own(place)):
+        if not (folder / "link").is_symlink():
+            (folder / "link").symlink_to(place.root.parent)
     red = place.as_("red")
     for method, request in (
         (red.adapters.LoadAdapter, adapters_pb2.LoadAdapterRequest(name="x", path=path, kind=POLICY)),
@@ -104,7 +103,7 @@ def test_21_a_path_that_leads_outside_is_refused(place: Place, path: str) -> Non
 
 def test_21_a_symlink_in_a_directory_is_not_followed_out_of_it(place: Place) -> None:
     name = fresh("linked")
-    folder = Path(shutil.copytree(place.root / "policy", place.root / "red" / name))
+    folder = Path(shutil.copytree(place.root / "policy", own(place) / name))
     outside = place.root.parent / f"{name}.safetensors"
     shutil.move(folder / "adapter_model.safetensors", outside)
     (folder / "adapter_model.safetensors").symlink_to(outside)
@@ -138,6 +137,13 @@ def test_21_a_link_that_is_sent_is_a_file_of_that_text(place: Place) -> None:
     assert refused(place.as_("red").adapters.UploadAdapter, upload("x", files)).code is INVALID
 
 
+def own(place: Place) -> Path:
+    """The directory under the root that is the tenant red's."""
+    path = place.root / "red"
+    path.mkdir(exist_ok=True)
+    return path
+
+
 class Bang:
     """Makes a file when it is unpickled."""
 
@@ -150,7 +156,7 @@ class Bang:
 
 def test_22_a_pickle_is_refused_and_never_opened(place: Place) -> None:
     name = fresh("pickled")
-    folder = Path(shutil.copytree(place.root / "policy", place.root / "red" / name))
+    folder = Path(shutil.copytree(place.root / "policy", own(place) / name))
     (folder / "adapter_model.safetensors").unlink()
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(Bang(place.root / "opened")))
     red = place.as_("red")
