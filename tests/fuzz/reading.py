@@ -75,6 +75,9 @@ def main() -> None:
     wholes = [{file.name: file.read_bytes() for file in one.iterdir()} for one in sorted(asked.wholes.iterdir())]
     resolve_once(engine)
     progress = os.open(asked.progress, os.O_WRONLY | os.O_CREAT)
+    for place in sorted(asked.wholes.iterdir()):  # what is imported and resolved once is not the first input's
+        kind = AdapterKind.REWARD if b"SEQ_CLS" in (place / "adapter_config.json").read_bytes() else AdapterKind.POLICY
+        engine.formats.load(LoadAdapterJob(uid=1, name="x", kind=kind, path=place), MAX_RANK)
     for number in range(asked.first, asked.first + asked.count):
         os.pwrite(progress, b"%020d" % number, 0)
         random, files = drawn(asked.seed, number, wholes)

@@ -54,8 +54,8 @@ HEALTH_SECONDS = 1.0
 """In which health answers, where nobody else wants the cores."""
 GROWTH = 512 * 2**20
 """Bytes that the server, or the process that reads files, may have more at the end than at the beginning."""
-READING_SECONDS = 20.0
-"""A file that takes longer hangs."""
+READING_SECONDS, WAITING_SECONDS = 20.0, 180.0
+"""A file that takes longer hangs: of the processor's time, and in all."""
 FLAGS = ("--threads", "1", "--kv-slots", "4", "--stream-idle-seconds", "5", "--drain-seconds", "1")
 TENANT = "adapter_bytes=64M,adapters=64"
 
@@ -330,24 +330,26 @@ class Reading(threading.Thread):
         return int(text) if text else first
 
     def _watch(self, process: subprocess.Popen[bytes], first: int) -> str | None:
-        watched, base, last, since = psutil.Process(process.pid), 0, -1, time.monotonic()
-        while process.poll() is None:
+        """Waits for the process to end, or ends it; what was wrong with it."""
+        watched, base, last, worked, since = psutil.Process(process.pid), 0, -1, 0.0, time.monotonic()
+        problem = None
+        while process.poll() is None and problem is None:
             time.sleep(0.5)
             now = self._now(first) if self._progress.read_text() else -1
             with contextlib.suppress(psutil.Error):
-                held = watched.memory_info().rss
+                held, times = watched.memory_info().rss, watched.cpu_times()
                 base = base or (held if now > first + 200 else 0)
                 if base and held > base + GROWTH:
-                    process.kill()
-                    process.wait()
-                    return f"crash: the process that reads files grew from {base >> 20} to {held >> 20} MiB"
-            if now != last:
-                last, since = now, time.monotonic()
-            elif time.monotonic() - since > (READING_SECONDS if now >= 0 else 120):
-                process.kill()
-                process.wait()
-                return f"hang: a file was read for {READING_SECONDS:g} s"
-        return None
+                    problem = f"crash: the process that reads files grew from {base >> 20} to {held >> 20} MiB"
+                if now != last:
+                    last, worked, since = now, times.user + times.system, time.monotonic()
+                long = now >= 0 and times.user + times.system - worked > READING_SECONDS
+                if long or time.monotonic() - since > WAITING_SECONDS:
+                    problem = f"hang: a file was read for {time.monotonic() - since:.0f} s"
+        if problem is not None:
+            process.kill()
+        process.wait()
+        return problem
 
 
 # ------------------------------------------------------------------------------------------------ all of it
