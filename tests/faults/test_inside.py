@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from onebase.v1 import adapters_pb2, inference_pb2, server_pb2, sessions_pb2, training_pb2
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.fault(times=1)]  # what is done to these servers is not undone
 
 FULL, FAILED = grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.FAILED_PRECONDITION
 LORA = {"rank": 4, "alpha": 8, "target_modules": ["all-linear"]}
