@@ -28,10 +28,6 @@ _ENGINE = (
     "transformers.models.llama.modeling_llama",
     "transformers.models.auto.tokenization_auto",
 )
-    "onebase.server.engine",
-    "transformers.models.llama.modeling_llama",
-    "transformers.models.auto.tokenization_auto",
-)
 """What a server imports on its way, besides."""
 
 
