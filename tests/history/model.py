@@ -246,13 +246,14 @@ def _believe_unknown_steps(model: Model, life: Life, unknown: list[Op]) -> None:
 
 def _between(model: Model, life: Life, op: Op, version: int) -> bool:
     """Whether an unknown step can have come after the version before this one, and before the one after."""
-    before = [attempt.began for _, attempt, v in life.seen if v < version]
-    after = [attempt.ended for _, attempt, v in life.seen if v >= version and attempt.ended is not None]
+    seen = [*life.seen, *_certain_reads(model, life)]
+    before = [attempt.began for _, attempt, v in seen if v < version]
+    after = [attempt.ended for _, attempt, v in seen if v >= version and attempt.ended is not None]
     wanted = op.args.get("expected_version", version - 1)
     return (
         wanted == version - 1
         and op.began <= min(after, default=math.inf)
-        and (model.history.end_of(op) >= min(before, default=0.0))
+        and (model.history.end_of(op) >= max(before, default=0.0))
     )
 
 
