@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -396,6 +397,7 @@ def main(
     keep: Keep = None,
 ) -> None:
     """Measure, write, and say which bounds hold."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server goes too
     found: dict[str, Any] = {"machine": report.machine(), "versions": report.versions()}
     with _place(keep) as folder:
         seen = measure(folder, minutes, flood_minutes, seed)
