@@ -21,6 +21,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -83,12 +84,13 @@ class ForkServer:
     """
 
     def __init__(self, modules: Sequence[str] = SERVER_MODULES, log: Path | None = None) -> None:
-        out: Any = subprocess.DEVNULL if log is None else log.open("ab")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "forks", *modules],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=out, text=True,
-            env={**environment(), "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])},
-        )  # fmt: skip
+        path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+        with (log or Path(os.devnull)).open("ab") as out:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "forks", *modules],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=out, text=True,
+                env={**environment(), "PYTHONPATH": path},
+            )  # fmt: skip
         self._ask({})
 
     def start(self, argv: Sequence[str], out: Path, target: str = COMMAND, **env: str) -> Forked:
@@ -183,6 +185,7 @@ def _child(request: dict[str, Any]) -> None:
         os.close(nothing)
         os.close(out)
         os.environ.update(request["env"])
+        tempfile.tempdir = None  # as the environment has it
         sys.argv = request["argv"]
         sys.orig_argv = [sys.executable, "-m", "onebase.client.cli", *sys.argv[1:]]  # for a server that replaces itself
         module, _, function = request["target"].partition(":")

@@ -8,10 +8,11 @@ from __future__ import annotations
 import atexit
 import functools
 import os
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from forks import Forked, ForkServer
+
+    Process = Forked | subprocess.Popen[bytes]
 
 ONEBASE = (sys.executable, "-W", "error::UserWarning:onebase", "-m", "onebase.client.cli")
 """The `onebase` command of the environment that runs the tests."""
@@ -41,12 +44,17 @@ class RunningServer:
     """A server that answers at `address`."""
 
     address: str
-    process: Forked
+    process: Process
     log: Path
 
     def text(self) -> str:
         """What it has written so far."""
         return self.log.read_text(encoding="utf-8", errors="replace")
+
+
+def _fresh(argv: Sequence[str], log: Path, env: Mapping[str, str]) -> Process:
+    with log.open("wb") as out:
+        return subprocess.Popen([*ONEBASE, *argv[1:]], stdout=out, stderr=subprocess.STDOUT, env=env)
 
 
 @functools.cache
@@ -60,11 +68,12 @@ def _forks() -> ForkServer:
 
 @contextmanager
 def start_server(
-    model: Path | str, *flags: str, wait: float = 120.0, port: int = 0, failpoints: str = ""
+    model: Path | str, *flags: str, wait: float = 120.0, port: int = 0, failpoints: str = "", fresh: bool = False
 ) -> Iterator[RunningServer]:
     """Runs `onebase serve MODEL FLAGS` until the block ends, on a free port if none is given.
 
-    With `failpoints` it fails as `onebase.server.failpoints` says.
+    With `failpoints` it fails as `onebase.server.failpoints` says. One that is `fresh` is not forked: Python begins in
+    the environment as it is now.
 
     Raises:
         RuntimeError: it ended or did not serve in time; the message holds its exit status and its log.
@@ -72,7 +81,8 @@ def start_server(
     with tempfile.TemporaryDirectory() as folder:
         port_file, log = Path(folder, "port"), Path(folder, "log")
         argv = ["onebase", "serve", str(model), *flags, "--port", str(port), "--port-file", str(port_file)]
-        process = _forks().start(argv, log, **{**environment(), "ONEBASE_FAILPOINTS": failpoints})
+        env = {**environment(), "ONEBASE_FAILPOINTS": failpoints}
+        process: Process = _fresh(argv, log, env) if fresh else _forks().start(argv, log, **env)
         try:
             until = time.monotonic() + wait
             while not (port_file.exists() and port_file.read_text().strip()):

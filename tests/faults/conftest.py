@@ -119,11 +119,16 @@ def the_server_lives(place: Place) -> Iterator[None]:
     """After each row the server answers as before, and nothing is left of what was asked."""
     yield
     assert place.server.process.poll() is None, place.server.text()
-    place.wait_until(lambda now: now.kv_slots_used == 0 and all(one.running == 0 for one in now.queues), 20)
+    place.wait_until(at_rest, 20)
     assert "Traceback" not in place.server.text(), place.server.text()
 
 
 _numbers = itertools.count()
+
+
+def at_rest(now: server_pb2.ServerStatus) -> bool:
+    """Whether nothing is under way, and no completion has a place. Between two completions there are none either."""
+    return now.kv_slots_used == 0 and all(one.running == 0 for one in now.queues)
 
 
 def fresh(name: str) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults.conftest import READER, Place
+from faults.conftest import READER, Place, at_rest
 from faults.network import NETWORKS, Network
 from support import ONEBASE, environment
 
@@ -56,7 +56,7 @@ def test_a_reader_whose_network_is_gone_is_noticed_and_learns_it(
         assert reader.stdout.readline() == "one\n"
         assert place.status().kv_slots_used == 2
         network.cut()
-        place.wait_until(lambda now: now.kv_slots_used == 0, NOTICED)
+        place.wait_until(at_rest, NOTICED)
         *_, last = reader.stdout  # by its own pings: nothing came to it
         seen(last.strip())
         assert last == "UNAVAILABLE\n"

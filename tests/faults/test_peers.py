@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import grpc
 import pytest
-from faults.conftest import Place, endless, fresh
+from faults.conftest import Place, at_rest, endless, fresh
 from server.harness import floats, refusal_of, refused, tokens_of
 from server.tenants import Client
 
@@ -32,7 +32,7 @@ def test_4_a_server_killed_in_a_stream_is_unavailable(make_place: Callable[..., 
 def test_5_of_a_client_killed_in_a_stream_nothing_is_kept(place: Place, reader: subprocess.Popen[str]) -> None:
     assert place.status().kv_slots_used == 2
     reader.kill()
-    assert place.wait_until(lambda now: now.kv_slots_used == 0, 5) < 5
+    assert place.wait_until(at_rest, 5) < 5
 
 
 @pytest.mark.fault(6, times=3)
@@ -42,7 +42,7 @@ def test_6_a_frozen_client_is_noticed_within_seconds(
     os.kill(reader.pid, signal.SIGSTOP)
     try:
         assert place.status().kv_slots_used == 2
-        place.wait_until(lambda now: now.kv_slots_used == 0, 10)  # a ping after 5 s, and 3 s for its answer
+        place.wait_until(at_rest, 10)  # a ping after 5 s, and 3 s for its answer
     finally:
         os.kill(reader.pid, signal.SIGCONT)
     assert reader.stdout is not None
@@ -167,7 +167,7 @@ def test_9_a_cancel_ends_the_work(place: Place) -> None:
     with pytest.raises(grpc.RpcError) as told:
         list(stream)
     assert refusal_of(told.value).code is grpc.StatusCode.CANCELLED
-    place.wait_until(lambda now: now.kv_slots_used == 0, 5)
+    place.wait_until(at_rest, 5)
     assert time.monotonic() - began < 5
 
 

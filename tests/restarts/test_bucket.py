@@ -36,7 +36,8 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[BucketSer
 @pytest.fixture
 def start(store: BucketServer, port: int, state: Path) -> Start:
     """Starts a server with that state on that port, and its checkpoints in the bucket."""
-    return partial(start_server, FIXTURES / "base", "--state", str(state), *AT, *STEP, "--threads", "1", port=port)
+    flags = ("--state", str(state), *AT, *STEP, "--threads", "1")
+    return partial(start_server, FIXTURES / "base", *flags, port=port, fresh=True)
 
 
 def checkpoints(store: BucketServer) -> set[str]:
@@ -71,7 +72,7 @@ def test_a_kill_before_the_commit_leaves_the_checkpoint_before(
     assert len(checkpoints(store)) == 2 + left
     with start() as server, Plain(server.address) as client:
         assert len(checkpoints(store)) == 2
-        assert not list((state / "spool").iterdir())
+        assert not list((state / "transit").iterdir())
         assert (client.version(), client.weights()) == (1, before)
         client.session = session
         assert refused(client.step, request_id="two") == (Code.FAILED_PRECONDITION, "NO_GRADIENTS")

@@ -28,18 +28,14 @@ def begun(address: str, stop: threading.Event) -> Iterator[adapters_pb2.UploadAd
     stop.wait(60)
 
 
-@pytest.mark.parametrize("where", ["state", "temporary"])
-def test_what_a_killed_server_left_of_an_upload_is_swept(
-    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_killed_server_left_of_an_upload_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     shutil.copytree(FIXTURES / "base", tmp_path / "base")
-    flags = ("--state", str(tmp_path / "state")) if where == "state" else ()
-    folder = tmp_path / "state" / "spool" if where == "state" else tmp_path / "tmp" / f"onebase-{os.getuid()}"
+    folder = tmp_path / "tmp" / f"onebase-{os.getuid()}"
     stop = threading.Event()
     with (
-        start_server(tmp_path / "base", "--threads", "1", *flags) as server,
+        start_server(tmp_path / "base", "--threads", "1") as server,
         grpc.insecure_channel(server.address) as channel,
     ):
         call = adapters_pb2_grpc.AdapterServiceStub(channel).UploadAdapter.future(begun(server.address, stop))
@@ -52,7 +48,7 @@ def test_what_a_killed_server_left_of_an_upload_is_swept(
         stop.set()
         assert call.exception(timeout=30) is not None
     (left,) = folder.glob("*/*/adapter_config.json")
-    with start_server(tmp_path / "base", "--threads", "1", *flags) as server:
+    with start_server(tmp_path / "base", "--threads", "1") as server:
         assert not left.exists()
         assert [one.name for one in folder.iterdir()] == ["lock"]
         assert "left by a server that was killed" in server.text()

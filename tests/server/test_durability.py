@@ -107,7 +107,7 @@ def test_each_step_is_durable_before_it_is_answered_and_only_the_newest_checkpoi
 def slow_disk(live):
     """Nothing is committed inside the block."""
     passes = threading.Event()
-    live.keeper._thread.submit(passes.wait, 20)
+    live.keeper._errands._store.submit(passes.wait, 20)
     try:
         yield
     finally:

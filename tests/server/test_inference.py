@@ -347,11 +347,8 @@ def test_a_full_queue_says_when_to_come_again(live):
     waiting = live.inference.Logprob.future(request)
     live.worker.wait_submitted(ScoreJob)
     refusal = refused(live.inference.Logprob, request)
-    assert (refusal.code, refusal.reason, refusal.retry_after) == (
-        grpc.StatusCode.RESOURCE_EXHAUSTED,
-        "QUEUE_FULL",
-        0.25,
-    )
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+    assert 0.05 <= refusal.retry_after <= 60
     live.worker.release()
     assert waiting.result(timeout=20)
 

@@ -75,7 +75,7 @@ def test_it_goes_on_from_the_bucket(serve, store, tmp_path):
         for _ in range(3):
             step(live)
         eventually(lambda: len(store.folders("b/run/")) == 3)  # two checkpoints and the owner
-        assert not list((tmp_path / "state" / "spool").iterdir())
+        assert not list((tmp_path / "state" / "transit").iterdir())
     with serve() as live:
         assert version(live) == 3
         assert committed(live) == [3, 2]

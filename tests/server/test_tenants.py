@@ -11,6 +11,7 @@ from server.tenants import Guarded
 from onebase.server.config import AdapterSource
 from onebase.server.identity import Scope
 from onebase.server.jobs import AdapterKind, ScoreJob
+from onebase.server.paths import Roots
 from onebase.v1 import adapters_pb2, inference_pb2, server_pb2, sessions_pb2, training_pb2, types_pb2
 
 ONE = [pair((9,), (7,))]
@@ -140,7 +141,8 @@ def test_what_the_operator_loaded_is_everybodys_to_read_and_nobody_elses_to_chan
     taken = refused(red.adapters.CreateAdapter, Create(name="shared"))
     assert taken.code is grpc.StatusCode.ALREADY_EXISTS
     with guarded_root(guarded) as path:
-        replacing = load(name="r1", kind=types_pb2.ADAPTER_KIND_REWARD, path=str(path), replace=True)
+        (path / "red" / "mine").mkdir(parents=True)
+        replacing = load(name="r1", kind=types_pb2.ADAPTER_KIND_REWARD, path="mine", replace=True)
         assert code(refused(red.adapters.LoadAdapter, replacing)) == owned
     # One whose token names it may, and the operator may.
     named = guarded.as_("red", adapters=("shared",))
@@ -157,11 +159,11 @@ class guarded_root:
 
     def __enter__(self):
         path = self._live.config.security.tokens.parent
-        self._live.edge.roots._roots = (path,)
+        self._live.edge.disks.roots = Roots((path,))
         return path
 
     def __exit__(self, *_):
-        self._live.edge.roots._roots = ()
+        self._live.edge.disks.roots = Roots(())
 
 
 @pytest.mark.fault(26)

@@ -10,7 +10,7 @@ import pytest
 from server.harness import refused
 from server.tenants import Guarded
 
-from onebase.server.config import AdapterSource, ConfigError, EngineConfig, Limits, Security, ServerConfig, StateConfig
+from onebase.server.config import AdapterSource, ConfigError, EngineConfig, Limits, Security, ServerConfig
 from onebase.server.errors import OnebaseError, PermissionDenied
 from onebase.server.jobs import LoadAdapterJob
 from onebase.server.paths import Roots
@@ -282,11 +282,3 @@ def test_tenants_differ_in_more_than_capitals(tmp_path):
     for name in ("red", "RED", "Operator"):
         with pytest.raises(TokenFileError, match="differs"):
             file.add(name, (), (), None)
-
-
-def test_with_a_state_directory_uploads_lie_in_it(tmp_path, root):
-    state = StateConfig(tmp_path / "state")
-    with Guarded(tmp_path, roots=(root,), state=state) as server:
-        load(server.as_("red"), "mine")
-        (job,) = [one for one in server.worker.executed if isinstance(one, LoadAdapterJob)]
-        assert job.path.is_relative_to(tmp_path / "state/spool")

@@ -18,8 +18,8 @@ from onebase.server.paths import Roots
 from onebase.server.scratch import Scratch, of_this_user
 from onebase.server.spool import Spool, elsewhere, shown_as
 
-_IN_ROOT, _IN_STATE = ".onebase", "spool"
-"""Where scratch directories lie. No tenant's name begins with a dot."""
+_IN_ROOT = ".onebase"
+"""Where scratch directories lie in a root. No tenant's name begins with a dot."""
 
 
 class Disks:
@@ -30,10 +30,10 @@ class Disks:
     """
 
     def __init__(self, config: ServerConfig) -> None:
-        state, walled = config.state, config.security.tokens is not None
+        walled = config.security.tokens is not None
         self.roots = Roots(config.roots, config.shared_roots)
-        self.scratch = Scratch(of_this_user() if state is None else state.path / _IN_STATE)
-        """Of uploads, downloads and copies."""
+        self.scratch = Scratch(of_this_user())
+        """Of uploads, downloads and copies: not in the state's directory, whose disk may be full."""
         self._in_roots = {root.resolve(): Scratch(root.resolve() / _IN_ROOT) for root in config.roots if walled}
         self._limit = config.limits.max_upload_bytes
 

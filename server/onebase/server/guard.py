@@ -129,18 +129,23 @@ class Guard(grpc.aio.ServerInterceptor):
         # Closed here and now: a client that goes away must not leave the generator's clean-up to the collector.
         async with contextlib.aclosing(responses):
             async for response in responses:
+                writing = asyncio.ensure_future(context.write(response))
                 try:
-                    async with asyncio.timeout(self._idle):
-                        await context.write(response)
+                    read, _ = await asyncio.wait((writing,), timeout=self._idle)
+                    if not read:
+                        await responses.aclose()  # what makes more of them ends now
+                    await writing  # no status can follow a message that has not gone: gRPC would lose it
                 except grpc.aio.InternalError as error:  # the client is gone, and its context may not say so yet
                     raise asyncio.CancelledError from error
-                except TimeoutError:
+                finally:
+                    writing.cancel()  # means nothing to one that is done
+                if not read:
                     raise ResourceExhausted(
                         "SLOW_CONSUMER",
                         f"nothing was read for {self._idle:g} s, and the stream was ended: read as it comes, or ask "
                         "for less at once",
                         retry_after=1.0,
-                    ) from None
+                    )
 
     async def _parsed(self, handler: Handler, raws: AsyncIterator[bytes], record: Record) -> AsyncGenerator[Any, None]:
         waiting = aiter(raws)

@@ -43,7 +43,9 @@ CALLS = [
     training.forward_backward(
         ROW, t.PpoLoss(), adapter="a", denominator=2.0, expected_version=0, expected_pending=1, **NAMED
     ),
-    training.optim_step(t.AdamW(1.0), max_grad_norm=1.0, adapter="a", expected_version=0, expected_pending=1, **NAMED),
+    training.optim_step(
+        t.AdamW(1.0), max_grad_norm=1.0, adapter="a", expected_version=0, expected_pending=1, client_state=b"s", **NAMED
+    ),
     adapters.create("a", t.LoraSpec(), kind="critic", value_head=True, init_from="b", seed=1, **NAMED),
     adapters.get("a"),
     adapters.list_adapters("reward"),
@@ -58,6 +60,8 @@ CALLS = [
         pooling="last_token", **NAMED
     ),
     adapters.download("a", with_optimizer=True, session_id="s"),
+    adapters.checkpoint("a", client_state=b"s", **NAMED),
+    adapters.client_state("a"),
     sessions.open_session("a", label="l", ttl=1.0, resume="r"),
     sessions.get("s"),
     sessions.set_active("s", "a"),
@@ -90,6 +94,7 @@ def test_what_changes_something_is_repeatable_only_with_a_request_id():
     # These change nothing but a session's active adapter or its lease of life, and name the outcome themselves.
     reads = {"Generate", "Logprob", "ReferenceLogprob", "Reward", "Score", "GetServerInfo", "GetStatus"}
     reads |= {"GetAdapter", "ListAdapters", "DownloadAdapter", "GetSession", "KeepAlive", "AttendSession"}
+    reads |= {"GetClientState"}
     for rpc in RPCS:
         named = "request_id" in payload(rpc.request()).DESCRIPTOR.fields_by_name
         assert rpc.repeatable == (named or rpc.method.split("/")[1] in reads), rpc.method
