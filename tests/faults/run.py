@@ -2,6 +2,7 @@
 
     python -m faults.run                  all of it, as `make faults` does
     python -m faults.run --kills 20 --inputs 1000 --times 1
+    python -m faults.run --only faults    that part anew; the others stay as they were found
     python -m faults.run --page           the page anew, from the results that are there
 
 Runs with `PYTHONPATH=tests`. The history and the fuzzers go side by side, a core each.
@@ -28,7 +29,16 @@ from faults.rows import ROWS
 
 SHOWN = ("tests/faults", "tests/restarts", "tests/server", "tests/engine/test_worker.py")
 """Where tests are that show faults."""
+PARTS = ("faults", "history", "fuzz")
 PACKAGES = ("grpcio", "protobuf", "torch", "transformers", "safetensors")
+
+
+COMMANDS = {"history": ["-m", "history.run", "--kills"], "fuzz": ["-m", "fuzz.run", "--inputs"]}
+NOTHING = {
+    "history": {"kills": 0, "operations": 0, "violations": -1},
+    "fuzz": {"inputs": 0, "crashes": -1},
+}
+"""What a part has found that wrote nothing."""
 
 
 def environment() -> dict[str, str]:
@@ -91,34 +101,30 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="of the history and the fuzzers; the date by default")
     parser.add_argument("--inputs", type=int, default=100_000, help="of the fuzzers")
     parser.add_argument("--processes", type=int, default=2, help="for the faults")
+    parser.add_argument("--only", action="append", choices=PARTS, help="run this part alone (may be repeated)")
     parser.add_argument("--page", action="store_true", help="only write the page, from the results that are there")
     asked = parser.parse_args()
     if asked.page:
         report.write(report.read())
         return 0
     began, seed = time.monotonic(), asked.seed or int(f"{datetime.now(UTC):%Y%m%d}")
+    chosen = asked.only or PARTS
+    results = report.read() if asked.only else {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rows, training = faults(folder, asked.times, asked.processes)
-        history, fuzz = folder / "history.json", folder / "fuzz.json"
-        parts = [
-            begin(
-                "history",
-                ["-m", "history.run", "--kills", str(asked.kills), "--seed", str(seed), "--out", str(history)],
-            ),
-            begin("fuzz", ["-m", "fuzz.run", "--inputs", str(asked.inputs), "--seed", str(seed), "--out", str(fuzz)]),
-        ]
-        codes = [part.wait() for part in parts]
-        results = {
-            "faults": rows,
-            "training": training,
-            "history": {
-                "kills": 0, "operations": 0, "violations": -1, "seed": seed,
-                **result(history, codes[0], {"wanted": asked.kills}),
-            },
-            "fuzz": {"inputs": 0, "crashes": -1, "seed": seed, **result(fuzz, codes[1], {"wanted": asked.inputs})},
-            "run": {**machine(), "seconds": round(time.monotonic() - began)},
-        }  # fmt: skip
+        if "faults" in chosen:
+            results["faults"], results["training"] = faults(folder, asked.times, asked.processes)
+        wanted = {"history": ("kills", asked.kills), "fuzz": ("inputs", asked.inputs)}
+        parts = {
+            part: begin(part, [*COMMANDS[part], str(wanted[part][1]), "--seed", str(seed), "--out", f"{folder}/{part}"])
+            for part in COMMANDS
+            if part in chosen
+        }
+        for part, process in parts.items():
+            found = result(folder / part, process.wait(), {"wanted": wanted[part][1]})
+            results[part] = {**NOTHING[part], "seed": seed, **found}
+    before = results.get("run", {}) if asked.only else {}  # a part alone says nothing of how long all of it takes
+    results["run"] = {"seconds": round(time.monotonic() - began), **before, **machine()}
     report.write(results)
     for line in (lines := report.wrong(results)):
         print(line)
