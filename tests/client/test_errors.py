@@ -99,6 +99,13 @@ def test_a_bare_deadline_says_which_call_and_what_helps(failing):
     assert str(error) == "Y/Z was not answered within its timeout; give it a longer one, or fewer sequences"
 
 
+def test_a_connection_that_breaks_under_a_call_is_unavailable_whatever_grpc_calls_it(failing):
+    broken = translate(failing(Failure(StatusCode.UNKNOWN, "Stream removed (Socket closed)")), "Y/Z")
+    assert type(broken) is ERRORS[StatusCode.UNAVAILABLE]
+    other = translate(failing(Failure(StatusCode.UNKNOWN, "something else")), "Y/Z")
+    assert type(other) is ERRORS[StatusCode.UNKNOWN]
+
+
 def test_a_status_without_words_is_still_told(failing):
     assert str(translate(failing(Failure(StatusCode.DATA_LOSS, "")), "Y/Z")) == "Y/Z failed with DATA_LOSS"
 

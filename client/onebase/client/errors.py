@@ -136,7 +136,7 @@ ERRORS: Mapping[StatusCode, type[OnebaseError]] = MappingProxyType(
 
 def translate(error: grpc.RpcError, method: str) -> OnebaseError:
     """The exception of a failed call, with what its rich details say (google.rpc ErrorInfo, BadRequest, RetryInfo)."""
-    code = error.code()
+    code = code_of(error)
     reason, field, retry_after = "", "", None
     for detail in _details(error):
         if info := _unpack(detail, ErrorInfo):
@@ -148,6 +148,13 @@ def translate(error: grpc.RpcError, method: str) -> OnebaseError:
     return ERRORS.get(code, InternalError)(
         _message(error, code, reason, method), reason=reason, field=field, retry_after=retry_after, method=method
     )
+
+
+def code_of(error: grpc.RpcError) -> StatusCode:
+    """The status of a failed call. gRPC's core calls some connections that break under a call UNKNOWN."""
+    code: StatusCode = error.code()
+    broken = code is StatusCode.UNKNOWN and (error.details() or "").startswith("Stream removed")
+    return StatusCode.UNAVAILABLE if broken else code
 
 
 def _message(error: grpc.RpcError, code: StatusCode, reason: str, method: str) -> str:

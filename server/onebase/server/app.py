@@ -403,7 +403,8 @@ def server_options(limits: Limits) -> list[tuple[str, int]]:
         ("grpc.so_reuseport", 0),
         ("grpc.max_metadata_size", 8 * 2**10),  # over it, calls may be refused, and over twice that they all are
         ("grpc.absolute_max_metadata_size", 16 * 2**10),
-        ("grpc.max_concurrent_streams", limits.max_queued_requests),  # more of one client could only be refused
+        # Of one connection. What is over the queue's limits is refused in our words; what is far beyond by gRPC.
+        ("grpc.max_concurrent_streams", 4 * limits.max_queued_requests + 1000),
         ("grpc.server_handshake_timeout_ms", 20_000),
     ]
 
