@@ -180,7 +180,7 @@ class Formats:
         try:
             with self._placing:
                 model = inject_adapter_in_model(plain, copy.deepcopy(self._skeleton), low_cpu_mem_usage=True)
-        except (ValueError, TypeError, AttributeError, re.error) as error:
+        except (ValueError, TypeError, AttributeError, LookupError, re.error) as error:
             raise FailedPrecondition(
                 "TARGET_MODULES_NOT_FOUND",
                 f"PEFT cannot place this adapter on {self._facts.architecture}: {error}",
