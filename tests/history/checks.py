@@ -129,6 +129,7 @@ def _leases(model: Model) -> Iterator[Violation]:
             (op, attempt)
             for op, attempt in answered(model.history.about(life.tenant, life.name, *_CHANGES))
             if op.session and life.known <= attempt.began and (attempt.ended or math.inf) <= life.dead
+            and not op.may_be_kept(attempt)
         ]  # fmt: skip
         users.sort(key=lambda one: one[1].ended or 0.0)
         for (one, first), (other, second) in pairwise(users):

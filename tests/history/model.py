@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -198,20 +198,20 @@ def candidates(model: Model, tenant: str, name: str, attempt: Attempt, version: 
 
 def _find_steps(model: Model) -> None:
     makers: dict[tuple[str, float, int], list[Op]] = defaultdict(list)
-    steps = [op for op in model.history.ops if op.kind == "step"]
-    for op in steps:
-        if (ok := op.ok) is None:
-            continue
+    steps = [(op, op.ok) for op in model.history.ops if op.kind == "step" and op.ok is not None]
+    for op, ok in sorted(steps, key=lambda one: one[0].may_be_kept(one[1])):  # what is certain goes first
         version = ok.answer["version"]
         there = candidates(model, op.tenant, op.name, Attempt(0, op.began, ok.ended), version)
         there = [life for life in there if version > life.first]
+        if op.may_be_kept(ok):  # it may be of an adapter before: of the one that had come so far, and no further
+            there = [one for one in there if _came_to(one) >= version - 1 and version not in one.steps] or there
         if not there:
             what = f"a step made version {version} of {op.name!r}, which was not there"
             model.violations.append(Violation("a step on nothing", what, (op,)))
             continue
         life = there[-1]
         makers[str(life), life.created, version].append(op)
-        life.seen.append((op, ok, version))
+        life.seen.append((op, replace(ok, began=op.began), version))
         life.steps.setdefault(version, Step(op, _options(model, life, op, version)))
     for (_, _, version), ops in makers.items():
         if len(ops) > 1:
@@ -220,6 +220,11 @@ def _find_steps(model: Model) -> None:
     for life in model.all():
         there = model.history.about(life.tenant, life.name, "step")
         _believe_unknown_steps(model, life, [op for op in there if op.unknown])
+
+
+def _came_to(life: Life) -> int:
+    """The highest version that was seen so far."""
+    return max([life.first, *life.steps, *(version for _, _, version in life.seen)])
 
 
 def _believe_unknown_steps(model: Model, life: Life, unknown: list[Op]) -> None:

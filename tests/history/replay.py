@@ -151,6 +151,8 @@ class Replayer:
         args = {key: value for key, value in maker.args.items() if key not in _RELATIVE} | {"name": name}
         if base:
             args["init_from"] = base
+        if maker.kind == "load":
+            args["path"] = f"{maker.tenant}/{args['path']}"  # whoever replays has the root, and a tenant a part of it
         data = (self.folder / "blobs" / args["blob"]).read_bytes() if maker.kind == "upload" else b""
         self._send(maker.kind, args, data)
 
