@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from random import Random
 
@@ -66,19 +67,25 @@ def call_of(random: Random, method: MethodDescriptor, session: str, valid: dict[
 
 async def send(channel: grpc.aio.Channel, call: Call) -> str | None:
     """Makes a call, reads what comes, and says what is wrong with it, if anything is."""
-    for _ in range(3):
-        problem = await _send(channel, call)
+    for pause in (0.0, 0.05, 0.5):
+        problem = await _send(channel, call, pause)
         if problem != _OWN:
             break
     return problem
 
 
-async def _send(channel: grpc.aio.Channel, call: Call) -> str | None:
+async def _slowly(messages: tuple[bytes, ...], pause: float) -> AsyncIterator[bytes]:
+    for message in messages:
+        yield message
+        await asyncio.sleep(pause)
+
+
+async def _send(channel: grpc.aio.Channel, call: Call, pause: float) -> str | None:
     kind = f"{'stream' if call.client_streaming else 'unary'}_{'stream' if call.server_streaming else 'unary'}"
     made = getattr(channel, kind)(call.method)
     seconds = PATIENCE if call.endless else SECONDS
     asked = made(
-        iter(call.messages) if call.client_streaming else call.messages[0],
+        _slowly(call.messages, pause) if call.client_streaming else call.messages[0],
         timeout=seconds,
         metadata=(("authorization", f"Bearer {call.token}"),) if call.token else (),
     )
