@@ -76,7 +76,8 @@ class Op:
         if self.ok is not None:
             return False
         last = self.attempts[-1]
-        if last.code not in AMBIGUOUS and last.reason != "SESSION_NOT_FOUND" and self.kind in DURABLE:
+        kept = self.kind in DURABLE and self.request_id
+        if last.code not in AMBIGUOUS and last.reason != "SESSION_NOT_FOUND" and kept:
             return False  # had an earlier attempt had its effect, this one would have found its answer
         return any(one.code in AMBIGUOUS and one.reason not in ("LOADING", "DRAINING") for one in self.attempts)
 
