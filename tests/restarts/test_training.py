@@ -39,7 +39,7 @@ ALL = os.environ.get("ONEBASE_FAULTS") == "all"
 # policy is made, the second in the first optimizer step, the third in a later one; of the engine's, in the first of its
 # steps, which may be while the server takes up its state, and in two later ones.
 COUNTS = {
-    place: (1, 3, 4) if place.startswith(("before", "after", "during")) else (1, 5, 15) for place in failpoints.PLACES
+    place: (1, 3, 4) if place.startswith(("before", "after", "during")) else (1, 5, 10) for place in failpoints.PLACES
 }
 KILLS = {place: [f"{place}:kill@{count}" for count in counts] for place, counts in COUNTS.items()}
 SOME = {"some": ["before_rename:kill@3", "after_commit:kill@2", "moment", "after_rename:kill@5"]}
