@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from onebase.server import failpoints
 from onebase.server.calls import unbroken
-from onebase.server.errors import Unavailable, disk_full
+from onebase.server.errors import disk_full, drained
 
 log = logging.getLogger(__name__)
 
@@ -101,9 +101,7 @@ async def _run(threads: Executor, work: Callable[[], R]) -> R:
     try:
         begun = asyncio.get_running_loop().run_in_executor(threads, guarded)
     except RuntimeError:  # the threads have ended: a call that was between two of its steps when the server stopped
-        raise Unavailable(
-            "DRAINED", "the server shut down before this was done: repeat it later", retry_after=5.0
-        ) from None
+        raise drained() from None
     try:
         return await begun
     except OSError as error:

@@ -98,6 +98,11 @@ class Internal(OnebaseError):
     """A bug. The message holds an id under which the log has the story."""
 
 
+def drained() -> Unavailable:
+    """What is told of work that the end of the server has cut off."""
+    return Unavailable("DRAINED", "the server shut down before this was done: repeat it later", retry_after=5.0)
+
+
 def disk_full(error: OSError) -> OnebaseError:
     """What a failure to write means to a client: a full disk may pass, anything else is the operator's to mend."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -23,7 +23,7 @@ from typing import Any
 from onebase.server import failpoints
 from onebase.server.config import CPU_BUDGET, Budget, Limits
 from onebase.server.engine import Engine
-from onebase.server.errors import Cancelled, OnebaseError, ResourceExhausted, Unavailable
+from onebase.server.errors import Cancelled, OnebaseError, ResourceExhausted, Unavailable, drained
 from onebase.server.executor import Aside, Executor
 from onebase.server.isolation import AnyTask, told
 from onebase.server.jobs import (
@@ -225,12 +225,12 @@ class Worker:
             self._work()
         if self._lost:
             return
-        self._fail_all(_gone())
+        self._fail_all(drained())
         self._files.shutdown(cancel_futures=True)
         while self._back:
             self._take_back(*self._back.popleft())
         for job in (*self._admin, *self._inbox):
-            job.done.set_exception(_gone())
+            job.done.set_exception(drained())
 
     def _take_in(self) -> bool:
         """Waits until there is something to do, and sorts new jobs into their queues; False to stop."""
@@ -366,7 +366,7 @@ class Worker:
 
     def _take_back(self, job: Job[Any], aside: Aside, done: Future[Any]) -> None:
         aside.release()
-        error = _gone() if done.cancelled() else done.exception()
+        error = drained() if done.cancelled() else done.exception()
         if error is None:
             try:
                 result = aside.accept(done.result())
@@ -396,7 +396,3 @@ def crashed(ticket: str) -> Unavailable:
         f"the engine crashed, logged as {ticket}: repeat the call when the server has started again",
         retry_after=RESTART_SECONDS,
     )
-
-
-def _gone() -> Unavailable:
-    return Unavailable("DRAINED", "the server shut down before this was done: repeat it later", retry_after=5.0)
