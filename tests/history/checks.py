@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from history.journal import AMBIGUOUS, DURABLE, MAKING, OK, Attempt, Op
-from history.model import Life, Model, Violation, answered
+from history.model import Model, Violation, answered, times_of_making
 
 _CHANGES = frozenset({"pass", "step", "delete"})
 """Operations that need the lease, and name what is there."""
@@ -35,65 +35,55 @@ def check(model: Model) -> list[Violation]:
 
 
 def _existence(model: Model) -> Iterator[Violation]:
-    for life in model.all():
-        for op, attempt, _ in life.seen:
-            if attempt.began > life.dead and op is not life.maker:
-                ends = model.history.about(life.tenant, life.name, "delete")
-                what = f"{life} was gone for certain by {life.dead:.3f}, and was seen after that"
-                yield Violation("a resurrected adapter", what, (op, *ends[-3:]))
-                break
-    for op in model.history.ops:
-        for attempt in op.attempts:
-            if attempt.reason == "ADAPTER_NOT_FOUND" and attempt.ended is not None and op.name:
-                life = _surely_there(model, op, attempt)
-                if life is not None and not (op.kind == "create" and "init_from" in op.args):
-                    what = f"{life} was there for certain, and {op.tenant} was told that it is not"
-                    makers = (life.maker,) if life.maker else ()
-                    yield Violation("an adapter that disappeared", what, (op, *makers))
-
-
-def _surely_there(model: Model, op: Op, attempt: Attempt) -> Life | None:
-    """A life that nobody can have ended before an attempt was answered, and that had begun before it."""
-    assert attempt.ended is not None
-    for life in model.lives.get((op.tenant, op.name), ()):
-        if life.known < attempt.began and attempt.ended < life.dead:
-            enders = [
-                one
-                for one in model.history.about(life.tenant, life.name, "delete", *MAKING)
-                if (one.kind == "delete" or one.args.get("replace"))
-                and (one.ok is not None or one.unknown)
-                and one is not life.maker
-                and one.began < attempt.ended
-                and model.history.end_of(one) > life.created - model.history.clock
-            ]
-            if not enders:
-                return life
-    return None
+    """What was deleted does not come back, and what nobody deleted is there."""
+    for chain in model.chains.values():
+        deletes = model.history.about(*chain.key, "delete")
+        for delete in deletes:
+            if (ok := delete.ok) is None or ok.ended is None:
+                continue
+            gone = max((one.version for one in chain.seen if one.until < delete.began), default=-1)
+            again = next((one for one in chain.seen if one.since > ok.ended and one.version <= gone), None)
+            if again is not None:
+                what = (
+                    f"{chain.key[0]} deleted {chain.key[1]!r} at version {gone}, and saw version {again.version} then"
+                )
+                yield Violation("a resurrected adapter", what, (delete, again.op))
+        possible = [one for one in deletes if one.ok is not None or one.unknown]
+        for op in model.history.about(*chain.key):
+            for attempt in op.attempts:
+                before = [one for one in chain.seen if one.until < attempt.began]
+                if attempt.reason != "ADAPTER_NOT_FOUND" or attempt.ended is None or "init_from" in op.args:
+                    continue
+                there = max(before, key=lambda one: one.since, default=None)
+                if there is not None and not any(
+                    one.began < attempt.ended and model.history.end_of(one) > there.since for one in possible
+                ):
+                    what = f"{chain.key[1]!r} was there for certain, and {op.tenant} was told that it is not"
+                    yield Violation("an adapter that disappeared", what, (there.op, op))
 
 
 def _order(model: Model) -> Iterator[Violation]:
     """Versions never go back, and none is seen before it was asked for."""
-    for life in model.all():
-        asked = {version: step.op for version, step in life.steps.items()}
-        highest: tuple[int, Op | None] = (life.first, life.maker)
-        ended = sorted((one for one in life.seen if one[1].ended is not None), key=lambda one: one[1].ended or 0.0)
-        began = sorted(life.seen, key=lambda one: one[1].began)
-        at = 0
-        for op, attempt, version in began:
-            while at < len(ended) and (ended[at][1].ended or 0.0) < attempt.began:
-                if ended[at][2] > highest[0]:
-                    highest = (ended[at][2], ended[at][0])
+    for chain in model.chains.values():
+        ended = sorted(chain.seen, key=lambda one: one.until)
+        highest, at = ended[0], 0
+        for one in sorted(chain.seen, key=lambda one: one.since):
+            while at < len(ended) and ended[at].until < one.since:
+                highest = max(highest, ended[at], key=lambda one: one.version)
                 at += 1
-            if version < highest[0]:
-                other = (highest[1],) if highest[1] is not None else ()
-                what = f"{life} was at version {highest[0]} and then at {version}"
-                yield Violation("a version that was lost", what, (op, *other))
+            if at and one.version < highest.version:
+                what = f"{chain.key[0]}'s {chain.key[1]} was at version {highest.version} and then at {one.version}"
+                yield Violation("a version that was lost", what, (highest.op, one.op))
                 break
-        for op, attempt, version in life.seen:
-            maker = asked.get(version)
-            if maker is not None and (attempt.ended or math.inf) < maker.began:
-                what = f"version {version} of {life} was seen before anybody asked for it"
-                yield Violation("a version too early", what, (op, maker))
+        asked = {
+            version: min((way.op.began for way in ways if way.op), default=-math.inf)
+            for life in chain.lives
+            for version, ways in life.origins.items()
+        }
+        for one in chain.seen:
+            if one.until < asked.get(one.version, -math.inf):
+                what = f"version {one.version} of {chain.key[0]}'s {chain.key[1]} was seen before anybody asked for it"
+                yield Violation("a version too early", what, (one.op,))
 
 
 # ------------------------------------------------------------------------------------------------------------ once
@@ -124,18 +114,24 @@ def _once(model: Model) -> Iterator[Violation]:
 def _leases(model: Model) -> Iterator[Violation]:
     """No two sessions change one adapter while both may hold its lease."""
     calls = _calls(model)
-    for life in model.all():
+    for key in model.chains:
         users = [
             (op, attempt)
-            for op, attempt in answered(model.history.about(life.tenant, life.name, *_CHANGES))
-            if op.session and life.known <= attempt.began and (attempt.ended or math.inf) <= life.dead
-            and not op.may_be_kept(attempt)
-        ]  # fmt: skip
+            for op, attempt in answered(model.history.about(*key, *_CHANGES))
+            if op.session and op.attempts.index(attempt) == 0
+        ]
         users.sort(key=lambda one: one[1].ended or 0.0)
+        enders = [one for one in model.history.about(*key, "delete", *MAKING) if one.ok is not None or one.unknown]
         for (one, first), (other, second) in pairwise(users):
             if one.session == other.session or not _held_on(model, calls, one, first, second):
                 continue
-            what = f"two sessions changed {life} while the first held its lease"
+            if any(
+                by.began < (second.ended or math.inf) and model.history.end_of(by) > first.began
+                for by in enders
+                if by is not other
+            ):
+                continue  # it may be another adapter by then
+            what = f"two sessions changed {key[0]}'s {key[1]} while the first held its lease"
             yield Violation("a lease held twice", what, (one, other))
 
 
@@ -208,12 +204,12 @@ def _tenants(model: Model) -> Iterator[Violation]:
         for name, _, _ in attempt.answer.get("adapters", ()):
             if name.startswith("only_") and name != f"only_{op.tenant}":
                 yield Violation("another tenant's adapter", f"{op.tenant} was shown {name!r}", (op,))
-    owners: dict[float, Life] = {}
-    for life in model.all():
-        other = owners.setdefault(life.created, life)
-        if other.tenant != life.tenant:
-            ops = (life.seen[0][0], other.seen[0][0]) if life.seen and other.seen else ()
-            yield Violation("another tenant's adapter", f"{life} is also {other}", ops)
+    owners: dict[float, tuple[str, Op]] = {}
+    for (tenant, name), created, op in times_of_making(model.history):
+        other, before = owners.setdefault(created, (tenant, op))
+        if other != tenant:
+            what = f"{name!r} of {created:.3f} is shown to {tenant} and to {other}"
+            yield Violation("another tenant's adapter", what, (before, op))
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

@@ -1,8 +1,9 @@
-"""What a history says there was: adapters, each from one making to one end, with every version and who made it.
+"""What a history says there was: of every name the versions, one after the other, and who made each.
 
-A name may mean several adapters one after the other (deleted and made again, or replaced); the time of its making,
-which the server reports, tells them apart. Operations whose outcome nobody learned may have made an adapter, a
-version, an end, or nothing: each is believed where something that was seen needs it, and only there.
+A version of a name is given once, whatever becomes of its adapters, so an answer that tells a version tells which
+adapter it is about. Most versions were made by an operation that was answered. Others were seen, and whoever made
+them never learned it: then each operation of unknown outcome that can have made such a version is an option, and the
+replay finds out which of them explains the numbers.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -22,6 +24,9 @@ _SLACK = 0.05
 """Seconds by which two clocks may differ."""
 _MOST_PASSES = 6
 """Of so many passes whose outcome nobody learned, each subset is tried."""
+
+Key = tuple[str, str]
+"""A tenant, and a name of its own."""
 
 
 @dataclass(frozen=True)
@@ -49,55 +54,90 @@ def describe(op: Op) -> str:
     return f"{op.id} {op.tenant} {op.kind} {args} session {op.session[:6]}: {tries}"
 
 
-@dataclass(eq=False)
-class Step:
-    """How a version came to be: a step, and what it may have taken in."""
+@dataclass(frozen=True)
+class Seen:
+    """An answer that tells a version: it was the newest at some time from `since` to `until`."""
 
     op: Op
-    options: list[list[Op]]
-    """Passes, in order; the first option that explains what was seen is believed."""
+    attempt: Attempt
+    version: int
+
+    @cached_property
+    def since(self) -> float:
+        """When it was asked for; of an answer that may have been kept, when it was asked for first."""
+        return self.op.began if self.op.request_id else self.attempt.began
+
+    @property
+    def until(self) -> float:
+        """When it was answered."""
+        return self.attempt.ended or math.inf
+
+
+@dataclass(frozen=True)
+class Origin:
+    """One way in which a version can have come to be."""
+
+    op: Op | None
+    """The step, or what made an adapter; None: it never was."""
+    passes: tuple[Op, ...] = ()
+    """What the step took in, in order."""
+    base: tuple[Key, int] | None = None
+    """Of a copy: which version of what it began as."""
 
 
 @dataclass(eq=False)
 class Life:
-    """One adapter, from its making to its end."""
+    """A name's versions from one adapter that was made for certain to the next."""
 
-    tenant: str
-    name: str
-    created: float
-    maker: Op | None
+    key: Key
     first: int
-    """Its version when it was made."""
-    seen: list[tuple[Op, Attempt, int]] = field(default_factory=list)
-    """Answers about this one for certain, with the version."""
-    steps: dict[int, Step] = field(default_factory=dict)
-    reads: list[tuple[Op, Attempt, int]] = field(default_factory=list)
-    """Answers with numbers that may be about this one."""
-    known: float = math.inf
-    """From then on it was there, for certain."""
-    dead: float = math.inf
-    """From then on it was not, for certain."""
+    origins: dict[int, list[Origin]] = field(default_factory=dict)
+    """By version, in order: the ways in which it can have come to be."""
+    reads: dict[int, list[tuple[Op, Attempt]]] = field(default_factory=lambda: defaultdict(list))
+    """By version: answers with its numbers."""
 
     @property
     def last(self) -> int:
-        """The highest version that was seen of it, for certain."""
-        return max([self.first, *self.steps, *(version for _, _, version in self.seen)])
+        """The highest version."""
+        return max(self.origins, default=self.first)
+
+    @property
+    def began(self) -> float:
+        """When it was asked for first."""
+        return min((origin.op.began for origin in self.origins.get(self.first, ()) if origin.op), default=0.0)
 
     def __str__(self) -> str:
-        return f"{self.tenant}'s {self.name} of {self.created:.3f}"
+        return f"{self.key[0]}'s {self.key[1]} from version {self.first}"
+
+
+@dataclass(eq=False)
+class Chain:
+    """All that was seen of a name, and the lives that it makes."""
+
+    key: Key
+    seen: list[Seen] = field(default_factory=list)
+    lives: list[Life] = field(default_factory=list)
+
+    def origins(self, version: int) -> list[Origin]:
+        """How a version can have come to be; nothing where it was never seen."""
+        return next((life.origins[version] for life in self.lives if version in life.origins), [])
 
 
 @dataclass
 class Model:
-    """The lives of all adapters, and what speaks against them."""
+    """The names and their versions, and what speaks against them."""
 
     history: History
-    lives: dict[tuple[str, str], list[Life]]
-    violations: list[Violation]
+    chains: dict[Key, Chain] = field(default_factory=dict)
+    violations: list[Violation] = field(default_factory=list)
 
     def all(self) -> Iterator[Life]:
         """Every life, the oldest first."""
-        yield from sorted((one for lives in self.lives.values() for one in lives), key=lambda one: one.created)
+        yield from sorted((one for chain in self.chains.values() for one in chain.lives), key=lambda one: one.began)
+
+    def wrong(self, rule: str, what: str, *ops: Op) -> None:
+        """Notes a violation."""
+        self.violations.append(Violation(rule, what, ops))
 
 
 def answered(ops: Iterable[Op]) -> Iterator[tuple[Op, Attempt]]:
@@ -109,170 +149,136 @@ def answered(ops: Iterable[Op]) -> Iterator[tuple[Op, Attempt]]:
 
 
 def build(history: History) -> Model:
-    """Finds the adapters that there were, and how their versions came to be."""
-    model = Model(history, {}, [])
-    _find_lives(model)
-    _find_ends(model)
-    _find_steps(model)
-    _spread_reads(model)
+    """Finds the versions that there were, and how each can have come to be."""
+    model = Model(history)
+    for key, seen in _sights(history).items():
+        model.chains[key] = Chain(key, seen)
+    for chain in model.chains.values():
+        _check_times_of_making(model, chain)
+        _find_lives(model, chain)
+    for chain in model.chains.values():
+        for life in chain.lives:
+            for version, origins in life.origins.items():
+                life.origins[version] = [way for origin in origins for way in _with_bases(model, origin)]
     return model
 
 
-# ------------------------------------------------------------------------------------------------------------ lives
+# --------------------------------------------------------------------------------------------------------------- seen
 
 
-def _find_lives(model: Model) -> None:
-    lives: dict[tuple[str, str], dict[float, Life]] = defaultdict(dict)
-    for op in model.history.ops:
-        if op.kind in MAKING and (ok := op.ok) is not None:
-            life = Life(op.tenant, op.name, ok.answer["created"], op, ok.answer["version"])
-            life.known = ok.ended or math.inf
-            lives[op.tenant, op.name][life.created] = life
-    for op, attempt, name, created, version in _sightings(model.history):
-        there = lives[op.tenant, name]
-        if created not in there:
-            maker = _maker(model.history, op.tenant, name, created, set(_makers(there.values())))
-            if maker is None:
-                what = f"{op.tenant} sees {name!r} made at {created:.3f}, and nobody of {op.tenant} made it"
-                model.violations.append(Violation("an adapter that nobody made", what, (op,)))
-            there[created] = Life(op.tenant, name, created, maker, version)
-        life = there[created]
-        life.seen.append((op, attempt, version))
-        if life.maker is None or life.maker.ok is None:
-            life.first = min(life.first, version)
-        life.known = min(life.known, attempt.ended or math.inf)
-    model.lives = {key: [found[at] for at in sorted(found)] for key, found in lives.items()}
+def _sights(history: History) -> dict[Key, list[Seen]]:
+    """Every version that an answer tells, by name."""
+    found: dict[Key, list[Seen]] = defaultdict(list)
+    for op, attempt in answered(history.ops):
+        answer: dict[str, Any] = attempt.answer
+        for name, _, version in answer.get("adapters", ()):
+            if name not in OPERATORS:
+                found[op.tenant, name].append(Seen(op, attempt, version))
+        if op.name and op.name not in OPERATORS and "version" in answer:
+            versions = answer.get("versions") or [answer["version"]]
+            found[op.tenant, op.name] += [Seen(op, attempt, version) for version in versions]
+    return found
 
 
-def _makers(lives: Iterable[Life]) -> Iterator[str]:
-    return (life.maker.id for life in lives if life.maker is not None)
+def times_of_making(history: History) -> Iterator[tuple[Key, float, Op]]:
+    """Each time of a making that an answer tells, and the operation that asked."""
+    for op, attempt in answered(history.ops):
+        for name, created, _ in attempt.answer.get("adapters", ()):
+            if name not in OPERATORS:
+                yield (op.tenant, name), created, op
+        if "created" in attempt.answer and op.name not in OPERATORS:
+            yield (op.tenant, op.name), attempt.answer["created"], op
 
 
-def _sightings(history: History) -> Iterator[tuple[Op, Attempt, str, float, int]]:
-    """Answers that say when an adapter was made, in the order in which they came."""
-    for op, attempt in sorted(answered(history.ops), key=lambda one: one[1].ended or 0.0):
-        if op.kind == "list":
-            for name, created, version in attempt.answer["adapters"]:
-                if name not in OPERATORS:
-                    yield op, attempt, name, created, version
-        elif op.kind == "get" and op.name not in OPERATORS:
-            yield op, attempt, op.name, attempt.answer["created"], attempt.answer["version"]
-
-
-def _maker(history: History, tenant: str, name: str, created: float, taken: set[str]) -> Op | None:
-    """The operation of unknown outcome that made an adapter just then, if there is one."""
-    at = created - history.clock
-    for op in history.about(tenant, name, *MAKING):
-        if op.unknown and op.id not in taken and op.began - _SLACK <= at <= history.end_of(op) + _SLACK:
-            return op
-    return None
-
-
-def _find_ends(model: Model) -> None:
-    for (tenant, name), lives in model.lives.items():
-        deletes = model.history.about(tenant, name, "delete")
-        for life, later in zip(lives, [*lives[1:], None], strict=True):
-            if later is not None:
-                life.dead = later.known
-            for op in deletes:
-                if (ok := op.ok) is not None and life.known < op.attempts[0].began:
-                    life.dead = min(life.dead, ok.ended or math.inf)
+def _check_times_of_making(model: Model, chain: Chain) -> None:
+    """Every adapter that is shown was made by somebody, at the time that it says."""
+    known = {op.ok.answer["created"] for op in model.history.about(*chain.key, *MAKING) if op.ok is not None}
+    for key, created, op in times_of_making(model.history):
+        if key != chain.key or created in known:
+            continue
+        known.add(created)
+        at = created - model.history.clock
+        makers = (one for one in model.history.about(*key, *MAKING) if one.unknown)
+        if not any(one.began - _SLACK <= at <= model.history.end_of(one) + _SLACK for one in makers):
+            what = f"{key[0]} sees {key[1]!r} made at {created:.3f}, and nobody of {key[0]} made it"
+            model.wrong("an adapter that nobody made", what, op)
 
 
 # ------------------------------------------------------------------------------------------------------------ versions
 
 
-def candidates(model: Model, tenant: str, name: str, attempt: Attempt, version: int) -> list[Life]:
-    """The lives that an answer about a version may be about."""
-    found = []
-    for life in model.lives.get((tenant, name), ()):
-        if (
-            life_began(model, life) <= (attempt.ended or math.inf)
-            and attempt.began <= life.dead
-            and version >= life.first
-        ):
-            found.append(life)
-    # A replaced adapter's versions go on in its successor: the newest that has begun so low is meant.
-    return [one for one in found if not any(o.created > one.created and o.known < attempt.began for o in found)]
+def _find_lives(model: Model, chain: Chain) -> None:
+    certain = _certain(model, chain)
+    steps = {version for version, op in certain.items() if op.kind == "step"}
+    there = {one.version for one in chain.seen} | set(certain) | {version - 1 for version in steps}
+    firsts = sorted({version for version, op in certain.items() if op.kind in MAKING} | {min(there)})
+    for first, after in zip(firsts, [*firsts[1:], None], strict=True):
+        life = Life(chain.key, first)
+        own = {version for version in there if first <= version and (after is None or version < after)}
+        until = max(own) + (max(own) + 1 != after)  # one more than was seen can be what a copy began as
+        _find_origins(model, chain, life, own, certain, until)
+        chain.lives.append(life)
+    by_version = {version: life for life in chain.lives for version in life.origins}
+    for one in chain.seen:
+        numbers = one.op.kind not in ("pass", "reward", "save", "step", "list", "get", *MAKING)
+        if numbers and one.version in by_version and len(one.attempt.answer.get("versions", [0])) == 1:
+            by_version[one.version].reads[one.version].append((one.op, one.attempt))
 
 
-def _find_steps(model: Model) -> None:
-    makers: dict[tuple[str, float, int], list[Op]] = defaultdict(list)
-    steps = [(op, op.ok) for op in model.history.ops if op.kind == "step" and op.ok is not None]
-    for op, ok in sorted(steps, key=lambda one: one[0].may_be_kept(one[1])):  # what is certain goes first
+def _certain(model: Model, chain: Chain) -> dict[int, Op]:
+    """The versions whose maker was told so."""
+    found: dict[int, Op] = {}
+    for op in model.history.about(*chain.key, "step", *MAKING):
+        if (ok := op.ok) is None:
+            continue
         version = ok.answer["version"]
-        there = candidates(model, op.tenant, op.name, Attempt(0, op.began, ok.ended), version)
-        there = [life for life in there if version > life.first]
-        if op.may_be_kept(ok):  # it may be of an adapter before: of the one that had come so far, and no further
-            there = [one for one in there if _came_to(one) >= version - 1 and version not in one.steps] or there
-        if not there:
-            what = f"a step made version {version} of {op.name!r}, which was not there"
-            model.violations.append(Violation("a step on nothing", what, (op,)))
+        if (other := found.setdefault(version, op)) is not op:
+            what = f"version {version} of {chain.key[0]}'s {chain.key[1]!r} was given to two operations"
+            model.wrong("a version given twice", what, other, op)
+    return found
+
+
+def _find_origins(model: Model, chain: Chain, life: Life, there: set[int], certain: dict[int, Op], until: int) -> None:
+    """Fills in how a life's versions can have come to be: those that are there, and `until` that it can have come."""
+    unknown = [op for op in model.history.about(*chain.key, "step", *MAKING) if op.unknown]
+    for version in range(life.first, until + 1):
+        if (op := certain.get(version)) is not None:
+            life.origins[version] = _ways(model, op, version)
             continue
-        life = there[-1]
-        makers[str(life), life.created, version].append(op)
-        life.seen.append((op, replace(ok, began=op.began), version))
-        life.steps.setdefault(version, Step(op, _options(model, life, op, version)))
-    for (_, _, version), ops in makers.items():
-        if len(ops) > 1:
-            what = f"version {version} of {ops[0].name!r} was given {len(ops)} times"
-            model.violations.append(Violation("a version given twice", what, tuple(ops)))
-    for life in model.all():
-        there = model.history.about(life.tenant, life.name, "step")
-        _believe_unknown_steps(model, life, [op for op in there if op.unknown])
-
-
-def _came_to(life: Life) -> int:
-    """The highest version that was seen so far."""
-    return max([life.first, *life.steps, *(version for _, _, version in life.seen)])
-
-
-def _believe_unknown_steps(model: Model, life: Life, unknown: list[Op]) -> None:
-    """Versions that were seen, and that no answered step made."""
-    highest = max([life.last, *(v for _, _, v in _certain_reads(model, life))])
-    for version in range(life.first + 1, highest + 1):
-        if version in life.steps:
-            continue
-        fitting = [
-            op
-            for op in unknown
-            if op.began < life.dead
-            and model.history.end_of(op) > life_began(model, life)
-            and op.id not in {step.op.id for step in life.steps.values()}
-            and _between(model, life, op, version)
-        ]
-        if not fitting:
-            around = [op for op, _, v in life.seen if abs(v - version) <= 1]
-            what = f"nobody made version {version} of {life}"
-            model.violations.append(Violation("a version that nobody made", what, tuple(around[:6])))
+        fitting = [op for op in unknown if _fits(model, chain, op, version) and (version > life.first or _makes(op))]
+        fitting.sort(key=_makes)
+        origins = [way for op in fitting for way in _ways(model, op, version)]
+        if version not in there:
+            life.origins[version] = [*origins, Origin(None)]
+        elif origins:
+            life.origins[version] = origins
+        else:
+            around = [one.op for one in chain.seen if abs(one.version - version) <= 1]
+            rule = "a version that nobody made" if version > life.first else "an adapter that nobody made"
+            model.wrong(rule, f"nobody made version {version} of {life}", *around[:6])
             return
-        life.steps[version] = Step(fitting[0], _options(model, life, fitting[0], version))
 
 
-def _between(model: Model, life: Life, op: Op, version: int) -> bool:
-    """Whether an unknown step can have come after the version before this one, and before the one after."""
-    seen = [*life.seen, *_certain_reads(model, life)]
-    before = [attempt.began for _, attempt, v in seen if v < version]
-    after = [attempt.ended for _, attempt, v in seen if v >= version and attempt.ended is not None]
-    wanted = op.args.get("expected_version", version - 1)
-    return (
-        wanted == version - 1
-        and op.began <= min(after, default=math.inf)
-        and (model.history.end_of(op) >= max(before, default=0.0))
-    )
+def _makes(op: Op) -> bool:
+    return op.kind in MAKING
 
 
-def _certain_reads(model: Model, life: Life) -> Iterator[tuple[Op, Attempt, int]]:
-    for op, attempt in answered(model.history.about(life.tenant, life.name)):
-        version = attempt.answer.get("version")
-        if version is not None and op.kind not in ("save", "step", *MAKING):  # those may be answers of long ago
-            if candidates(model, op.tenant, op.name, attempt, version) != [life]:
-                continue
-            yield op, attempt, version
+def _fits(model: Model, chain: Chain, op: Op, version: int) -> bool:
+    """Whether an operation of unknown outcome can have made a version, by when that and its neighbours were seen."""
+    before = max((one.since for one in chain.seen if one.version < version), default=0.0)
+    after = min((one.until for one in chain.seen if one.version >= version), default=math.inf)
+    wanted = op.args.get("expected_version", version - 1) == version - 1
+    return wanted and op.began <= after and model.history.end_of(op) >= before
 
 
-def _options(model: Model, life: Life, op: Op, version: int) -> list[list[Op]]:
-    """Which passes a step can have taken in: those that were answered, and some whose outcome nobody learned."""
+def _ways(model: Model, op: Op, version: int) -> list[Origin]:
+    if op.kind in MAKING:
+        return [Origin(op)]
+    return [Origin(op, tuple(passes)) for passes in _passes(model, op, version)]
+
+
+def _passes(model: Model, op: Op, version: int) -> Iterator[list[Op]]:
+    """What a step can have taken in: passes that were answered, and some whose outcome nobody learned."""
     ok, epoch = op.ok, op.attempts[0].epoch  # a client does one thing at a time: its passes were before, and here
     counted: dict[int, Op] = {}
     unsure: list[Op] = []
@@ -281,17 +287,12 @@ def _options(model: Model, life: Life, op: Op, version: int) -> list[list[Op]]:
         if one.session != op.session or not here:
             continue
         done = next((attempt for attempt in here if attempt.code == OK), None)
-        if done is not None and done.answer["version"] == version - 1 and done.began >= life_began(model, life):
+        if done is not None and done.answer["version"] == version - 1:
             counted[done.answer["pending"]] = one
         elif done is None and any(attempt.code in AMBIGUOUS for attempt in here):
             unsure.append(one)
     applied = ok.answer["applied"] if ok is not None else None
-    return list(_fill(counted, unsure[-_MOST_PASSES:], applied))
-
-
-def life_began(model: Model, life: Life) -> float:
-    """Before that it was not: the server's own word of when it made it."""
-    return life.created - model.history.clock - _SLACK
+    return _fill(counted, unsure[-_MOST_PASSES:], applied)
 
 
 def _fill(counted: dict[int, Op], unsure: list[Op], applied: int | None) -> Iterator[list[Op]]:
@@ -308,19 +309,19 @@ def _fill(counted: dict[int, Op], unsure: list[Op], applied: int | None) -> Iter
                 yield ops
 
 
-def _spread_reads(model: Model) -> None:
-    """Gives every answer with numbers to the lives that it may be about."""
-    for op, attempt in answered(model.history.ops):
-        answer: dict[str, Any] = attempt.answer
-        if op.kind in ("reward", "save", "list", "get") or "version" not in answer or not op.name:
-            continue
-        there = candidates(model, op.tenant, op.name, attempt, answer["version"])
-        if op.kind in MAKING or op.kind == "step":
-            continue
-        if not there:
-            what = f"numbers of version {answer['version']} of {op.tenant}'s {op.name!r}, which was not there"
-            model.violations.append(Violation("numbers of nothing", what, (op,)))
-        for life in there:
-            life.reads.append((op, attempt, answer["version"]))
-            if len(there) == 1:
-                life.seen.append((op, attempt, answer["version"]))
+def _with_bases(model: Model, origin: Origin) -> Iterator[Origin]:
+    """A copy, once for each version that it can have begun as, the newest first; what is no copy as it is."""
+    op = origin.op
+    if op is None or "init_from" not in op.args:
+        yield origin
+        return
+    ended = op.ok.answer["created"] - model.history.clock + _SLACK if op.ok is not None else model.history.end_of(op)
+    source = model.chains.get((op.tenant, op.args["init_from"]))
+    if source is None:
+        return
+    for life in reversed(source.lives):
+        for version in sorted(life.origins, reverse=True):
+            asked = min((one.op.began for one in life.origins[version] if one.op is not None), default=math.inf)
+            over = any(one.version > version and one.until < op.began for one in source.seen)
+            if asked <= ended and not over:
+                yield replace(origin, base=(source.key, version))

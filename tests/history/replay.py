@@ -10,7 +10,6 @@ copy began as, the ways it can have been are tried until one explains all that w
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import grpc
 from history.calls import Stubs, facts_of, refusal, request_of, send
 from history.journal import Attempt, Op
-from history.model import Life, Model, Violation
+from history.model import Key, Life, Model, Origin, Violation
 
 from onebase.v1 import sessions_pb2
 
@@ -36,7 +35,6 @@ class Mismatch:
     version: int
     what: str
     op: Op
-    attempt: Attempt | None = None
 
 
 @dataclass
@@ -54,7 +52,10 @@ class Replayer:
     compared: int = 0
     retried: int = 0
     """Ways that were tried and did not explain what was seen."""
-    _copies: dict[tuple[Life, int], str] = field(default_factory=dict)
+    _copies: dict[tuple[Key, int], str] = field(default_factory=dict)
+    _wanted: set[tuple[Key, int]] = field(default_factory=set)
+    _begun: set[Life] = field(default_factory=set)
+    _violations: list[Violation] = field(default_factory=list)
     _names: int = 0
 
     def __post_init__(self) -> None:
@@ -63,47 +64,30 @@ class Replayer:
 
     def check(self, model: Model, told: Callable[[int, int], None] = lambda _done, _all: None) -> list[Violation]:
         """All numbers of a history that are not those of the replay."""
-        lives, wanted = list(model.all()), _copied(model)
-        wrong: dict[tuple[str, float], list[tuple[Life, Mismatch]]] = defaultdict(list)
-        right: set[tuple[str, float]] = set()
-        violations = []
+        lives = list(model.all())
+        for life in lives:
+            self._wanted |= {way.base for ways in life.origins.values() for way in ways if way.base is not None}
         for done, life in enumerate(lives):
             told(done, len(lives))
-            if life.maker is None:
-                continue
-            for mismatch in self._life(life, _bases(model, life), wanted.get(life, set()), right):
-                if mismatch.attempt is None:
-                    violations.append(Violation("other numbers", f"{life}: {mismatch.what}", (mismatch.op,)))
-                else:
-                    wrong[mismatch.op.id, mismatch.attempt.began].append((life, mismatch))
-        for key, found in wrong.items():
-            if key not in right:  # a read may be about one of several adapters: one of them must explain it
-                life, mismatch = found[0]
-                maker = life.steps[mismatch.version].op if mismatch.version in life.steps else life.maker
-                around = (mismatch.op, *((maker,) if maker else ()))
-                violations.append(Violation("other numbers", f"{life}: {mismatch.what}", around))
-        return violations
+            self._life(model, life)
+        return self._violations
 
     # ---------------------------------------------------------------------------------------------------- one adapter
 
-    def _life(
-        self, life: Life, bases: list[tuple[Life, int]], copied: set[int], right: set[tuple[str, float]]
-    ) -> list[Mismatch]:
-        """Replays an adapter in the ways it can have been, until one is right; returns the best one's mismatches."""
-        ways = {life.first: len(bases)} if bases else {}
-        ways |= {version: len(step.options) for version, step in life.steps.items()}
-        if not all(ways.values()):
-            version = next(version for version, count in ways.items() if not count)
-            op = life.steps[version].op if version in life.steps else life.maker
-            assert op is not None
-            return [Mismatch(version, f"nothing explains version {version}", op)]
-        chosen = dict.fromkeys(sorted(ways), 0)
+    def _life(self, model: Model, life: Life) -> None:
+        """Replays an adapter in the ways it can have been, until one is right; notes the best one's mismatches."""
+        if life in self._begun:
+            return
+        self._begun.add(life)
+        ways = {version: len(origins) for version, origins in life.origins.items()}
+        if (version := next((version for version, count in ways.items() if not count), None)) is not None:
+            self._violations.append(Violation("other numbers", f"{life}: nothing explains version {version}"))
+            return
+        chosen = dict.fromkeys(ways, 0)
         best: list[Mismatch] | None = None
         for _ in range(_TRIES):
-            good: set[tuple[str, float]] = set()
-            found = self._way(life, bases, chosen, copied, good)
-            if best is None or len(found) < len(best):
-                best, best_good = found, good
+            found = self._way(model, life, {version: life.origins[version][at] for version, at in chosen.items()})
+            best = found if best is None or len(found) < len(best) else best
             if not found:
                 break
             self.retried += 1
@@ -111,41 +95,55 @@ class Replayer:
             if at is None:
                 break
             chosen = {v: choice + (v == at) if v <= at else 0 for v, choice in chosen.items()}
-        assert best is not None
-        right |= best_good
-        return best
+        for one in best or ():
+            makers = (way.op for way in life.origins.get(one.version, ()) if way.op is not None)
+            self._violations.append(Violation("other numbers", f"{life}: {one.what}", (one.op, *makers)))
 
-    def _way(
-        self, life: Life, bases: list[tuple[Life, int]], chosen: dict[int, int], copied: set[int],
-        good: set[tuple[str, float]],
-    ) -> list[Mismatch]:  # fmt: skip
-        reads = _by_version(life)
+    def _way(self, model: Model, life: Life, way: dict[int, Origin]) -> list[Mismatch]:
+        """Replays an adapter in one way; returns what is not as it was seen."""
         found: list[Mismatch] = []
-        assert life.maker is not None
-        self._names += 1
-        name = f"l{self._names}"
+        used: set[str] = set()
+        name = ""
+        version = life.first
         try:
-            base = self._copies.get(bases[chosen[life.first]], "") if bases else ""
-            if bases and not base:
-                source, version = bases[chosen[life.first]]
-                return [
-                    Mismatch(life.first, f"it would be a copy of version {version} of {source}, never made", life.maker)
-                ]
-            self._make(life.maker, name, base)
-            version = life.first
-            while True:
-                found += self._compare(name, version, reads.get(version, []), good)
-                if version in copied:
+            for version, origin in way.items():
+                op = origin.op
+                if op is None:  # that version never was: what comes next is another adapter
+                    self._end(name)
+                    name = ""
+                    continue
+                if op.id in used or (op.kind == "step" and not name):
+                    return [*found, Mismatch(version, f"it cannot have made version {version}", op)]
+                used.add(op.id)
+                if op.kind == "step":
+                    found += self._step(name, version, op, origin.passes)
+                else:
+                    self._end(name)
+                    self._names += 1
+                    name = f"l{self._names}"
+                    if origin.base is not None and not self._copied(model, origin.base):
+                        return [*found, Mismatch(version, f"it would be a copy of {origin.base}, never made", op)]
+                    self._make(op, name, self._copies[origin.base] if origin.base is not None else "")
+                found += self._compare(name, version, life.reads.get(version, []))
+                if (life.key, version) in self._wanted:
                     self._copy(life, version, name)
-                if (step := life.steps.get(version + 1)) is None:
-                    break
-                version += 1
-                found += self._step(name, version, step.op, step.options[chosen[version]])
         except grpc.RpcError as error:
-            found.append(Mismatch(life.last, f"the replay was refused: {refusal(error)} {error.details()}", life.maker))
+            what = f"the replay was refused: {refusal(error)} {error.details()}"
+            found.append(Mismatch(version, what, way[version].op or life.origins[life.first][0].op))
         finally:
-            self._try("delete", {"name": name})
+            self._end(name)
         return found
+
+    def _copied(self, model: Model, base: tuple[Key, int]) -> bool:
+        """Whether there is a copy of a version; replays its adapter first, where its turn has not come."""
+        for life in model.chains[base[0]].lives:
+            if base[1] in life.origins:
+                self._life(model, life)
+        return base in self._copies
+
+    def _end(self, name: str) -> None:
+        if name:
+            self._try("delete", {"name": name})
 
     def _make(self, maker: Op, name: str, base: str) -> None:
         args = {key: value for key, value in maker.args.items() if key not in _RELATIVE} | {"name": name}
@@ -161,11 +159,9 @@ class Replayer:
         self._names += 1
         copy = f"c{self._names}"
         self._send("create", {"name": copy, "init_from": name, "seed": 0})
-        self._copies[life, version] = copy
+        self._copies[life.key, version] = copy
 
-    def _compare(
-        self, name: str, version: int, reads: list[tuple[Op, Attempt]], good: set[tuple[str, float]]
-    ) -> Iterator[Mismatch]:
+    def _compare(self, name: str, version: int, reads: list[tuple[Op, Attempt]]) -> Iterator[Mismatch]:
         wanted: dict[str, Any] = {}
         for op, attempt in reads:
             args = {key: value for key, value in op.args.items() if key != "name"}
@@ -174,11 +170,9 @@ class Replayer:
                 wanted[key] = self._send(op.kind, {**args, "name": name})["digest"]
             self.compared += 1
             if attempt.answer["digest"] != wanted[key]:
-                yield Mismatch(version, f"{op.kind} of version {version} is not what the replay gives", op, attempt)
-            else:
-                good.add((op.id, attempt.began))
+                yield Mismatch(version, f"{op.kind} of version {version} is not what the replay gives", op)
 
-    def _step(self, name: str, version: int, op: Op, passes: list[Op]) -> Iterator[Mismatch]:
+    def _step(self, name: str, version: int, op: Op, passes: tuple[Op, ...]) -> Iterator[Mismatch]:
         for one in passes:
             found = self._send("pass", _own(one, name))
             for attempt in one.attempts:
@@ -210,39 +204,3 @@ class Replayer:
 
 def _own(op: Op, name: str) -> dict[str, Any]:
     return {key: value for key, value in op.args.items() if key not in _RELATIVE} | {"name": name}
-
-
-def _by_version(life: Life) -> dict[int, list[tuple[Op, Attempt]]]:
-    found: dict[int, list[tuple[Op, Attempt]]] = defaultdict(list)
-    for op, attempt, version in life.reads:
-        if op.kind not in ("pass", "reward") and len(attempt.answer.get("versions", [0])) == 1:
-            found[version].append((op, attempt))
-    return found
-
-
-def _bases(model: Model, life: Life) -> list[tuple[Life, int]]:
-    """Which version of which adapter a copy can have begun as, the newest first; nothing for what is no copy."""
-    maker = life.maker
-    if maker is None or "init_from" not in maker.args:
-        return []
-    began, ended = maker.began, life.created - model.history.clock + 0.05
-    found = []
-    for source in model.lives.get((life.tenant, maker.args["init_from"]), ()):
-        if source is life or source.maker is None or source.maker.began > ended or source.dead < began:
-            continue
-        for version in range(source.first, source.last + 1):
-            step, later = source.steps.get(version), source.steps.get(version + 1)
-            asked = step.op.began if step is not None else source.maker.began
-            over = later.op.ok.ended if later is not None and later.op.ok is not None else None
-            if asked <= ended and (over is None or over >= began):
-                found.append((source, version))
-    return found[::-1]
-
-
-def _copied(model: Model) -> dict[Life, set[int]]:
-    """Which versions of which adapters others can have begun as."""
-    found: dict[Life, set[int]] = defaultdict(set)
-    for life in model.all():
-        for source, version in _bases(model, life):
-            found[source].add(version)
-    return found

@@ -84,8 +84,8 @@ def examine(forks: ForkServer, folder: Path, seed: int, say: Say) -> Outcome:
         "lives_of_clients": len({op.id.rpartition(".")[0] for op in history.ops if op.client < CLIENTS}),
         "answered": sum(op.ok is not None for op in history.ops),
         "unknown": sum(op.unknown for op in history.ops),
-        "adapters": sum(len(lives) for lives in found.lives.values()),
-        "steps": sum(len(life.steps) for life in found.all()),
+        "adapters": len({created for _, created, _ in model.times_of_making(history)}),
+        "versions": sum(len(life.origins) for life in found.all()),
         "numbers_compared": replayer.compared,
         "ways_tried_again": replayer.retried,
     }

@@ -73,7 +73,7 @@ class World:
             args = {**args, "init_from": f"{tenant}/{args['init_from']}"}
         found = self.engine.do(kind, key, args)
         if kind == "create":
-            self.versions[key], self.created[key] = 0, CLOCK + self.now + 0.2
+            self.versions[key], self.created[key] = self.versions.get(key, -1) + 1, CLOCK + self.now + 0.2
         if kind == "step":
             self.versions[key] += 1
         if kind == "pass":
@@ -215,6 +215,34 @@ def test_a_step_that_nobody_heard_of_is_believed_where_it_shows(world: World, tm
     world.train("p", 6, session="red")
     world.do("logprob", "p", rows=[0])
     assert world.violations(tmp_path) == set()
+
+
+@pytest.mark.parametrize("happened", [True, False])
+def test_adapters_known_by_their_numbers_alone(world: World, tmp_path: Path, happened: bool) -> None:
+    """Deleted, made again, and stepped, and nobody ever heard that; the numbers tell which of it was done."""
+    world.do("delete", "p", session="red", code="UNAVAILABLE", happens=happened)
+    world.do("create", "p", session="red", rank=2, seed=7, code="UNAVAILABLE", happens=happened)
+    world.do("step", "p", session="red", rate=0.5, code="UNAVAILABLE", happens=not happened)
+    world.do("logprob", "p", rows=[0])
+    world.train("p", 4, session="red")
+    world.do("logprob", "p", rows=[0])
+    world.do("create", "copy", init_from="p", seed=0, code="UNAVAILABLE")
+    world.do("logprob", "copy", rows=[0])
+    assert world.violations(tmp_path) == set()
+
+
+def test_numbers_that_no_unknown_operation_explains(world: World, tmp_path: Path) -> None:
+    world.do("delete", "p", session="red", code="UNAVAILABLE")
+    world.do("create", "p", session="red", rank=2, seed=7, code="UNAVAILABLE")
+    world.do("logprob", "p", rows=[0]).attempts[0].answer["digest"] = "other"
+    assert world.violations(tmp_path) == {"other numbers"}
+
+
+def test_an_adapter_that_began_where_it_had_been(world: World, tmp_path: Path) -> None:
+    world.do("delete", "p", session="red")
+    world.versions["red/p"] = -1
+    world.do("create", "p", session="red", rank=2, seed=7)
+    assert "a version given twice" in world.violations(tmp_path)
 
 
 @pytest.mark.parametrize("happened", [True, False])

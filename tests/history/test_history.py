@@ -10,24 +10,13 @@ from history.run import run
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(280)]
 KILLS = 8
-CERTAIN = frozenset(
-    {
-        "another answer to a repeated call",
-        "a request_id reused",
-        "another tenant's adapter",
-        "an answer that no page declares",
-        "a bug in the log",
-    }
-)
-"""Rules without a guess in them. The others must decide which adapter an operation of unknown outcome made, and where
-they decide wrongly they accuse a server that is right: `make history` has people look at what they say."""
 
 
 def test_a_short_history_breaks_no_promise(tmp_path: Path) -> None:
     seed = random.SystemRandom().randrange(2**31)
     outcome = run(tmp_path, KILLS, seed, lambda _: None, lively=0.6)
-    text = [line for one in outcome.violations if one.rule in CERTAIN for line in one.lines()]
+    text = [line for one in outcome.violations for line in one.lines()]
     assert not text, "\n".join([f"seed {seed}", *text])
     assert outcome.record["kills"] >= KILLS
-    assert outcome.record["steps"] > 0
+    assert outcome.record["versions"] > 0
     assert outcome.record["numbers_compared"] > 0

@@ -156,6 +156,7 @@ class Catalog:
             seed=new.seed,
             kind=new.kind,
             init_from=source.uid if source else None,
+            least_version=reservation.least_version,
             max_bytes=room,
         )
         return await settle(self._worker, job, session, deadline)
@@ -182,7 +183,7 @@ class Catalog:
             async with self._quotas.room(reservation.owner, reservation.old) as room:
                 facts = await settle(self._worker, _load_job(loaded, reservation, room), session, deadline)
                 with self._discarded_on_error(facts.uid):
-                    async with self._fences.replacing(reservation.old, deadline):
+                    async with self._fences.ending(reservation.old, deadline):
                         old = self._replaced(loaded, reservation, facts)
                         entry = self._registry.prospect(reservation, facts, loaded.source or str(loaded.path))
                         if loaded.kept:
@@ -231,21 +232,30 @@ class Catalog:
         )
         return await settle(self._worker, job, session, deadline)
 
-    async def delete(self, name: str, session: Session | None, record: ResponseRow | None = None) -> None:
-        """Forgets a name; its adapter's memory is freed as soon as the engine comes to it.
+    async def delete(
+        self,
+        name: str,
+        session: Session | None,
+        deadline: float | None = None,
+        record: ResponseRow | None = None,
+    ) -> None:
+        """Forgets a name when its training calls have ended; its memory is freed as soon as the engine comes to it.
 
         Raises:
             NotFound: no such adapter.
             Aborted: another session holds its lease, or another call is replacing it.
+            DeadlineExceeded: its training calls have not ended by then.
         """
         if not self._registry.damaged(name):
             self._registry.check_may_change(self._registry.get(name, "name"))
         reservation = self._registry.reserve(name, replacing=True)
         with self._released_on_error(reservation):
             self._sessions.require(session, reservation.key)
-            await self._keeper.remove(reservation.key, record)
-        self._registry.release(reservation)
-        self._registry.remove(reservation.key)
+            async with self._fences.ending(reservation.old, deadline):
+                least_version = self._registry.least_version(reservation.key)
+                await self._keeper.remove(reservation.key, least_version, record)
+                self._registry.release(reservation)
+                self._registry.remove(reservation.key)
         self._sessions.drop(reservation.key)
         log.info("adapter %s deleted", name)
         if reservation.old is not None:
@@ -347,5 +357,5 @@ def _load_job(loaded: LoadedAdapter, reservation: Reservation, room: int | None)
         append_eos=loaded.append_eos,
         pooling=loaded.pooling,
         max_bytes=room,
-        least_version=reservation.old.facts.version + 1 if reservation.old else 0,
+        least_version=reservation.least_version,
     )

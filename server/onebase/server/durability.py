@@ -34,9 +34,9 @@ from onebase.server.errors import NotFound, OnebaseError, drained
 from onebase.server.jobs import AdapterKind, Job, OptimStepResult, SaveAdapterJob, SaveResult
 from onebase.server.leases import Session
 from onebase.server.ports import WorkerLike
-from onebase.server.registry import Entry
+from onebase.server.registry import Entry, owner_of
 from onebase.server.residency import Residency
-from onebase.server.store import AdapterRow, CheckpointRow, ResponseRow, SessionRow, Store
+from onebase.server.store import AdapterRow, CheckpointRow, EndRow, ResponseRow, SessionRow, Store
 from onebase.server.tracks import Track, row_of
 from onebase.server.volatile import Volatile
 
@@ -123,11 +123,12 @@ class Durable(Volatile):
         await self._commit(saved, row, commit)
         self.track(entry, saved.version, 0)
 
-    async def remove(self, key: str, record: ResponseRow | None) -> None:  # noqa: D102
-        await self._errands.through(self._remove(key, record))
+    async def remove(self, key: str, least_version: int, record: ResponseRow | None) -> None:  # noqa: D102
+        await self._errands.through(self._remove(key, least_version, record))
 
-    async def _remove(self, key: str, record: ResponseRow | None) -> None:
-        dropped = await self.on_thread(lambda: self.store.remove(key, [record] if record else []))
+    async def _remove(self, key: str, least_version: int, record: ResponseRow | None) -> None:
+        end = EndRow(key, owner_of(key), least_version)
+        dropped = await self.on_thread(lambda: self.store.remove(end, [record] if record else []))
         self._tracks = {uid: track for uid, track in self._tracks.items() if track.key != key}
         self._forget(dropped)
 

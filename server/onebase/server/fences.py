@@ -1,7 +1,8 @@
-"""Training calls and replacements of one adapter keep out of each other's way.
+"""Training calls of one adapter, and what ends it, keep out of each other's way.
 
-While an adapter is being replaced, from the look at its version until its name means the other, it takes no training
-call: a step that is answered in that time would be lost with it. Runs on the event loop's thread.
+While an adapter is being replaced or deleted, from the look at its version until its name means the other or nothing,
+it takes no training call: a step that is answered in that time would be lost with it, or be of a version that the next
+adapter of this name has too. Runs on the event loop's thread.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ class Fences:
     def __init__(self) -> None:
         self._calls: Counter[int] = Counter()  # training calls by uid
         self._shut: set[int] = set()
-        self._ended: dict[int, asyncio.Future[None]] = {}  # for the one replacement that waits, by uid
+        self._ended: dict[int, asyncio.Future[None]] = {}  # for the one that waits, by uid
 
     @contextlib.contextmanager
     def training(self, entry: Entry) -> Iterator[None]:
-        """A training call: its adapter is not replaced while the block runs.
+        """A training call: its adapter is not replaced or deleted while the block runs.
 
         Raises:
-            Aborted: ADAPTER_BUSY: it is being replaced just now.
+            Aborted: ADAPTER_BUSY: that is being done just now.
         """
         if entry.uid in self._shut:
             raise Aborted(
                 "ADAPTER_BUSY",
-                f"adapter {entry.name!r} is being replaced by another call, and takes no training calls until then: "
-                "look at its version again, and repeat",
+                f"adapter {entry.name!r} is being replaced or deleted by another call, and takes no training calls "
+                "until then: look at its version again, and repeat",
                 field="adapter",
                 retry_after=_SOON,
             )
@@ -52,11 +53,11 @@ class Fences:
                     ended.set_result(None)
 
     @contextlib.asynccontextmanager
-    async def replacing(self, entry: Entry | None, deadline: float | None) -> AsyncIterator[None]:
-        """A replacement: the block begins when all training calls of its adapter have ended, and none begins in it.
+    async def ending(self, entry: Entry | None, deadline: float | None) -> AsyncIterator[None]:
+        """What ends an adapter: the block begins when all its training calls have ended, and none begins in it.
 
         Args:
-            entry: what is replaced, if there is anything.
+            entry: what is replaced or deleted, if there is anything.
             deadline: on time.monotonic's clock.
 
         Raises:

@@ -456,7 +456,10 @@ class DropGradientsJob(Job[AdapterFacts]):
 
 @dataclass(eq=False, kw_only=True)
 class CreateAdapterJob(Job[AdapterFacts]):
-    """Makes a policy or critic under a new uid: fresh, or a copy of the adapter `init_from`, which ignores `lora`."""
+    """Makes a policy or critic under a new uid: fresh, or a copy of the adapter `init_from`, which ignores `lora`.
+
+    It begins at `least_version`.
+    """
 
     uid: int
     name: str  # for messages only
@@ -465,12 +468,13 @@ class CreateAdapterJob(Job[AdapterFacts]):
     seed: int = 0
     kind: AdapterKind = AdapterKind.POLICY
     init_from: int | None = None
+    least_version: int = 0
     max_bytes: int | None = None  # that it may take with gradients and moments; None is what the device has
 
 
 @dataclass(eq=False, kw_only=True)
 class LoadAdapterJob(Job[AdapterFacts]):
-    """Reads an adapter from a directory under a new uid; `version` is the least version it may get."""
+    """Reads an adapter from a directory under a new uid; it begins at its own version, or later at `least_version`."""
 
     uid: int
     name: str  # for messages only

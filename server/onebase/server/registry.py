@@ -3,13 +3,15 @@
 Each tenant has names of its own, and the operator's are everybody's to read: a name means the caller's own adapter, or
 else the operator's. What a caller may not see is not there.
 
-A uid is never used twice. A name is reserved while its adapter is being made, and bound when the engine has it.
+A uid is never used twice, and neither is a version of a name: an adapter that is made where another was goes on after
+it, also when that was deleted. A name is reserved while its adapter is being made, and bound when the engine has it.
 Everything here runs on the event loop's thread.
 """
 
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -17,6 +19,7 @@ from onebase.server.errors import Aborted, AlreadyExists, DataLoss, NotFound, Pe
 from onebase.server.identity import OPERATOR, Caller, caller
 from onebase.server.jobs import BASE, AdapterFacts, AdapterKind
 from onebase.server.names import check_name, hint
+from onebase.server.store import MAX_ENDS
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class Reservation:
-    """A name that is being given to the adapter `uid`; `old` is what it means until then."""
+    """A name that is being given to the adapter `uid`; `old` is what it means until then.
+
+    `least_version` is the first that no adapter of this name has had.
+    """
 
     name: str
     uid: int
     old: Entry | None
     owner: str = OPERATOR
+    least_version: int = 0
 
     @property
     def key(self) -> str:
@@ -76,6 +83,7 @@ class Registry:
         self._keys: dict[int, str] = {}
         self._reserved: set[str] = set()
         self._damaged: dict[str, DataLoss] = {}
+        self._ends: defaultdict[str, dict[str, int]] = defaultdict(dict)  # by owner and key, the first that is free
         self._last_uid = BASE
 
     def start_after(self, uid: int) -> None:
@@ -91,9 +99,21 @@ class Registry:
         """Keeps a key for an adapter that cannot be read: whoever means it is told the error."""
         self._damaged[key] = error
 
+    def end(self, key: str, least_version: int) -> None:
+        """Notes that adapters of that key have had all versions before this one."""
+        ends = self._ends[owner_of(key)]
+        ends[key] = max(ends.pop(key, 0), least_version)
+        if len(ends) > MAX_ENDS:
+            del ends[next(iter(ends))]
+
     def damaged(self, name: str) -> bool:
         """Whether the caller's own adapter of that name cannot be read."""
         return key_of(caller().tenant, name) in self._damaged
+
+    def least_version(self, key: str) -> int:
+        """The first version that no adapter of that key has had."""
+        entry = self._entries.get(key)
+        return entry.facts.version + 1 if entry is not None else self._ends[owner_of(key)].get(key, 0)
 
     def reserve(self, name: str, *, replacing: bool = False) -> Reservation:
         """Sets a name aside for a new uid; what it means now, if `replacing`, it means until bind().
@@ -119,7 +139,7 @@ class Registry:
             self.check_may_change(old)
         self._reserved.add(key_of(owner, name))
         self._last_uid += 1
-        return Reservation(name, self._last_uid, old, owner)
+        return Reservation(name, self._last_uid, old, owner, self.least_version(key_of(owner, name)))
 
     def release(self, reservation: Reservation) -> None:
         """Gives a reserved name back; what it meant before, it means still."""
@@ -147,6 +167,7 @@ class Registry:
         entry = self._entries.pop(key, None)
         if entry is not None:
             del self._keys[entry.uid]
+            self.end(key, entry.facts.version + 1)
         return entry
 
     def get(self, name: str, field: str, kind: AdapterKind | None = None) -> Entry:

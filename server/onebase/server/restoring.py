@@ -66,6 +66,8 @@ async def restore(durable: Durable, rooms: Rooms, told: Told, *, frozen: Collect
     known = await durable.on_thread(lambda: [row.folder for row in store.checkpoints()])
     await durable.on_storage(lambda: directory.sweep(known))
     rooms.registry.start_after(await durable.on_thread(lambda: store.last_uid))
+    for end in await durable.on_thread(store.ends):
+        rooms.registry.end(end.name, end.least_version)
     anew = dict(frozen)
     rows = await durable.on_thread(store.adapters)
     chosen = dict(durable.config.restore)
@@ -76,7 +78,7 @@ async def restore(durable: Durable, rooms: Rooms, told: Told, *, frozen: Collect
     for row in rows:
         if row.name in anew:
             _check_kind(row, anew[row.name])
-            await durable.remove(row.name, None)
+            await durable.remove(row.name, rooms.registry.least_version(row.name), None)
         else:
             await _bring_back(durable, rooms, told, row, chosen.get(row.name))
             if row.name not in leased and durable.is_durable(row.uid):  # or more than the device holds may come back
@@ -114,6 +116,7 @@ async def _bring_back(durable: Durable, rooms: Rooms, told: Told, row: AdapterRo
             return
         damage = _offer(row.name, error, whole)
         rooms.registry.damage(row.name, damage)
+        rooms.registry.end(row.name, max(reserved, checkpoints[0].version) + 1)
         told.damaged(row.name, damage)
 
 

@@ -18,11 +18,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-SCHEMA = 1
-"""Of the tables; a store of another schema is refused."""
+SCHEMA = 2
+"""Of the tables; an older one is brought up to it, and a store of a newer one is refused."""
 
 MAX_RESPONSES = 4096
 """So many answers are kept; the oldest go first."""
+
+MAX_ENDS = 4096
+"""Of so many deleted adapters of each owner it is known how far they came; the oldest are forgotten first."""
 
 _TABLES = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -44,6 +47,12 @@ CREATE TABLE sessions (
     leases TEXT NOT NULL, tenant TEXT NOT NULL
 ) WITHOUT ROWID;
 """
+_ENDS = """
+CREATE TABLE ends (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, owner TEXT NOT NULL,
+    least_version INTEGER NOT NULL
+);
+"""
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,15 @@ class AdapterRow:
     create_time: float
     source: str
     reserved: int = 0
+
+
+@dataclass(frozen=True)
+class EndRow:
+    """What an adapter leaves when it is deleted: the version that the next one of its name begins at."""
+
+    name: str
+    owner: str
+    least_version: int
 
 
 @dataclass(frozen=True)
@@ -113,8 +131,9 @@ class Store:
             for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
                 self._db.execute(f"PRAGMA {pragma}")
             (schema,) = self._db.execute("PRAGMA user_version").fetchone()
-            if schema == 0:
-                self._db.executescript(f"BEGIN; {_TABLES} PRAGMA user_version={SCHEMA}; COMMIT;")
+            if schema < SCHEMA:
+                missing = _TABLES + _ENDS if schema == 0 else _ENDS
+                self._db.executescript(f"BEGIN; {missing} PRAGMA user_version={SCHEMA}; COMMIT;")
                 schema = SCHEMA
         except sqlite3.DatabaseError as error:
             self._db.close()
@@ -150,6 +169,11 @@ class Store:
         """The checkpoints of an adapter, or all of them; the newest first."""
         rows = self._db.execute("SELECT folder, uid, version, digest FROM checkpoints ORDER BY version DESC, folder")
         return [one for one in (CheckpointRow(*row) for row in rows) if uid is None or one.uid == uid]
+
+    def ends(self) -> list[EndRow]:
+        """What deleted adapters have left, the oldest first."""
+        rows = self._db.execute("SELECT name, owner, least_version FROM ends ORDER BY number")
+        return [EndRow(*row) for row in rows]
 
     def responses(self) -> list[ResponseRow]:
         """The answers, the oldest first."""
@@ -202,11 +226,20 @@ class Store:
             self._db.executemany("DELETE FROM checkpoints WHERE folder = ?", [(folder,) for folder in dropped])
         return dropped
 
-    def remove(self, name: str, responses: Sequence[ResponseRow] = ()) -> list[str]:
+    def remove(self, end: EndRow, responses: Sequence[ResponseRow] = ()) -> list[str]:
         """Forgets an adapter, if it is there; returns the directories that nobody needs any more."""
         with self._transaction():
             self._add_responses(responses)
-            return self._remove(name)
+            self._db.execute(
+                "INSERT OR REPLACE INTO ends (name, owner, least_version) VALUES (?, ?, ?)",
+                (end.name, end.owner, end.least_version),
+            )
+            self._db.execute(
+                "DELETE FROM ends WHERE number IN "
+                "(SELECT number FROM ends WHERE owner = ? ORDER BY number DESC LIMIT -1 OFFSET ?)",
+                (end.owner, MAX_ENDS),
+            )
+            return self._remove(end.name)
 
     def answer(self, response: ResponseRow) -> None:
         """Notes what a call was answered whose effect is not in here."""

@@ -53,8 +53,8 @@ class Volatile:
             OnebaseError: it is not.
         """
 
-    async def remove(self, key: str, record: ResponseRow | None) -> None:
-        """Makes it durable that there is no adapter of this key.
+    async def remove(self, key: str, least_version: int, record: ResponseRow | None) -> None:
+        """Makes it durable that there is no adapter of this key, and which version the next one begins at.
 
         Raises:
             OnebaseError: it is not.

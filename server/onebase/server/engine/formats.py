@@ -110,7 +110,7 @@ class Formats:
             nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=random)
             b = torch.zeros(target.out_features, target.rank)
             lora[name] = LoraPair.of(self._parameter(a), self._parameter(b), target.scaling, self._dtype)
-        weights = Weights(0, lora, value_head=self._fresh_head(random) if job.value_head else None)
+        weights = Weights(job.least_version, lora, value_head=self._fresh_head(random) if job.value_head else None)
         return Adapter(job.uid, job.name, job.kind, config, weights)
 
     def copy(self, job: CreateAdapterJob, source: Adapter) -> Adapter:
@@ -138,7 +138,7 @@ class Formats:
                 head = _as_value_head(old.score_head, source.name, "init_from")
             head = self._fresh_head(torch.Generator().manual_seed(job.seed)) if head is None else self._own_head(head)
         config = trainable_config(source.config, self._facts.model)
-        return Adapter(job.uid, job.name, job.kind, config, Weights(0, lora, value_head=head))
+        return Adapter(job.uid, job.name, job.kind, config, Weights(job.least_version, lora, value_head=head))
 
     def _own_head(self, head: Head, *, trainable: bool = True) -> Head:
         bias = None if head.bias is None else self._parameter(head.bias, trainable=trainable)

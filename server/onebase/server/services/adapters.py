@@ -64,9 +64,10 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> adapters_pb2.DeleteAdapterResponse:
         edge = self._edge
 
-        async def work(session: Session | None, _deadline: float | None) -> adapters_pb2.DeleteAdapterResponse:
+        async def work(session: Session | None, deadline: float | None) -> adapters_pb2.DeleteAdapterResponse:
             response = adapters_pb2.DeleteAdapterResponse()
-            await edge.catalog.delete(request.name, session, record("DeleteAdapter", request, response))
+            kept = record("DeleteAdapter", request, response)
+            await edge.catalog.delete(request.name, session, deadline, kept)
             return response
 
         return await edge.once("DeleteAdapter", request, context, work)
