@@ -316,9 +316,12 @@ def test_an_evicted_adapter_is_deleted_without_reading_it(worker: Worker, run: R
         waiting = ScoreJob(rows=[row(2, texts(1)[0])])
         worker.submit(waiting)
         disk.wait_reading()
-        run(DeleteAdapterJob(adapter=2))
-        with pytest.raises(NotFound):
-            waiting.done.result(5)
+        deleting = DeleteAdapterJob(adapter=2)
+        worker.submit(deleting)
+        run(DescribeAdaptersJob())
+        assert not deleting.done.done()
+    assert waiting.done.result(5).versions == {2: 0}  # it came before
+    deleting.done.result(5)
     run(ScoreJob(rows=[row(3, texts(1)[0])]))
     assert 2 not in engine.adapters
     assert 2 not in engine.absent

@@ -128,6 +128,16 @@ def test_a_batch_over_the_ratio_threshold_adds_zero_gradients(engine: Engine, ru
     assert engine.adapters[1].pending == 1
 
 
+def test_an_adapter_begins_at_the_version_that_it_is_told_whatever_it_is_a_copy_of(engine: Engine, run: Run) -> None:
+    assert (
+        run(CreateAdapterJob(uid=8, name="new", lora=LoraSpec(rank=2), value_head=True, least_version=5)).version == 5
+    )
+    copied = CreateAdapterJob(uid=9, name="copy", lora=LoraSpec(), value_head=True, init_from=8, least_version=3)
+    assert run(copied).version == 3
+    run(ForwardBackwardJob(adapter=9, rows=train_rows(1), loss=PpoLoss()))
+    assert run(OptimStepJob(adapter=9, adamw=AdamW(1e-3))).version == 4
+
+
 def test_a_gradient_that_is_not_finite_skips_the_step_and_leaves_the_weights(engine: Engine, run: Run) -> None:
     adapter = engine.adapters[1]
     run(ForwardBackwardJob(adapter=1, rows=train_rows(1), loss=PpoLoss()))

@@ -194,6 +194,30 @@ def test_a_deleted_adapter_serves_its_running_completions_and_nobody_else(worker
     assert tuple(t for part in parts[0, 0] for t in part.tokens) == chunks[0, 0][0].tokens
 
 
+def test_a_deletion_lets_what_came_before_it_be_answered(worker: Worker, run: Run, engine: Engine) -> None:
+    """Under the name is another adapter by then, and whoever asked for it must not be told that there is none."""
+    step = engine.step
+    reached, free = threading.Event(), threading.Event()
+
+    def held(*args: Any, **named: Any) -> Any:
+        reached.set()
+        free.wait(30)
+        return step(*args, **named)
+
+    engine.step = held  # type: ignore[method-assign]
+    first, second = (ScoreJob(rows=[row(uid, texts(1)[0])]) for uid in (2, 1))
+    worker.submit(first)
+    assert reached.wait(30)
+    deleting = DeleteAdapterJob(adapter=1)
+    worker.submit(second)
+    worker.submit(deleting)
+    free.set()
+    assert second.done.result(30).versions == {1: 0}
+    deleting.done.result(30)
+    with pytest.raises(NotFound):
+        run(ScoreJob(rows=[row(1, texts(1)[0])]))
+
+
 def test_stop_tokens_eos_and_least_lengths(run: Run, engine: Engine) -> None:
     prompt = [texts(1)[0][:4]]
     job, free = generation(1, prompt, seed=4, max_new_tokens=30, ignore_eos=True)

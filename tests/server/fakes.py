@@ -323,7 +323,7 @@ class FakeWorker:
 
     def _CreateAdapterJob(self, job):
         lora = job.lora if job.init_from is None else self.adapters[job.init_from].lora
-        return self._make(job.uid, job.kind, 0, job.value_head, lora)
+        return self._make(job.uid, job.kind, job.least_version, job.value_head, lora)
 
     def _LoadAdapterJob(self, job):
         if job.path is not None and job.path.is_dir():

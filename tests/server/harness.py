@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import re
 import threading
+import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -202,3 +203,12 @@ def array(tensor):
     """What a tensor holds, as numpy."""
     kinds = {types_pb2.DTYPE_INT32: "<i4", types_pb2.DTYPE_INT64: "<i8", types_pb2.DTYPE_FLOAT32: "<f4"}
     return np.frombuffer(tensor.data, dtype=kinds[tensor.dtype]).reshape(tuple(tensor.shape))
+
+
+def eventually(check):
+    """Returns when it holds; fails when it does not within some seconds."""
+    for _ in range(400):
+        if check():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it never came")

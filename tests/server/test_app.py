@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -240,7 +241,11 @@ def test_a_signal_stops_the_process_with_exit_code_0(tmp_path, number):
     tests = str(Path(__file__).parents[1])
     script = textwrap.dedent(SCRIPT.format(tests=tests, port_file=str(tmp_path / "port")))
     process = subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-W", "error", "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},  # nothing to sweep of others that were killed
     )
     try:
         assert process.stdout.readline() == "ready\n"

@@ -11,7 +11,7 @@ from pathlib import Path
 import grpc
 import pytest
 from server.fakes import FACTS, FakeWorker
-from server.harness import Clock, Live, refused
+from server.harness import Clock, Live, eventually, refused
 
 from onebase.server.checkpoints import StateDirectory
 from onebase.server.config import AdapterSource, ConfigError, EngineConfig, ServerConfig, StateConfig
@@ -83,14 +83,6 @@ def committed(live, name="p"):
     """The version of each of the adapter's checkpoints, the newest first."""
     uid = live.uid(name)
     return [row.version for row in live.keeper._errands._store.submit(live.keeper.store.checkpoints, uid).result()]
-
-
-def eventually(check):
-    for _ in range(400):
-        if check():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it never came")
 
 
 def test_each_step_is_durable_before_it_is_answered_and_only_the_newest_checkpoints_stay(serve, tmp_path):
@@ -275,6 +267,24 @@ def test_a_uid_is_never_used_twice(serve):
     with serve() as live:
         create(live, "a")
         assert live.uid("a") > uid
+
+
+@pytest.mark.parametrize("durability", ["step", "checkpoint"])
+def test_a_name_never_has_a_version_twice_not_even_over_a_deletion_and_a_restart(serve, durability):
+    with serve(durability=durability) as live:
+        create(live)
+        create(live, "other")
+        step(live)
+        step(live)
+        live.adapters.DeleteAdapter(adapters_pb2.DeleteAdapterRequest(session_id=live.session, name="p"))
+    for first in (3, 4):
+        with serve(durability=durability) as live:
+            create(live)
+            assert version(live) == first
+            live.adapters.DeleteAdapter(adapters_pb2.DeleteAdapterRequest(session_id=live.session, name="p"))
+            create(live, "new")
+            assert version(live, "new") == 0 if first == 3 else 1
+            live.adapters.DeleteAdapter(adapters_pb2.DeleteAdapterRequest(session_id=live.session, name="new"))
 
 
 def test_adapters_of_every_kind_come_back_but_for_what_the_settings_read_anew(serve, tmp_path):

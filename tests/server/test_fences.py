@@ -9,7 +9,7 @@ import time
 import grpc
 import pytest
 from server.conftest import furnish
-from server.harness import Live, pair, refused
+from server.harness import Live, eventually, pair, refused
 
 from onebase.server.config import EngineConfig, ServerConfig
 from onebase.server.durability import Volatile
@@ -107,6 +107,24 @@ def test_a_step_under_way_is_answered_and_the_replacement_gives_way(live, sessio
     assert told.value.code() is grpc.StatusCode.ABORTED
     assert "stepped to version 1" in told.value.details()
     assert (live.uid("p1"), version(live)) == (old, 1)
+
+
+def test_a_deletion_waits_for_a_step_under_way_and_what_comes_after_goes_on_from_it(live, session):
+    live.training.ForwardBackward(batch(session))
+    live.worker.hold(OptimStepJob)
+    stepping = live.training.OptimStep.future(step(session))
+    live.worker.wait_submitted(OptimStepJob)
+    deleting = live.adapters.DeleteAdapter.future(adapters_pb2.DeleteAdapterRequest(session_id=session, name="p1"))
+    eventually(lambda: live.edge.fences._shut)
+    refusal = refused(live.training.ForwardBackward, batch(session))
+    assert (refusal.code, refusal.reason) == BUSY
+    assert not deleting.done()
+    live.worker.release()
+    assert stepping.result(timeout=20).adapter.version == 1
+    deleting.result(timeout=20)
+    assert refused(version, live).reason == "ADAPTER_NOT_FOUND"
+    made = live.adapters.CreateAdapter(adapters_pb2.CreateAdapterRequest(session_id=session, name="p1"))
+    assert made.version == 2
 
 
 @pytest.mark.parametrize("way", ["deadline", "cancel"])

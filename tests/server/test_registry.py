@@ -30,6 +30,26 @@ def test_uids_are_never_used_twice():
     assert uids == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_version_of_a_name_is_never_given_twice(monkeypatch):
+    registry = Registry()
+    assert registry.reserve("b").least_version == 0
+    add(registry, "a", version=4)
+    registry.remove("a")
+    assert registry.least_version("a") == 5
+    add(registry, "a", version=5)
+    registry.update(facts(registry.get("a", "name").uid, version=7))
+    assert registry.reserve("a", replacing=True).least_version == 8
+    registry.end("a", 3)  # an older word of it
+    registry.remove("a")
+    assert registry.least_version("a") == 8
+    assert registry.least_version("red/a") == 0  # another tenant's
+    monkeypatch.setattr("onebase.server.registry.MAX_ENDS", 2)
+    registry.end("red/x", 3)
+    for name in "cd":
+        registry.end(name, 2)
+    assert [registry.least_version(key) for key in ("a", "c", "d", "red/x")] == [0, 2, 2, 3]
+
+
 def test_a_name_is_taken_from_its_reservation_on_and_unknown_until_it_is_bound():
     registry = Registry(clock=lambda: 12.5)
     reservation = registry.reserve("a")

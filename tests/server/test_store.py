@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from onebase.server.store import AdapterRow, CheckpointRow, ResponseRow, SessionRow, Store, WrongStateError
+from onebase.server.store import AdapterRow, CheckpointRow, EndRow, ResponseRow, SessionRow, Store, WrongStateError
 
 NAMES = st.sampled_from(["a", "b", "c"])
 SESSIONS = st.sampled_from(["s1", "s2"])
@@ -30,6 +30,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.checkpoints: dict[int, list[CheckpointRow]] = {}
         self.responses: dict[tuple[str, str], ResponseRow] = {}
         self.sessions: dict[str, SessionRow] = {}
+        self.ends: dict[str, EndRow] = {}
         self.uid = self.made = 0
 
     @initialize()
@@ -85,11 +86,13 @@ class StoreMachine(RuleBasedStateMachine):
         checkpoint = self.checkpoint(999, 3)
         assert self.store.advance(checkpoint, KEEP, [self.answer(session)]) == [checkpoint.folder]
 
-    @rule(name=NAMES, session=SESSIONS)
-    def remove(self, name, session):
+    @rule(name=NAMES, session=SESSIONS, least=st.integers(0, 9))
+    def remove(self, name, session, least):
         old = self.adapters.pop(name, None)
         gone = [one.folder for one in self.checkpoints.pop(old.uid)] if old else []
-        assert sorted(self.store.remove(name, [self.answer(session)])) == sorted(gone)
+        self.ends.pop(name, None)
+        end = self.ends[name] = EndRow(name, "", least)
+        assert sorted(self.store.remove(end, [self.answer(session)])) == sorted(gone)
 
     @rule(session=SESSIONS)
     def answer_only(self, session):
@@ -119,6 +122,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert self.store.checkpoints(uid) == rows
         assert len(self.store.checkpoints()) == sum(map(len, self.checkpoints.values()))
         assert self.store.responses() == list(self.responses.values())
+        assert self.store.ends() == list(self.ends.values())
         assert self.store.sessions() == sorted(self.sessions.values(), key=lambda row: row.session)
 
 
@@ -148,8 +152,40 @@ def test_old_answers_make_room(tmp_path, monkeypatch):
     monkeypatch.setattr("onebase.server.store.MAX_RESPONSES", 3)
     store = Store(tmp_path / "db")
     for number in range(5):
-        store.remove("nothing", [ResponseRow("s", "M", f"r{number}", b"", b"")])
+        store.remove(EndRow("nothing", "", 0), [ResponseRow("s", "M", f"r{number}", b"", b"")])
     assert [row.request for row in store.responses()] == ["r2", "r3", "r4"]
+    store.close()
+
+
+def test_old_ends_make_room_for_those_of_their_owner(tmp_path, monkeypatch):
+    monkeypatch.setattr("onebase.server.store.MAX_ENDS", 2)
+    store = Store(tmp_path / "db")
+    ends = [
+        EndRow("red/a", "red", 3),
+        EndRow("blue/a", "blue", 5),
+        EndRow("red/b", "red", 4),
+        EndRow("red/c", "red", 9),
+    ]
+    for end in ends:
+        store.remove(end)
+    assert store.ends() == ends[1:]
+    store.close()
+
+
+def test_a_store_of_the_first_schema_is_brought_up(tmp_path):
+    path = tmp_path / "db"
+    row = AdapterRow("a", 1, "policy", 0.0, "")
+    store = Store(path)
+    store.add(row, CheckpointRow("1-a", 1, 0, "d"))
+    store.close()
+    with sqlite3.connect(path) as db:
+        db.execute("DROP TABLE ends")
+        db.execute("PRAGMA user_version=1")
+    db.close()
+    store = Store(path)
+    assert store.adapters() == [row]
+    store.remove(EndRow("a", "", 8))
+    assert store.ends() == [EndRow("a", "", 8)]
     store.close()
 
 
@@ -157,7 +193,7 @@ def test_a_full_disk_is_told_as_one(tmp_path):
     store = Store(tmp_path / "db")
     store._db.execute("PRAGMA max_page_count=1")
     with pytest.raises(OSError, match="No space") as caught:
-        store.remove("nothing", [ResponseRow("s", "M", "r", b"", b"x" * 100_000)])
+        store.remove(EndRow("nothing", "", 0), [ResponseRow("s", "M", "r", b"", b"x" * 100_000)])
     assert caught.value.errno == errno.ENOSPC
     assert store.responses() == []
     store.close()

@@ -130,7 +130,8 @@ class AdapterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DeleteAdapter(self, request, context):
-        """Forgets an adapter and frees its memory. Completions under way keep the version they read.
+        """Forgets an adapter and frees its memory, when its training calls have ended. Completions under way keep the version
+        they read. An adapter that is made under the name later goes on after its last version.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -298,7 +298,9 @@ class AdapterServiceStub(typing.Generic[_AdapterServiceCreateAdapterType, _Adapt
     """All adapters, by name."""
 
     DeleteAdapter: _AdapterServiceDeleteAdapterType
-    """Forgets an adapter and frees its memory. Completions under way keep the version they read."""
+    """Forgets an adapter and frees its memory, when its training calls have ended. Completions under way keep the version
+    they read. An adapter that is made under the name later goes on after its last version.
+    """
 
     LoadAdapter: _AdapterServiceLoadAdapterType
     """Reads an adapter from a PEFT directory under the server's roots: adapter_config.json and safetensors.
@@ -416,7 +418,9 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
         request: onebase.v1.adapters_pb2.DeleteAdapterRequest,
         context: _ServicerContext,
     ) -> typing.Union[onebase.v1.adapters_pb2.DeleteAdapterResponse, collections.abc.Awaitable[onebase.v1.adapters_pb2.DeleteAdapterResponse]]:
-        """Forgets an adapter and frees its memory. Completions under way keep the version they read."""
+        """Forgets an adapter and frees its memory, when its training calls have ended. Completions under way keep the version
+        they read. An adapter that is made under the name later goes on after its last version.
+        """
 
     @abc.abstractmethod
     def LoadAdapter(

@@ -385,7 +385,9 @@ class Adapter(google.protobuf.message.Message):
     kind: Global___AdapterKind.ValueType
     """What it is for."""
     version: builtins.int
-    """Grows by one with every applied OptimStep. A version's numbers never change."""
+    """Grows by one with every applied OptimStep. A version's numbers never change, and a name never has a version twice:
+    an adapter that replaces another, or is made after it was deleted, goes on where that ended.
+    """
     value_head: builtins.bool
     """Whether it carries a value head (policies and critics)."""
     num_labels: builtins.int
@@ -458,7 +460,7 @@ class AdapterVersion(google.protobuf.message.Message):
     name: builtins.str
     """Its name; "base" for the base with no adapter."""
     version: builtins.int
-    """The version that was read; 0 for the base and for adapters that were never stepped."""
+    """The version that was read; 0 for the base."""
     def __init__(
         self,
         *,

@@ -103,6 +103,11 @@ def drained() -> Unavailable:
     return Unavailable("DRAINED", "the server shut down before this was done: repeat it later", retry_after=5.0)
 
 
+def not_there() -> NotFound:
+    """What is told of an adapter that has gone between the look at its name and the work."""
+    return NotFound("ADAPTER_NOT_FOUND", "the adapter was replaced or deleted just now: repeat the call")
+
+
 def disk_full(error: OSError) -> OnebaseError:
     """What a failure to write means to a client: a full disk may pass, anything else is the operator's to mend."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -62,6 +62,11 @@ class Parking:
         self._reading: set[int] = set()
 
     @property
+    def jobs(self) -> tuple[Job[Any], ...]:
+        """Those that are parked."""
+        return tuple(self._jobs)
+
+    @property
     def patience(self) -> float | None:
         """Seconds for which nobody need look after the parked jobs; None where there are none."""
         return LOOK_SECONDS if self._jobs else None

@@ -23,11 +23,12 @@ from typing import Any
 from onebase.server import failpoints
 from onebase.server.config import CPU_BUDGET, Budget, Limits
 from onebase.server.engine import Engine
-from onebase.server.errors import Cancelled, OnebaseError, ResourceExhausted, Unavailable, drained
+from onebase.server.errors import Cancelled, OnebaseError, ResourceExhausted, Unavailable, drained, not_there
 from onebase.server.executor import Aside, Executor
 from onebase.server.isolation import AnyTask, told
 from onebase.server.jobs import (
     BaseFacts,
+    DeleteAdapterJob,
     DropGradientsJob,
     EvictAdapterJob,
     ForwardBackwardJob,
@@ -38,6 +39,7 @@ from onebase.server.jobs import (
     ScoreJob,
     Work,
     WorkerStatus,
+    adapters_of,
 )
 from onebase.server.memory import is_out_of_memory
 from onebase.server.parking import Parking, overdue
@@ -70,6 +72,7 @@ class Worker:
         self._inbox: deque[Job[Any]] = deque()
         self._wake = threading.Condition()
         self._admin: deque[Job[Any]] = deque()
+        self._leaving: list[DeleteAdapterJob] = []  # while work that came before waits for their adapters
         self._tasks: list[AnyTask] = []
         self._counts: Counter[str] = Counter()  # unfinished jobs by session
         self._jobs: set[Job[Any]] = set()  # that were not answered yet
@@ -223,13 +226,14 @@ class Worker:
             while self._back:
                 self._take_back(*self._back.popleft())
             self._work()
+            self._let_go()
         if self._lost:
             return
         self._fail_all(drained())
         self._files.shutdown(cancel_futures=True)
         while self._back:
             self._take_back(*self._back.popleft())
-        for job in (*self._admin, *self._inbox):
+        for job in (*self._admin, *self._leaving, *self._inbox):
             job.done.set_exception(drained())
 
     def _take_in(self) -> bool:
@@ -245,7 +249,14 @@ class Worker:
             jobs = list(self._inbox)
             self._inbox.clear()
         for job in jobs:
-            self._admit(job)
+            if isinstance(job, DeleteAdapterJob) and self._waits(job.adapter):
+                self._leaving.append(
+                    job
+                )  # the name may mean another by now: who came before is not told that it is gone
+            elif any(gone.adapter in adapters_of(job) for gone in self._leaving):
+                self._fail(job, not_there())
+            else:
+                self._admit(job)
         return True
 
     def _admit(self, job: Job[Any]) -> None:
@@ -344,6 +355,19 @@ class Worker:
             self._fail(job, error)
         else:
             self._succeed(job, result)
+
+    def _waits(self, uid: int) -> bool:
+        """Whether work that means an adapter waits to begin; what has begun has it."""
+        jobs = (*(task.job for task in self._tasks if not task.begun), *self._parking.jobs, *self._admin)
+        return any(uid in adapters_of(job) for job in jobs)
+
+    def _let_go(self) -> None:
+        """Deletes the adapters for which no work waits any more."""
+        waiting = [job for job in self._leaving if self._waits(job.adapter)]
+        ready = [job for job in self._leaving if job not in waiting]
+        self._leaving = waiting
+        for job in ready:
+            self._run_admin(job)
 
     def _begin_aside(self, job: Job[Any], aside: Aside) -> None:
         def work() -> Any:
