@@ -7,6 +7,7 @@ unasked may be quicker.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
@@ -22,7 +23,7 @@ _SAMPLES = 64  # durations that are remembered
 _ALIKE = 32  # running pieces of work that stand for all of them
 _QUANTILE = 1.5  # of the normal distribution, a little over nine times of ten: work comes in crowds
 _SOON = 0.01  # for such a part of what work takes, a look at what is under way is good
-_LITTLE = 48  # of so many pieces of work, one may begin or end meanwhile
+_LITTLE = 16  # of so many pieces of work, one may begin or end meanwhile
 _NONE = np.zeros(0)
 _FIRST_GUESS = 1.0  # seconds that work takes, as long as none has ended
 
@@ -150,6 +151,7 @@ class Forecast:
         return found
 
 
+@functools.cache
 def _ranks(count: int) -> np.ndarray:
     """Some of so many sorted moments: all of the first ones, fewer of the later."""
     return np.unique(np.geomspace(1, count, min(count, 64)).astype(int)) - 1
