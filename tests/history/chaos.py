@@ -65,7 +65,10 @@ def plan(seed: int, lively: float = 1.0) -> Callable[[], Fate]:
             dice.uniform(0.2, 1.0) if dice.random() < 0.08 else 0.0,
             dice.randrange(CLIENTS) if dice.random() < 0.25 else -1,
             dice.uniform(0.0, 0.4) if dice.random() < 0.5 else 0.0,
-            ("--keep-checkpoints", "1") if dice.random() < 0.2 else (),
+            (
+                *(("--keep-checkpoints", "1") if dice.random() < 0.2 else ()),
+                *(("--evict-idle-seconds", "0.5") if dice.random() < 0.3 else ()),
+            ),
         )
 
     return draw

@@ -135,6 +135,11 @@ class FakeWorker:
             self._pending.append(job)
             self._wake.notify_all()
 
+    def check(self, _session):
+        with self._wake:
+            if len(self._pending) >= self.room:
+                raise ResourceExhausted("QUEUE_FULL", "the queue is full", retry_after=0.25)
+
     def status(self):
         counts = {jobs.Work.SCORE: sum(job.work is jobs.Work.SCORE for job in self._pending)}
         return jobs.WorkerStatus(counts, {jobs.Work.TRAIN: 4}, 1.5, 2.5, 3.5, len(self.executed), 4096, 5, 32)

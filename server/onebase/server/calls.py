@@ -24,6 +24,11 @@ def deadline_of(context: grpc.aio.ServicerContext[Any, Any]) -> float | None:
     return None if remaining is None else time.monotonic() + remaining
 
 
+def queue_of(session: Session | None) -> str:
+    """Whose turns a call takes."""
+    return session.queue if session is not None else ""
+
+
 def submit(worker: WorkerLike, job: Job[Any], session: Session | None, deadline: float | None) -> None:
     """Queues a job in its session's name.
 
@@ -31,7 +36,7 @@ def submit(worker: WorkerLike, job: Job[Any], session: Session | None, deadline:
         OnebaseError: the worker's.
     """
     job.tenant = caller().tenant
-    job.session = session.queue if session is not None else ""
+    job.session = queue_of(session)
     job.deadline = deadline
     worker.submit(job)
 

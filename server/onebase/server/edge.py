@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ import grpc
 from google.protobuf.message import Message
 
 from onebase.server.access import Access
-from onebase.server.calls import deadline_of, settled
+from onebase.server.calls import deadline_of, queue_of, settled
 from onebase.server.catalog import Catalog
 from onebase.server.codec.sequences import SequenceReader
 from onebase.server.config import ServerConfig
@@ -76,6 +77,19 @@ class Edge:
     gate: Gate = field(default_factory=Gate)
     idempotency: Idempotency = field(default_factory=Idempotency)
     started: float = field(default_factory=time.monotonic)
+
+    @contextlib.contextmanager
+    def reading(self, session_id: str) -> Iterator[Session | None]:
+        """A call that changes nothing: its session is kept alive, and it is refused before it is read if there is no
+        room for it: a flood of calls must cost the others little.
+
+        Raises:
+            NotFound: SESSION_NOT_FOUND.
+            ResourceExhausted: there is no room.
+        """
+        with self.sessions.use(session_id) as session:
+            self.worker.check(queue_of(session))
+            yield session
 
     async def once(
         self,

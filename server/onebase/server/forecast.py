@@ -7,6 +7,7 @@ unasked may be quicker.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
@@ -21,6 +22,9 @@ SHORTEST, LONGEST = 0.05, 60.0
 _SAMPLES = 64  # durations that are remembered
 _ALIKE = 32  # running pieces of work that stand for all of them
 _QUANTILE = 1.5  # of the normal distribution, a little over nine times of ten: work comes in crowds
+_SOON = 0.01  # for such a part of what work takes, a look at what is under way is good
+_LITTLE = 16  # of so many pieces of work, one may begin or end meanwhile
+_NONE = np.zeros(0)
 _FIRST_GUESS = 1.0  # seconds that work takes, as long as none has ended
 
 
@@ -41,6 +45,8 @@ class Forecast:
         self._awaited = 0
         self._unasked = 0.0  # those who came without having been told to, of late: fades with each that comes
         self._last = clock()
+        self._outlook: tuple[float, np.ndarray, np.ndarray, np.ndarray] | None = None  # see `_look_out`; when
+        self._changes = 0  # pieces of work that have begun or ended since then
 
     @property
     def idle(self) -> bool:
@@ -53,12 +59,14 @@ class Forecast:
         self._came(self._clock())
         self._running[number] = (self._clock(), units)
         self._units += units
+        self._changes += 1
         return number
 
     def end(self, number: int) -> None:
         """Work has ended, one way or another."""
         began, units = self._running.pop(number)
         self._units -= units
+        self._changes += 1
         self._durations.append(self._clock() - began)
 
     def wait(self, units: int = 1) -> float:
@@ -95,13 +103,7 @@ class Forecast:
             return 0.0
         whole = self._mean()
         rounds, units = divmod(units - 1, self._units)  # more than there are: those that come after them must end too
-        began, sizes = self._sample()
-        left = self._remaining(now - began)  # [work, sample]
-        scale = self._units / sizes.sum()
-        moments = np.sort(left, axis=None)[_ranks(left.size)]
-        ended = (left[None] <= moments[:, None, None]).mean(axis=2)  # [moment, work]
-        expected = scale * (sizes * ended).sum(axis=1)
-        doubt = np.sqrt(scale * (sizes**2 * ended * (1 - ended)).sum(axis=1))
+        moments, expected, doubt = self._look_out(now)
         # Who comes unasked takes room too, a share of it as large as such work takes.
         others = self._unasked / self._window() * whole * -np.expm1(-moments / whole)
         room = expected - others - _QUANTILE * np.sqrt(doubt**2 + others)
@@ -109,6 +111,23 @@ class Forecast:
         # Where it is never likely enough, others come too fast: twice as long as work takes is as good as any wait.
         high = float(moments[enough.argmax()]) if enough.any() else min(float(moments[-1]), 2 * whole)
         return high + rounds * whole
+
+    def _look_out(self, now: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Moments from now on, how many units will have ended at each, and its standard deviation.
+
+        One look serves all who are told soon after, while little has changed: many refusals must cost little.
+        """
+        at, moments, expected, doubt = self._outlook or (-math.inf, _NONE, _NONE, _NONE)
+        if now - at > _SOON * self._mean() or self._changes > len(self._running) // _LITTLE:
+            began, sizes = self._sample()
+            left = self._remaining(now - began)  # [work, sample]
+            scale = self._units / sizes.sum()
+            moments = np.sort(left, axis=None)[_ranks(left.size)]
+            ended = (left[None] <= moments[:, None, None]).mean(axis=2)  # [moment, work]
+            expected = scale * (sizes * ended).sum(axis=1)
+            doubt = np.sqrt(scale * (sizes**2 * ended * (1 - ended)).sum(axis=1))
+            self._outlook, self._changes, at = (now, moments, expected, doubt), 0, now
+        return np.maximum(moments - (now - at), 0.0), expected, doubt
 
     def _mean(self) -> float:
         return sum(self._durations) / len(self._durations) if self._durations else _FIRST_GUESS
@@ -132,6 +151,7 @@ class Forecast:
         return found
 
 
+@functools.cache
 def _ranks(count: int) -> np.ndarray:
     """Some of so many sorted moments: all of the first ones, fewer of the later."""
     return np.unique(np.geomspace(1, count, min(count, 64)).astype(int)) - 1

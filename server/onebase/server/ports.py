@@ -25,6 +25,14 @@ class WorkerLike(Protocol):
         """
         ...
 
+    def check(self, session: str) -> None:
+        """Refuses at once whom `submit` would refuse for want of room, before his request is read.
+
+        Raises:
+            ResourceExhausted: as `submit` does.
+        """
+        ...
+
     def status(self) -> WorkerStatus:
         """What the worker is doing now; returns at once."""
         ...

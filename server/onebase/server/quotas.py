@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -153,27 +153,47 @@ class QuotaWorker:
         if job.work is Work.ADMIN:
             return self._worker.submit(job)
         cost, tenant = _cost(job), caller().tenant
-        with self._lock:
-            mine = self._tenants.get(tenant) or self._account(f"tenant {tenant!r}", self._tenant_quota)
-            accounts = (mine, self._whole)
-            for account in accounts:
-                account.check(cost.completions)
-        try:
+        accounts = self._asked(tenant, cost.completions)
+        with self._told(job.session):
             self._worker.submit(job)
-        except ResourceExhausted as error:
-            with self._lock:
-                forecast = self._sessions.get(job.session) if error.reason == SESSION_FULL else self._whole.of_requests
-                if forecast is not None and not forecast.idle:
-                    error.retry_after = forecast.wait()
-            raise
         with self._lock:
-            self._tenants[tenant] = mine
+            self._tenants[tenant] = accounts[0]
             session = self._sessions.setdefault(job.session, Forecast(self._clock))
             ends = [account.begin(cost) for account in accounts]
             number = session.begin()
             ends.append(lambda: self._end_of_session(job.session, session, number))
         job.done.add_done_callback(lambda _: self._end(ends))
         return None
+
+    def check(self, session: str) -> None:
+        """Refuses at once whom `submit` would refuse however small his request is.
+
+        Raises:
+            ResourceExhausted: as `submit` does.
+        """
+        self._asked(caller().tenant, 0)
+        with self._told(session):
+            self._worker.check(session)
+
+    def _asked(self, tenant: str, completions: int) -> tuple[_Account, _Account]:
+        """The tenant's account and everybody's, if neither of them refuses."""
+        with self._lock:
+            mine = self._tenants.get(tenant) or self._account(f"tenant {tenant!r}", self._tenant_quota)
+            for account in (mine, self._whole):
+                account.check(completions)
+        return mine, self._whole
+
+    @contextlib.contextmanager
+    def _told(self, session: str) -> Iterator[None]:
+        """Says of the worker's refusals when there will be room."""
+        try:
+            yield
+        except ResourceExhausted as error:
+            with self._lock:
+                forecast = self._sessions.get(session) if error.reason == SESSION_FULL else self._whole.of_requests
+                if forecast is not None and not forecast.idle:
+                    error.retry_after = forecast.wait()
+            raise
 
     def status(self) -> WorkerStatus:
         """The worker's."""

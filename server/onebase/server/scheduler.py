@@ -19,7 +19,8 @@ the sessions of one tenant among themselves; and the operator's sessions count a
   other. A prompt that waits for slots gets the next ones.
 * Training. While it and work that is not interactive wait, neither gets more device time than the other by more than
   the longest step of each. Interactive rows may go ahead of it for 7 times as long as its last step took, one step
-  more, and two steps more for each of the n tenants.
+  more, and two steps more for each of the n tenants. That is shared by all who have such rows or training: a tenant
+  that always has rows keeps the others' training waiting for its own share of that, and no longer.
 * Tenants that both want something of one kind throughout. Scored tokens differ by at most two of the longest rows. A
   request and an adapter have one turn in a step; in steps that leave the other tenant out, neither gets more tokens
   than the other does in all, but for three of the largest turns.
@@ -154,7 +155,7 @@ class Scheduler:
         inference = bool(running or any(self.scores.values()) or self._waits(Work.GENERATE, slots))
         behind = self._sides.tag("training") <= self._sides.tag("inference")
         turn = bool(self.trains) and (behind or not inference)
-        barred = self._ahead_of_training.barred if turn else frozenset()
+        barred = self._ahead_of_training.barred(self._sharers()) if turn else frozenset()
         self._jumpers = None
         if turn and self.scores[Work.INTERACTIVE].next(barred) is None:
             return self._plan_training()
@@ -162,6 +163,11 @@ class Scheduler:
         if turn:
             self._jumpers = {task.owner.party for task, _ in plan.scores if task.work is Work.INTERACTIVE}
         return plan
+
+    def _sharers(self) -> int:
+        """How many have interactive rows or training that waits, one at least."""
+        trained = {self.trains.first(adapter).owner.party for adapter in self.trains.owners()}
+        return max(1, len(self.scores[Work.INTERACTIVE].parties() | trained))
 
     def keep_prompts(self, task: GenerateWork) -> None:
         """Lets a task stand in the queue of prompts exactly while it has some to begin."""
@@ -177,7 +183,7 @@ class Scheduler:
         interactive = self.scores[Work.INTERACTIVE]
         share = min(room, self.step_tokens // 8)
         most = share if interactive else room
-        room -= self._take_scores(plan, interactive, room, barred | self._ahead_of_rest.barred)
+        room -= self._take_scores(plan, interactive, room, barred | self._ahead_of_rest.barred())
         room -= self._take_rest(plan, min(room, most), slots, whole=room >= share)
         self._take_scores(plan, interactive, room, barred)
         return plan

@@ -8,8 +8,8 @@ gives no other.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Hashable, Iterator
 from typing import Generic, NamedTuple, TypeVar
 
 from onebase.server.identity import OPERATOR
@@ -174,6 +174,10 @@ class TenantQueue(Generic[T]):
         turns = queue.owners(frozenset(one.session for one in barred if isinstance(one, Owner) and one[0] == tenant))
         return str(turns[0]) if turns else None
 
+    def parties(self) -> set[Hashable]:
+        """Who has tasks."""
+        return {Owner(tenant, str(one)).party for tenant, queue in self._queues.items() for one in queue.owners()}
+
     def first(self, owner: Owner) -> T:
         """An owner's oldest task."""
         return self._queues[owner.tenant].first(owner.session)
@@ -211,20 +215,25 @@ class Lead:
     """How far owners may still go ahead of somebody whose turn it is: together so far, and each of them once."""
 
     def __init__(self) -> None:
-        self._left = 0.0
-        self._gone: set[Hashable] = set()
+        self._whole = self._left = 0.0
+        self._gone: defaultdict[Hashable, float] = defaultdict(float)
 
-    @property
-    def barred(self) -> frozenset[Hashable]:
-        """Owners who may not: those who have done so, once nothing is left."""
-        return frozenset(self._gone) if self._left <= 0 else frozenset()
+    def barred(self, sharers: int = 1) -> frozenset[Hashable]:
+        """Owners who may not: those who have done so, once nothing is left, or nothing of their share.
 
-    def use(self, owners: Iterable[Hashable], amount: float) -> None:
-        """Notes that owners went ahead, and how far."""
+        Args:
+            sharers: among so many it is shared.
+        """
+        share = self._whole / sharers
+        return frozenset(owner for owner, used in self._gone.items() if self._left <= 0 or used >= share)
+
+    def use(self, owners: Collection[Hashable], amount: float) -> None:
+        """Notes that owners went ahead, and how far together."""
         self._left -= amount
-        self._gone.update(owners)
+        for owner in owners:
+            self._gone[owner] += amount / len(owners)
 
     def renew(self, amount: float) -> None:
         """Begins anew, after the turn of whoever had to wait."""
-        self._left = amount
+        self._whole = self._left = amount
         self._gone.clear()

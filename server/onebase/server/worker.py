@@ -122,6 +122,15 @@ class Worker:
             self._inbox.append(job)
             self._wake.notify()
 
+    def check(self, session: str) -> None:
+        """Refuses whom `submit` would refuse for want of room.
+
+        Raises:
+            ResourceExhausted: too many jobs wait, of this session or in all.
+        """
+        with self._wake:
+            self._check_room(session)
+
     def _follow(self, job: Job[Any]) -> None:
         """Knows a job until it is answered."""
         self._jobs.add(job)
