@@ -349,6 +349,8 @@ def test_a_full_queue_says_when_to_come_again(live):
     refusal = refused(live.inference.Logprob, request)
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
     assert 0.05 <= refusal.retry_after <= 60
+    wrong = S.LogprobRequest(adapter="p1", sequences=[pair((9,), (10**6,))])
+    assert refused(live.inference.Logprob, wrong).reason == "QUEUE_FULL"  # it is not even read
     live.worker.release()
     assert waiting.result(timeout=20)
 

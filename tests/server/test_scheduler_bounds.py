@@ -304,6 +304,19 @@ def test_many_sessions_with_questions_keep_another_tenants_training_waiting_no_l
     assert longest_wait_of_training(100) <= longest_wait_of_training(1) + 1e-9
 
 
+def test_a_flood_of_questions_keeps_the_training_of_others_waiting_for_its_own_share_alone() -> None:
+    def longest_wait_of_training(tenants: int) -> float:
+        """In training steps."""
+        training = [Flood(Work.TRAIN, f"train {i}", [60], adapters=(i,), tenant=f"tenant {i}") for i in range(tenants)]
+        steps = Device().run(300, Flood(Work.INTERACTIVE, "ask", [30], tenant="asking"), *training)
+        ends = list(itertools.accumulate(step.seconds for step in steps))
+        trained = [(end, step.seconds) for end, step in zip(ends, steps, strict=True) if step.training]
+        return max((later - step - earlier) / step for (earlier, _), (later, step) in itertools.pairwise(trained))
+
+    assert 4 <= longest_wait_of_training(1) <= 1 + 7 / 2 + 2  # as long again, its share, and steps that are under way
+    assert longest_wait_of_training(7) <= 1 + 7 / 8 + 2
+
+
 def test_under_floods_of_everything_everything_has_its_share() -> None:
     names = [(kind, f"flood {i}", i) for kind in KINDS for i in range(3)]
     floods = [Flood(kind, name, [30, 60], completions=2, adapters=(i,)) for kind, name, i in names]

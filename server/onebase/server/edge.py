@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -78,18 +77,13 @@ class Edge:
     idempotency: Idempotency = field(default_factory=Idempotency)
     started: float = field(default_factory=time.monotonic)
 
-    @contextlib.contextmanager
-    def reading(self, session_id: str) -> Iterator[Session | None]:
-        """A call that changes nothing: its session is kept alive, and it is refused before it is read if there is no
-        room for it: a flood of calls must cost the others little.
+    def check_room(self, session: Session | None) -> None:
+        """Refuses a call for want of room before it is read: a flood of calls must cost the others little.
 
         Raises:
-            NotFound: SESSION_NOT_FOUND.
             ResourceExhausted: there is no room.
         """
-        with self.sessions.use(session_id) as session:
-            self.worker.check(queue_of(session))
-            yield session
+        self.worker.check(queue_of(session))
 
     async def once(
         self,

@@ -36,8 +36,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         edge = self._edge
-        with edge.reading(request.session_id) as session:
+        with edge.sessions.use(request.session_id) as session:
             adapter = edge.access.readable(session, request.adapter, version(request, "adapter_version"))
+            edge.check_room(session)
             generation = await read_generation(request, adapter, edge.reader, edge.worker.facts)
             chunks = stream(edge.worker, generation.job, session, deadline_of(context))
             async with contextlib.aclosing(chunks):
@@ -47,8 +48,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
     async def Logprob(self, request: inference_pb2.LogprobRequest, context: Context) -> inference_pb2.LogprobResponse:
         edge = self._edge
-        with edge.reading(request.session_id) as session:
+        with edge.sessions.use(request.session_id) as session:
             adapter = edge.access.readable(session, request.adapter, version(request, "adapter_version"))
+            edge.check_room(session)
             plan = await read_logprob(request, adapter, edge.reader)
             result = await perform(edge.worker, plan.job, session, deadline_of(context))
             await edge.keeper.seen(result.versions)
@@ -58,17 +60,19 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.ReferenceLogprobRequest, context: Context
     ) -> inference_pb2.LogprobResponse:
         edge = self._edge
-        with edge.reading(request.session_id) as session:
+        with edge.sessions.use(request.session_id) as session:
             reference = edge.access.reference(request.reference)
+            edge.check_room(session)
             plan = await read_reference_logprob(request, reference, edge.reader)
             return plan.response(await perform(edge.worker, plan.job, session, deadline_of(context)))
 
     async def Reward(self, request: inference_pb2.RewardRequest, context: Context) -> inference_pb2.RewardResponse:
         edge = self._edge
-        with edge.reading(request.session_id) as session:
+        with edge.sessions.use(request.session_id) as session:
             if request.ppo_adapter_name:
                 edge.access.activate(session, request.ppo_adapter_name)
             terms = read_terms(request, edge.access.rewards([term.adapter for term in request.rewards], _REWARDS))
+            edge.check_room(session)
             plan = await read_reward(request, terms, edge.reader)
             result = await perform(edge.worker, plan.job, session, deadline_of(context))
             await edge.keeper.synced()
@@ -76,7 +80,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
     async def Score(self, request: inference_pb2.ScoreRequest, context: Context) -> inference_pb2.ScoreResponse:
         edge = self._edge
-        with edge.reading(request.session_id) as session:
+        with edge.sessions.use(request.session_id) as session:
             policy = edge.access.policy(session, request.ppo_adapter_name, "ppo_adapter_name")
             if session is not None:
                 edge.access.activate(session, policy.name)
@@ -88,6 +92,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 critic=edge.access.critic(request.critic) if request.critic else None,
                 rewards=read_terms(request, edge.access.rewards(rewards, _REWARDS)) if outputs.rewards else [],
             )
+            edge.check_room(session)
             plan = await score.read_score(request, adapters, outputs, edge.reader)
             result = await perform(edge.worker, plan.job, session, deadline_of(context))
             await edge.keeper.seen(result.versions)

@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from onebase.server.calls import queue_of, settle, settled
+from onebase.server.calls import settle, settled
 from onebase.server.codec.fields import required
 from onebase.server.codec.training import (
     forward_backward_response,
@@ -41,7 +41,7 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
 
         async def work(session: Session | None, deadline: float | None) -> training_pb2.ForwardBackwardResponse:
             entry = edge.access.trainable(_needed(session), request.adapter, "adapter")
-            edge.worker.check(queue_of(session))
+            edge.check_room(session)
             with edge.fences.training(entry):
                 job = await read_forward_backward(request, entry, edge.reader)
                 edge.access.require(session, entry)
