@@ -18,7 +18,6 @@ from support import environment
 TESTS = Path(__file__).parents[1]
 
 
-@pytest.mark.skipif(not report.RECORD.exists(), reason="no run of `make faults` is kept yet")
 def test_the_page_is_what_was_found_and_everything_held() -> None:
     results = report.read()
     assert report.PAGE.read_text(encoding="utf-8") == report.page(results)
