@@ -118,7 +118,7 @@ def test_a_critic_begins_with_the_scores_of_a_reward_as_values(
         # The same weights on the same tokens, so the same bits; a bias of 0 changes none.
         np.testing.assert_array_equal(value, reward.token_scores[adapter][start - 1 : -1])
     assert facts.lora == source.lora
-    assert (facts.version, facts.num_labels, facts.value_head) == (0, 0, True)
+    assert (facts.num_labels, facts.value_head) == (0, True)
 
 
 @EVERY_REWARD
@@ -136,7 +136,7 @@ def test_a_trained_critic_is_pefts_after_saving_and_leaves_its_reward_alone(
         again = session.load_adapter("again", saved.path, kind="critic", with_optimizer=True)
         for new, old in zip(values(session, base, "again"), found, strict=True):
             np.testing.assert_array_equal(new, old)
-    assert (saved.adapter.version, again.version, again.optimizer_bytes > 0) == (2, 2, True)
+    assert (again.version, again.optimizer_bytes > 0) == (saved.adapter.version, True)
     assert np.abs(np.concatenate(found) - first).max() > 1e-2
     assert_rows_close(found, peft_values(base, saved.path), "values")
     assert [reward.score for reward in client.reward(sequences(base), adapter)] == before

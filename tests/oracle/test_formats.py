@@ -157,7 +157,7 @@ def test_a_policy_saved_here_comes_back_bit_by_bit(client_of: Connect, place: Pa
     with _loaded(client, saved.path, "policy") as name:
         again = client.save_adapter(name, str(place / "again"))
         after = client.logprob(sequences(base), adapter=name, values=True)
-    assert again.adapter.version == saved.adapter.version == 2
+    assert again.adapter.version == saved.adapter.version + 1  # a name's versions go on after a deletion
     for old, new in zip(before, after, strict=True):
         np.testing.assert_array_equal(old.logprobs, new.logprobs)
         np.testing.assert_array_equal(old.values, new.values)

@@ -286,7 +286,9 @@ def test_the_value_loss_alone_needs_no_logits(session: Session, root: Path, orac
     assert 0 < passed.metrics["val/clipfrac"] < 1
 
 
-def test_a_custom_loss_with_ppos_derivatives_is_ppo(session: Session, root: Path, oracle: Oracle) -> None:
+def test_a_custom_loss_with_ppos_derivatives_is_ppo(
+    client: Client, session: Session, root: Path, oracle: Oracle
+) -> None:
     rows = with_arrays(sequences(), oracle, *PPO_ARRAYS)
     loss = PpoLoss(vf_coef=0.5, entropy_coef=0.3)
 
@@ -314,7 +316,7 @@ def test_a_custom_loss_with_ppos_derivatives_is_ppo(session: Session, root: Path
                 value_gradients=gradients[2],
             )
         )
-    session.forward_backward(sent, CustomLoss(), expected_version=0)
+    session.forward_backward(sent, CustomLoss(), expected_version=client.adapter("loss").version)
     session.optim_step(ADAMW)
     saved = session.save_adapter(str(root / "saved-custom"))
     assert_same_weights(saved_weights(saved.path), oracle.step(mean_of_tokens(oracle, rows, formula), ADAMW))
