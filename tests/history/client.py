@@ -85,7 +85,8 @@ class Client:
         for op in before:
             if op.kind == "open" and op.ok is not None:
                 self.resumed = str(op.ok.answer["session"])
-        self.unresolved = [op for op in before if op.unknown and op.kind in DURABLE][-3:]
+        # Without a request_id a repeated call may do it all again, and the model counts an operation once.
+        self.unresolved = [op for op in before if op.unknown and op.kind in DURABLE and op.request_id][-3:]
 
     # ------------------------------------------------------------------------------------------------ sending
 
