@@ -65,11 +65,6 @@ class Op:
         """The first attempt that was answered with a result."""
         return next((one for one in self.attempts if one.code == OK), None)
 
-    def may_be_kept(self, attempt: Attempt) -> bool:
-        """Whether an answer may be one that was kept, of an attempt before, so that its effect is older."""
-        before = self.attempts[: self.attempts.index(attempt)]
-        return any(one.code in AMBIGUOUS for one in before)
-
     @property
     def unknown(self) -> bool:
         """Whether it may have had its effect, and nobody learned it."""

@@ -153,8 +153,8 @@ def build(history: History) -> Model:
     model = Model(history)
     for key, seen in _sights(history).items():
         model.chains[key] = Chain(key, seen)
+    _check_times_of_making(model)
     for chain in model.chains.values():
-        _check_times_of_making(model, chain)
         _find_lives(model, chain)
     for chain in model.chains.values():
         for life in chain.lives:
@@ -190,16 +190,19 @@ def times_of_making(history: History) -> Iterator[tuple[Key, float, Op]]:
             yield (op.tenant, op.name), attempt.answer["created"], op
 
 
-def _check_times_of_making(model: Model, chain: Chain) -> None:
+def _check_times_of_making(model: Model) -> None:
     """Every adapter that is shown was made by somebody, at the time that it says."""
-    known = {op.ok.answer["created"] for op in model.history.about(*chain.key, *MAKING) if op.ok is not None}
-    for key, created, op in times_of_making(model.history):
-        if key != chain.key or created in known:
+    history, known = model.history, set()
+    for key in model.chains:
+        made = (op.ok for op in history.about(*key, *MAKING))
+        known |= {(key, ok.answer["created"]) for ok in made if ok is not None}
+    for key, created, op in times_of_making(history):
+        if (key, created) in known:
             continue
-        known.add(created)
-        at = created - model.history.clock
-        makers = (one for one in model.history.about(*key, *MAKING) if one.unknown)
-        if not any(one.began - _SLACK <= at <= model.history.end_of(one) + _SLACK for one in makers):
+        known.add((key, created))
+        at = created - history.clock
+        makers = (one for one in history.about(*key, *MAKING) if one.unknown)
+        if not any(one.began - _SLACK <= at <= history.end_of(one) + _SLACK for one in makers):
             what = f"{key[0]} sees {key[1]!r} made at {created:.3f}, and nobody of {key[0]} made it"
             model.wrong("an adapter that nobody made", what, op)
 
