@@ -1,6 +1,6 @@
 """Whether a server holds under load, and whether one tenant can spoil it for the others: `make load`.
 
-    python benchmarks/load.py [--minutes 10] [--flood-minutes 4]
+    python benchmarks/load.py [--minutes 10] [--flood-minutes 6]
 
 Eight equal tenants with eight clients each, in processes of their own, do all that clients do (`load_clients.DECK`) on
 a base with random weights (that of the tests: 23,200 parameters, so that the server's own work, and not arithmetic, is
@@ -391,7 +391,7 @@ Keep = Annotated[Path | None, typer.Option(help="A directory for what is recorde
 
 def main(
     minutes: Minutes = 10.0,
-    flood_minutes: FloodMinutes = 4,
+    flood_minutes: FloodMinutes = 6,
     seed: int = 0,
     out: Out = HERE / "results" / "load.json",
     keep: Keep = None,

@@ -351,6 +351,8 @@ def test_a_full_queue_says_when_to_come_again(live):
     assert 0.05 <= refusal.retry_after <= 60
     wrong = S.LogprobRequest(adapter="p1", sequences=[pair((9,), (10**6,))])
     assert refused(live.inference.Logprob, wrong).reason == "QUEUE_FULL"  # it is not even read
+    new = adapters_pb2.CreateAdapterRequest(name="new", lora={"rank": 4, "target_modules": ["all-linear"]})
+    assert refused(live.adapters.CreateAdapter, new).reason == "QUEUE_FULL"  # what floods makes no adapters either
     live.worker.release()
     assert waiting.result(timeout=20)
 

@@ -34,7 +34,7 @@ class AdapterServiceStub(object):
     Errors of every method: INVALID_ARGUMENT names the field; NOT_FOUND for a name that is not there;
     ABORTED when another session holds the lease (with RetryInfo), or a request_id comes again with another payload;
     PERMISSION_DENIED when a path lies outside the server's roots; RESOURCE_EXHAUSTED when a rank or a size is over the
-    server's limits.
+    server's limits, or, with RetryInfo, for a new adapter while the session's queue is full.
     """
 
     def __init__(self, channel):
@@ -103,7 +103,7 @@ class AdapterServiceServicer(object):
     Errors of every method: INVALID_ARGUMENT names the field; NOT_FOUND for a name that is not there;
     ABORTED when another session holds the lease (with RetryInfo), or a request_id comes again with another payload;
     PERMISSION_DENIED when a path lies outside the server's roots; RESOURCE_EXHAUSTED when a rank or a size is over the
-    server's limits.
+    server's limits, or, with RetryInfo, for a new adapter while the session's queue is full.
     """
 
     def CreateAdapter(self, request, context):
@@ -255,7 +255,7 @@ class AdapterService(object):
     Errors of every method: INVALID_ARGUMENT names the field; NOT_FOUND for a name that is not there;
     ABORTED when another session holds the lease (with RetryInfo), or a request_id comes again with another payload;
     PERMISSION_DENIED when a path lies outside the server's roots; RESOURCE_EXHAUSTED when a rank or a size is over the
-    server's limits.
+    server's limits, or, with RetryInfo, for a new adapter while the session's queue is full.
     """
 
     @staticmethod

@@ -194,7 +194,7 @@ class AdapterServiceStub(typing.Generic[_AdapterServiceCreateAdapterType, _Adapt
     Errors of every method: INVALID_ARGUMENT names the field; NOT_FOUND for a name that is not there;
     ABORTED when another session holds the lease (with RetryInfo), or a request_id comes again with another payload;
     PERMISSION_DENIED when a path lies outside the server's roots; RESOURCE_EXHAUSTED when a rank or a size is over the
-    server's limits.
+    server's limits, or, with RetryInfo, for a new adapter while the session's queue is full.
     """
 
     @typing.overload
@@ -382,7 +382,7 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
     Errors of every method: INVALID_ARGUMENT names the field; NOT_FOUND for a name that is not there;
     ABORTED when another session holds the lease (with RetryInfo), or a request_id comes again with another payload;
     PERMISSION_DENIED when a path lies outside the server's roots; RESOURCE_EXHAUSTED when a rank or a size is over the
-    server's limits.
+    server's limits, or, with RetryInfo, for a new adapter while the session's queue is full.
     """
 
     @abc.abstractmethod

@@ -528,6 +528,7 @@ def serve(
 def _run(config: ServerConfig, console: Console) -> None:
     from onebase.server.app import check_address, open_parts
     from onebase.server.app import serve as serve_parts
+    from onebase.server.process import spare_what_stays
     from onebase.server.successor import Restarts
 
     restarts = Restarts.inherited()
@@ -535,6 +536,7 @@ def _run(config: ServerConfig, console: Console) -> None:
     check_address(config)
     with console.status(f"Opening {escape(config.engine.model)} …"):
         parts = open_parts(config)
+        spare_what_stays()
     console.print(_base_line(parts.worker.facts), soft_wrap=True)
     asyncio.run(serve_parts(parts, config, _report(config, restarts, console)))
     console.print("Stopped.")

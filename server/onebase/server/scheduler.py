@@ -18,9 +18,9 @@ the sessions of one tenant among themselves; and the operator's sessions count a
 * Prompts and bulk rows. Interactive rows keep them out of at most 3 + n steps in a row; of their turns, each has every
   other. A prompt that waits for slots gets the next ones.
 * Training. While it and work that is not interactive wait, neither gets more device time than the other by more than
-  the longest step of each. Interactive rows may go ahead of it for 3 times as long as its last step took, one step
-  more, and two steps more for each of the n tenants. That is shared by all who have such rows or training: a tenant
-  that always has rows keeps the others' training waiting for its own share of that, and no longer.
+  the longest step of each. Interactive rows may go ahead of it for as long as its last step took, one step more, and
+  two steps more for each of the n tenants. That is shared by all who have such rows or training: a tenant that always
+  has rows keeps the others' training waiting for its own share of that, and no longer.
 * Tenants that both want something of one kind throughout. Scored tokens differ by at most two of the longest rows. A
   request and an adapter have one turn in a step; in steps that leave the other tenant out, neither gets more tokens
   than the other does in all, but for three of the largest turns.
@@ -42,7 +42,7 @@ from onebase.server.turns import FairQueue, Lead, Owner, Shares, TenantQueue, Tu
 _AHEAD_OF_REST = 3
 """Steps in a row out of which interactive rows may keep prompts and bulk rows."""
 
-_AHEAD_OF_TRAINING = 3
+_AHEAD_OF_TRAINING = 1
 """How many times as long as a training step interactive work may go ahead of the next one."""
 
 Slots = Callable[[int], int]

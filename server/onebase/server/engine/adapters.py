@@ -76,7 +76,7 @@ class Weights:
         """What they take."""
         return _bytes(self.parameters())
 
-    @property
+    @cached_property
     def largest_rank(self) -> int:
         """The largest rank of any layer."""
         return max((pair.a.shape[0] for pair in self.lora.values()), default=0)
@@ -160,7 +160,7 @@ class Adapter:
             uid=self.uid,
             kind=self.kind,
             version=self.weights.version,
-            lora=spec_of(self.config),
+            lora=self._lora,
             value_head=self.weights.value_head is not None,
             num_labels=0 if self.weights.score_head is None else self.weights.score_head.weight.shape[0],
             parameter_count=self.weights.count,
@@ -175,6 +175,10 @@ class Adapter:
             pooling=self.pooling,
             idle_seconds=0.0 if self.read else time.monotonic() - self.used,
         )
+
+    @cached_property
+    def _lora(self) -> LoraSpec:
+        return spec_of(self.config)
 
     def at(self, version: int | None) -> Weights:
         """A version that can be read: the newest, or one in the window.

@@ -41,6 +41,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         edge = self._edge
 
         async def work(session: Session | None, deadline: float | None) -> types_pb2.Adapter:
+            edge.check_room(session)
             new = codec.read_create(request, edge.config.limits)
             receipt = self._receipt("CreateAdapter", request, session)
             return self._message(await edge.catalog.create(new, session, deadline, receipt))
@@ -76,6 +77,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         edge = self._edge
 
         async def work(session: Session | None, deadline: float | None) -> types_pb2.Adapter:
+            edge.check_room(session)
             loaded = codec.read_loaded(request)
             receipt = self._receipt("LoadAdapter", request, session)
             async with edge.disks.reading(request.path) as (folder, source):
@@ -137,7 +139,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> types_pb2.Adapter:
         edge, spool = self._edge, Spool(self._edge.disks.scratch)
         header = await files.read_header(request_iterator)
-        with edge.sessions.use(header.session_id):
+        with edge.sessions.use(header.session_id) as session:
+            edge.check_room(session)
             upload = files.read_upload(header, edge.config.limits)
             with spool.used() as folder:
                 await receive(files.read_data(request_iterator), upload.files, folder)
