@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from onebase.server.completions import Completion, GenerateTask, Prefill
 from onebase.server.config import Limits
 from onebase.server.engine import Engine, training
 from onebase.server.engine.batch import Row
@@ -27,7 +28,7 @@ from onebase.server.jobs import (
 )
 from onebase.server.meter import Meter
 from onebase.server.scheduler import Plan
-from onebase.server.tasks import Completion, GenerateTask, PassTask, Prefill, ScoreTask, StepTask
+from onebase.server.tasks import PassTask, ScoreTask, StepTask
 
 Scored = tuple[ScoreTask, int]
 

@@ -18,10 +18,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from onebase.server.completions import Completion, GenerateTask, Prefill
 from onebase.server.engine import Engine
 from onebase.server.errors import Internal, OnebaseError
 from onebase.server.memory import is_out_of_memory, is_poison, out_of_memory
-from onebase.server.tasks import Completion, GenerateTask, PassTask, Prefill, ScoreTask, StepTask
+from onebase.server.tasks import PassTask, ScoreTask, StepTask
 
 log = logging.getLogger(__name__)
 

@@ -21,6 +21,7 @@ from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from typing import Any
 
 from onebase.server import failpoints
+from onebase.server.completions import GenerateTask
 from onebase.server.config import CPU_BUDGET, Budget, Limits
 from onebase.server.engine import Engine
 from onebase.server.errors import Cancelled, OnebaseError, ResourceExhausted, Unavailable, drained, not_there
@@ -45,7 +46,7 @@ from onebase.server.memory import is_out_of_memory
 from onebase.server.parking import Parking, overdue
 from onebase.server.pressure import Pressure
 from onebase.server.scheduler import Scheduler
-from onebase.server.tasks import GenerateTask, PassTask, ScoreTask, StepTask
+from onebase.server.tasks import PassTask, ScoreTask, StepTask
 
 log = logging.getLogger(__name__)
 
