@@ -108,6 +108,7 @@ class FakeWorker:
         self.value_heads = True  # of loaded policies that ask for none
         self.client_states = {}
         self.full = False  # the disk
+        self.refusals = []
         self.stuck = 0.0  # seconds
         self.ticket = ""  # of a crash
         self.evicted = {}  # uid → where it is read again
@@ -134,6 +135,9 @@ class FakeWorker:
             self.submitted.append(job)
             self._pending.append(job)
             self._wake.notify_all()
+
+    def refused(self, tenant, session):
+        self.refusals.append((tenant, session))
 
     def check(self, _session):
         with self._wake:

@@ -33,6 +33,10 @@ class WorkerLike(Protocol):
         """
         ...
 
+    def refused(self, tenant: str, session: str) -> None:
+        """Notes that a request was refused for want of room: whose it was pays for that with turns."""
+        ...
+
     def status(self) -> WorkerStatus:
         """What the worker is doing now; returns at once."""
         ...

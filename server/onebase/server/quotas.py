@@ -153,9 +153,10 @@ class QuotaWorker:
         if job.work is Work.ADMIN:
             return self._worker.submit(job)
         cost, tenant = _cost(job), caller().tenant
-        accounts = self._asked(tenant, cost.completions)
-        with self._told(job.session):
-            self._worker.submit(job)
+        with self._noted(job.session):
+            accounts = self._asked(tenant, cost.completions)
+            with self._told(job.session):
+                self._worker.submit(job)
         with self._lock:
             self._tenants[tenant] = accounts[0]
             session = self._sessions.setdefault(job.session, Forecast(self._clock))
@@ -171,9 +172,14 @@ class QuotaWorker:
         Raises:
             ResourceExhausted: as `submit` does.
         """
-        self._asked(caller().tenant, 0)
-        with self._told(session):
-            self._worker.check(session)
+        with self._noted(session):
+            self._asked(caller().tenant, 0)
+            with self._told(session):
+                self._worker.check(session)
+
+    def refused(self, tenant: str, session: str) -> None:
+        """As the worker does."""
+        self._worker.refused(tenant, session)
 
     def _asked(self, tenant: str, completions: int) -> tuple[_Account, _Account]:
         """The tenant's account and everybody's, if neither of them refuses."""
@@ -182,6 +188,15 @@ class QuotaWorker:
             for account in (mine, self._whole):
                 account.check(completions)
         return mine, self._whole
+
+    @contextlib.contextmanager
+    def _noted(self, session: str) -> Iterator[None]:
+        """Has who is refused pay for that."""
+        try:
+            yield
+        except ResourceExhausted:
+            self._worker.refused(caller().tenant, session)
+            raise
 
     @contextlib.contextmanager
     def _told(self, session: str) -> Iterator[None]:

@@ -25,6 +25,9 @@ the sessions of one tenant among themselves; and the operator's sessions count a
   request and an adapter have one turn in a step; in steps that leave the other tenant out, neither gets more tokens
   than the other does in all, but for three of the largest turns.
 * Absence. Who comes back is level with those who waited, but for one of the largest turns.
+* Refusals. To refuse a request costs the others time too. Who is refused for want of room owes that time, and while
+  others have anything under way pays with an equal share of the device's: until then nothing new of it is planned,
+  but for every eighth step.
 
 So every request is done in a time that depends on what its session had waiting when it came, on the number of
 tenants, of its own tenant's sessions, and on the longest step, and on nothing that comes later.
@@ -37,7 +40,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from onebase.server.jobs import Work
-from onebase.server.turns import FairQueue, Lead, Owner, Shares, TenantQueue, Turns
+from onebase.server.turns import Debts, FairQueue, Lead, Owner, Shares, TenantQueue, Turns
 
 _AHEAD_OF_REST = 3
 """Steps in a row out of which interactive rows may keep prompts and bulk rows."""
@@ -45,8 +48,20 @@ _AHEAD_OF_REST = 3
 _AHEAD_OF_TRAINING = 1
 """How many times as long as a training step interactive work may go ahead of the next one."""
 
+_REFUSAL_SECONDS = 0.002
+"""What it costs to refuse a request: gRPC's work above all, in which no step gets on."""
+
+_MOST_DEBT = 0.25
+"""Seconds: two are over before eight tenants' one that floods no more is served as before."""
+
+_LET_IN = 8
+"""One in so many steps is for those too who owe time."""
+
 Slots = Callable[[int], int]
 """How many more completions of so many tokens may begin."""
+
+Parties = Callable[[], frozenset[Hashable]]
+"""Tenants, and sessions of the operator."""
 
 
 class Task(Protocol):
@@ -136,38 +151,67 @@ class Scheduler:
         self._ahead_of_rest = Lead()  # in steps
         self._ahead_of_training = Lead()  # in seconds
         self._jumpers: set[Hashable] | None = None  # if the present step goes ahead of training, who let it
+        self._debts = Debts(_MOST_DEBT)
+        self._parties = 1  # who had something under way in the present step
+        self._held_out = 0  # steps since who owes time was let in
+
+    def refused(self, owner: Owner, count: int = 1) -> None:
+        """Notes that requests were refused for want of room."""
+        self._debts.add(owner.party, count * _REFUSAL_SECONDS)
 
     def account(self, *, training: bool, seconds: float) -> None:
         """Notes how long the device worked for one side."""
+        if self._debts:
+            self._debts.pay(seconds / self._parties)
         self._sides.charge("training" if training else "inference", seconds)
         if training:
             self._ahead_of_training.renew(_AHEAD_OF_TRAINING * seconds)
         elif self._jumpers is not None:
             self._ahead_of_training.use(self._jumpers, seconds)
 
-    def plan(self, *, running: int, slots: Slots) -> Plan:
+    def plan(self, *, running: int, slots: Slots, parties: Parties = frozenset) -> Plan:
         """The next step.
 
         Args:
             running: completions under way.
             slots: free places for new ones.
+            parties: who has anything under way; asked for while somebody owes time.
         """
-        inference = bool(running or any(self.scores.values()) or self._waits(Work.GENERATE, slots))
+        held = self._hold(parties) if self._debts else frozenset()
+        plan = self._plan(running, slots, held)
+        if held and plan.empty:
+            plan = self._plan(running, slots, frozenset())
+        return plan
+
+    def _hold(self, parties: Parties) -> frozenset[Hashable]:
+        """Who owes time and is not let in to this step."""
+        there, debtors = parties(), self._debts.debtors
+        self._parties = max(1, len(there))
+        self._held_out = (self._held_out + 1) % _LET_IN
+        return debtors if self._held_out and there - debtors else frozenset()
+
+    def _plan(self, running: int, slots: Slots, held: frozenset[Hashable]) -> Plan:
+        heads = self._heads(held)
+        inference = bool(running or any(self._waits(kind, slots, held) for kind in (Work.INTERACTIVE, *self._rest)))
         behind = self._sides.tag("training") <= self._sides.tag("inference")
-        turn = bool(self.trains) and (behind or not inference)
-        barred = self._ahead_of_training.barred(self._sharers()) if turn else frozenset()
+        turn = bool(heads) and (behind or not inference)
+        barred = self._ahead_of_training.barred(self._sharers(heads)) if turn else frozenset()
         self._jumpers = None
-        if turn and self.scores[Work.INTERACTIVE].next(barred) is None:
-            return self._plan_training()
-        plan = self._plan_inference(running, slots, barred)
+        if turn and self.scores[Work.INTERACTIVE].next(barred, held) is None:
+            return self._plan_training(heads)
+        plan = self._plan_inference(running, slots, barred, held)
         if turn:
             self._jumpers = {task.owner.party for task, _ in plan.scores if task.work is Work.INTERACTIVE}
         return plan
 
-    def _sharers(self) -> int:
+    def _heads(self, held: frozenset[Hashable]) -> list[TrainWork]:
+        """What each adapter's training does next, but for that of parties that are held."""
+        heads = (self.trains.first(adapter) for adapter in self.trains.owners())
+        return [task for task in heads if task.owner.party not in held]
+
+    def _sharers(self, heads: list[TrainWork]) -> int:
         """How many have interactive rows or training that waits, one at least."""
-        trained = {self.trains.first(adapter).owner.party for adapter in self.trains.owners()}
-        return max(1, len(self.scores[Work.INTERACTIVE].parties() | trained))
+        return max(1, len(self.scores[Work.INTERACTIVE].parties() | {task.owner.party for task in heads}))
 
     def keep_prompts(self, task: GenerateWork) -> None:
         """Lets a task stand in the queue of prompts exactly while it has some to begin."""
@@ -177,29 +221,31 @@ class Scheduler:
         elif queued and not task.next_cost():
             self.prompts.remove(task.owner, task)
 
-    def _plan_inference(self, running: int, slots: Slots, barred: frozenset[Hashable]) -> Plan:
-        """Rows and prompts; no interactive rows of those who may not go ahead of training."""
+    def _plan_inference(
+        self, running: int, slots: Slots, barred: frozenset[Hashable], held: frozenset[Hashable]
+    ) -> Plan:
+        """Rows and prompts; no interactive rows of those who may not go ahead of training, and nothing of the held."""
         plan, room = Plan(decode=running > 0), self.step_tokens - running
         interactive = self.scores[Work.INTERACTIVE]
         share = min(room, self.step_tokens // 8)
-        most = share if interactive else room
-        room -= self._take_scores(plan, interactive, room, barred | self._ahead_of_rest.barred())
-        room -= self._take_rest(plan, min(room, most), slots, whole=room >= share)
-        self._take_scores(plan, interactive, room, barred)
+        most = share if interactive.waits(held) else room
+        room -= self._take_scores(plan, interactive, room, barred | self._ahead_of_rest.barred(), held)
+        room -= self._take_rest(plan, min(room, most), slots, held, whole=room >= share)
+        self._take_scores(plan, interactive, room, barred, held)
         return plan
 
-    def _take_rest(self, plan: Plan, budget: int, slots: Slots, *, whole: bool) -> int:
+    def _take_rest(self, plan: Plan, budget: int, slots: Slots, held: frozenset[Hashable], *, whole: bool) -> int:
         """Plans prompts and bulk rows, those first whose turn it is: their tokens.
 
         Whoever gets nothing, or less than the whole share, keeps the turn.
         """
-        kinds, left = [kind for kind in self._rest if self._waits(kind, slots)], budget
+        kinds, left = [kind for kind in self._rest if self._waits(kind, slots, held)], budget
         ahead = {task.owner.party for task, _ in plan.scores}
         for kind in kinds:
             if kind is Work.GENERATE:
-                taken = self._take_prompts(plan, left, slots)
+                taken = self._take_prompts(plan, left, slots, held)
             else:
-                taken = self._take_scores(plan, self.scores[kind], left)
+                taken = self._take_scores(plan, self.scores[kind], left, held=held)
             left -= taken
             if kind is kinds[0] and taken and whole:
                 self._rest.append(self._rest.pop(self._rest.index(kind)))
@@ -208,14 +254,18 @@ class Scheduler:
                 self._ahead_of_rest.use(ahead, 1)
         return budget - left
 
-    def _waits(self, kind: Work, slots: Slots) -> bool:
-        """Whether there are prompts that can go on or begin, or rows of a kind."""
-        return any(True for _ in self._ready(slots)) if kind is Work.GENERATE else bool(self.scores[kind])
+    def _waits(self, kind: Work, slots: Slots, held: frozenset[Hashable]) -> bool:
+        """Whether there are prompts that can go on or begin, or rows of a kind, of anybody who is not held."""
+        return any(self._ready(slots, held)) if kind is Work.GENERATE else self.scores[kind].waits(held)
 
-    def _ready(self, slots: Slots) -> Iterator[tuple[Owner, GenerateWork]]:
+    def _ready(self, slots: Slots, held: frozenset[Hashable]) -> Iterator[tuple[Owner, GenerateWork]]:
         """Prompts that can go on, and those that can begin: none may take a place that one before it waits for."""
         begun, longest, full = 0, 0, False
-        for owner, task in self.prompts.in_turn(lambda task: task.under_way or not full):  # noqa: B023  as it is then
+
+        def able(task: GenerateWork) -> bool:
+            return task.under_way or not (full or task.owner.party in held)
+
+        for owner, task in self.prompts.in_turn(able):
             if not task.under_way:
                 longest = max(longest, task.next_length())
                 free = slots(longest) - begun
@@ -226,11 +276,16 @@ class Scheduler:
             yield owner, task
 
     def _take_scores(
-        self, plan: Plan, queue: TenantQueue[ScoreWork], budget: int, barred: frozenset[Hashable] = frozenset()
+        self,
+        plan: Plan,
+        queue: TenantQueue[ScoreWork],
+        budget: int,
+        barred: frozenset[Hashable] = frozenset(),
+        held: frozenset[Hashable] = frozenset(),
     ) -> int:
-        """Plans rows by turns, up to those of somebody who is barred: their tokens."""
+        """Plans rows by turns, up to those of somebody who is barred, without those of who is held: their tokens."""
         left = budget
-        while owner := queue.next(barred):
+        while owner := queue.next(barred, held):
             task = queue.first(owner)
             cost = task.next_cost()
             if cost > left and (plan.scores or plan.prompts):
@@ -242,10 +297,10 @@ class Scheduler:
                 queue.remove(owner, task)
         return budget - left
 
-    def _take_prompts(self, plan: Plan, budget: int, slots: Slots) -> int:
+    def _take_prompts(self, plan: Plan, budget: int, slots: Slots, held: frozenset[Hashable]) -> int:
         """Plans prompts by turns, one of each request: their tokens."""
         left = budget
-        for owner, task in self._ready(slots):
+        for owner, task in self._ready(slots, held):
             cost = task.next_cost()
             if cost > left and (plan.scores or plan.prompts):
                 break
@@ -254,9 +309,8 @@ class Scheduler:
             left -= cost
         return budget - left
 
-    def _plan_training(self) -> Plan:
+    def _plan_training(self, heads: list[TrainWork]) -> Plan:
         """One micro-batch or step of each adapter, by turns of their owners, as many as fit."""
-        heads = [self.trains.first(adapter) for adapter in self.trains.owners()]
         plan, left = Plan(steps=[task for task in heads if not task.next_cost()]), self.train_tokens
         passes = [task for task in heads if task.next_cost()]
         while passes:

@@ -98,12 +98,15 @@ class FairQueue(Generic[T]):
         """Adds a task; an owner who was away begins level with those who waited, with no credit for the time."""
         self._tasks.setdefault(owner, deque()).append(task)
 
-    def owners(self, barred: frozenset[Hashable] = frozenset()) -> list[Hashable]:
-        """Owners with tasks, the least served first, up to the first barred one.
+    def owners(
+        self, barred: frozenset[Hashable] = frozenset(), held: frozenset[Hashable] = frozenset()
+    ) -> list[Hashable]:
+        """Owners with tasks who are not held, the least served first, up to the first barred one.
 
         Of those who are level, barred ones stand last; of the others, who has waited longest is first.
         """
-        turns = sorted(self._tasks, key=lambda owner: (self._turns.tag(owner), owner in barred))
+        there = (owner for owner in self._tasks if owner not in held)
+        turns = sorted(there, key=lambda owner: (self._turns.tag(owner), owner in barred))
         return turns[: next((place for place, owner in enumerate(turns) if owner in barred), None)]
 
     def first(self, owner: Hashable) -> T:
@@ -159,19 +162,32 @@ class TenantQueue(Generic[T]):
         """Adds a task; who was away begins level with those who waited, with no credit for the time."""
         self._queues.setdefault(owner.tenant, FairQueue(self._credit)).push(owner.session, task)
 
-    def next(self, barred: frozenset[Hashable] = frozenset()) -> Owner | None:
-        """Whose turn it is; None if that one's party is barred, or nobody has a task.
+    def next(self, barred: frozenset[Hashable] = frozenset(), held: frozenset[Hashable] = frozenset()) -> Owner | None:
+        """Whose turn it is of those who are not held; None if that one's party is barred, or nobody has a task.
 
         Of those who are level, barred ones stand last; of the others, who has waited longest is first.
         """
-        heads = [(tenant, self._head(tenant, queue, barred)) for tenant, queue in self._queues.items() if queue]
+        heads = [
+            (tenant, self._head(tenant, queue, barred, held))
+            for tenant, queue in self._queues.items()
+            if self._waits(tenant, queue, held)
+        ]
         tenant, session = min(heads, key=lambda head: (self._turns.tag(head[0]), head[1] is None), default=("", None))
         return None if session is None else Owner(tenant, session)
 
-    def _head(self, tenant: str, queue: FairQueue[T], barred: frozenset[Hashable]) -> str | None:
+    def waits(self, held: frozenset[Hashable] = frozenset()) -> bool:
+        """Whether anybody has a task who is not held."""
+        return any(self._waits(tenant, queue, held) for tenant, queue in self._queues.items())
+
+    def _waits(self, tenant: str, queue: FairQueue[T], held: frozenset[Hashable]) -> bool:
+        return bool(queue) and tenant not in held and not (held and not queue.owners(held=_sessions(tenant, held)))
+
+    def _head(
+        self, tenant: str, queue: FairQueue[T], barred: frozenset[Hashable], held: frozenset[Hashable]
+    ) -> str | None:
         if tenant in barred:
             return None
-        turns = queue.owners(frozenset(one.session for one in barred if isinstance(one, Owner) and one[0] == tenant))
+        turns = queue.owners(_sessions(tenant, barred), _sessions(tenant, held))
         return str(turns[0]) if turns else None
 
     def parties(self) -> set[Hashable]:
@@ -209,6 +225,39 @@ class TenantQueue(Generic[T]):
         queue = self._queues.get(owner.tenant)
         if queue is not None:
             queue.remove(owner.session, task)
+
+
+def _sessions(tenant: str, parties: frozenset[Hashable]) -> frozenset[Hashable]:
+    """The tenant's sessions among parties."""
+    return frozenset(one.session for one in parties if isinstance(one, Owner) and one.tenant == tenant)
+
+
+class Debts:
+    """What parties have cost in vain, in seconds; each pays with its share of the device's time.
+
+    Args:
+        most: a debt never grows beyond it, so that it is paid soon after its cause has gone.
+    """
+
+    def __init__(self, most: float) -> None:
+        self._most = most
+        self._owed: dict[Hashable, float] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._owed)
+
+    @property
+    def debtors(self) -> frozenset[Hashable]:
+        """Who owes something."""
+        return frozenset(self._owed)
+
+    def add(self, party: Hashable, seconds: float) -> None:
+        """A party has cost so much."""
+        self._owed[party] = min(self._most, self._owed.get(party, 0.0) + seconds)
+
+    def pay(self, seconds: float) -> None:
+        """Each has paid so much."""
+        self._owed = {party: left for party, owed in self._owed.items() if (left := owed - seconds) > 0}
 
 
 class Lead:

@@ -17,6 +17,7 @@ import threading
 import time
 import uuid
 from collections import Counter, deque
+from collections.abc import Hashable
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from typing import Any
 
@@ -47,6 +48,7 @@ from onebase.server.parking import Parking, overdue
 from onebase.server.pressure import Pressure
 from onebase.server.scheduler import Scheduler
 from onebase.server.tasks import PassTask, ScoreTask, StepTask
+from onebase.server.turns import Owner
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +79,7 @@ class Worker:
         self._tasks: list[AnyTask] = []
         self._counts: Counter[str] = Counter()  # unfinished jobs by session
         self._jobs: set[Job[Any]] = set()  # that were not answered yet
+        self._refused: Counter[Owner] = Counter()  # requests, since the last turn
         self._draining = False
         self._stop = False
         self._lost = ""  # the ticket under which the log says why the engine cannot be trusted any more
@@ -131,6 +134,11 @@ class Worker:
         """
         with self._wake:
             self._check_room(session)
+
+    def refused(self, tenant: str, session: str) -> None:
+        """Notes that a request was refused for want of room: whose it was pays for that with turns."""
+        with self._wake:
+            self._refused[Owner(tenant, session)] += 1
 
     def _follow(self, job: Job[Any]) -> None:
         """Knows a job until it is answered."""
@@ -256,8 +264,11 @@ class Worker:
             if self._stop or self._lost:
                 return False
             self._turn = time.monotonic()
-            jobs = list(self._inbox)
+            jobs, refused = list(self._inbox), self._refused
             self._inbox.clear()
+            self._refused = Counter()
+        for owner, count in refused.items():
+            self._scheduler.refused(owner, count)
         for job in jobs:
             if isinstance(job, DeleteAdapterJob) and self._waits(job.adapter):
                 self._leaving.append(
@@ -323,7 +334,7 @@ class Worker:
     def _work(self) -> None:
         """One engine step, if there is anything to do."""
         running = [c for task in self._tasks if isinstance(task, GenerateTask) for c in task.running]
-        plan = self._scheduler.plan(running=len(running), slots=self._slots)
+        plan = self._scheduler.plan(running=len(running), slots=self._slots, parties=self._parties)
         if plan.empty:
             return
         began = time.perf_counter()
@@ -342,6 +353,10 @@ class Worker:
                 self._scheduler.keep_prompts(task)
         if not self._tasks:
             self._engine.rest()
+
+    def _parties(self) -> frozenset[Hashable]:
+        """Who has anything under way."""
+        return frozenset(task.owner.party for task in self._tasks)
 
     def _slots(self, length: int) -> int:
         """How many completions of so many tokens may begin; one that could never be held may begin, and is refused."""
