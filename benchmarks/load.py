@@ -43,7 +43,7 @@ HERE = Path(__file__).resolve().parent
 FIXTURES = HERE.parent / "tests" / "oracle" / "fixtures"
 TENANTS = [f"tenant-{number}" for number in range(1, 9)]
 CLIENTS, PROCESSES = 8, 2
-THINK = 0.5
+THINK = 0.1
 FLOODER, TIMES = TENANTS[-1], 10
 WINDOW, SETTLE = 20.0, 4.0
 """Seconds of a calm or flooded window, and of its beginning that does not count."""

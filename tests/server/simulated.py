@@ -161,7 +161,8 @@ class Device:
         wanted, running = self.wants(), len(self.running)
         prompts = {job.session: job for job in reversed(self.jobs) if job.work is Work.GENERATE}
         roomy = self.free >= sum(job.next_slots() for job in prompts.values())
-        plan = self.scheduler.plan(running=running, slots=lambda _: self.free)
+        parties = frozenset(job.owner.party for job in self.jobs)
+        plan = self.scheduler.plan(running=running, slots=lambda _: self.free, parties=lambda: parties)
         if plan.empty:
             assert not wanted
             return None

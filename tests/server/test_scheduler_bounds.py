@@ -26,6 +26,7 @@ from server.simulated import (
 from onebase.server.jobs import Work
 from onebase.server.scheduler import Scheduler
 from onebase.server.turns import FairQueue
+from onebase.server.turns import Owner as Whose
 
 SHARE = STEP_TOKENS // 8  # what prompts and bulk rows may have beside interactive rows
 LEAST, MOST = 5, 250  # tokens of a row, a prompt or a micro-batch
@@ -315,6 +316,37 @@ def test_a_flood_of_questions_keeps_the_training_of_others_waiting_for_its_own_s
 
     assert 5 / 4 < longest_wait_of_training(1) <= 1 + 1 / 2 + 2  # as long again, its share, and steps under way
     assert longest_wait_of_training(7) <= 1 + 1 / 8 + 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_who_is_refused_pays_with_turns_and_no_longer_than_that(kind: Work) -> None:
+    """A flood that is refused a hundred times in a second of the device gets a little while others have work."""
+    device = Device(slots=6)
+    flood = Flood(kind, "flood", [30], adapters=(0, 1, 2), tenant="flood")
+    others = [Flood(kind, f"other {i}", [30], deep=False, adapters=(10 + i,), tenant=f"other {i}") for i in range(3)]
+
+    def turns(steps: list[Step], session: str) -> int:
+        return sum(len(costs_) for step in steps for (_, who), costs_ in step.served.items() if who == session)
+
+    device.run(50, flood, *others)
+    served = [turns(device.run(100, flood, *others), name) for name in ("flood", "other 0")]
+    assert served[0] >= served[1]
+    steps = []
+    for _ in range(200):
+        before = device.now
+        steps += device.run(1, flood, *others)
+        device.scheduler.refused(Whose("flood", "flood"), round(100 * (device.now - before)) + 2)
+    assert 0 < turns(steps, "flood") <= turns(steps, "other 0") / 3
+    device.run(60, flood, *others)  # it floods no more
+    served = [turns(device.run(100, flood, *others), name) for name in ("flood", "other 0")]
+    assert served[0] >= served[1]
+
+
+def test_who_is_refused_has_the_device_where_nobody_else_wants_it() -> None:
+    device = Device()
+    device.scheduler.refused(Whose("flood", "flood"), 1000)
+    for step in device.run(40, Flood(Work.SCORE, "flood", [40], tenant="flood")):
+        assert step.turns(Work.SCORE) == STEP_TOKENS // 40
 
 
 def test_under_floods_of_everything_everything_has_its_share() -> None:

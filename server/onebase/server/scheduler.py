@@ -27,7 +27,7 @@ the sessions of one tenant among themselves; and the operator's sessions count a
 * Absence. Who comes back is level with those who waited, but for one of the largest turns.
 * Refusals. To refuse a request costs the others time too. Who is refused for want of room owes that time, and while
   others have anything under way pays with an equal share of the device's: until then nothing new of it is planned,
-  but for every eighth step.
+  but for a little in every eighth step.
 
 So every request is done in a time that depends on what its session had waiting when it came, on the number of
 tenants, of its own tenant's sessions, and on the longest step, and on nothing that comes later.
@@ -184,14 +184,15 @@ class Scheduler:
         return plan
 
     def _hold(self, parties: Parties) -> frozenset[Hashable]:
-        """Who owes time and is not let in to this step."""
+        """Who owes time, if others have anything under way."""
         there, debtors = parties(), self._debts.debtors
         self._parties = max(1, len(there))
         self._held_out = (self._held_out + 1) % _LET_IN
-        return debtors if self._held_out and there - debtors else frozenset()
+        return debtors if there - debtors else frozenset()
 
     def _plan(self, running: int, slots: Slots, held: frozenset[Hashable]) -> Plan:
-        heads = self._heads(held)
+        let_in = bool(held) and not self._held_out
+        heads = self._heads(frozenset() if let_in else held)
         inference = bool(running or any(self._waits(kind, slots, held) for kind in (Work.INTERACTIVE, *self._rest)))
         behind = self._sides.tag("training") <= self._sides.tag("inference")
         turn = bool(heads) and (behind or not inference)
@@ -199,7 +200,7 @@ class Scheduler:
         self._jumpers = None
         if turn and self.scores[Work.INTERACTIVE].next(barred, held) is None:
             return self._plan_training(heads)
-        plan = self._plan_inference(running, slots, barred, held)
+        plan = self._plan_inference(running, slots, barred, held, let_in=let_in)
         if turn:
             self._jumpers = {task.owner.party for task, _ in plan.scores if task.work is Work.INTERACTIVE}
         return plan
@@ -222,16 +223,23 @@ class Scheduler:
             self.prompts.remove(task.owner, task)
 
     def _plan_inference(
-        self, running: int, slots: Slots, barred: frozenset[Hashable], held: frozenset[Hashable]
+        self, running: int, slots: Slots, barred: frozenset[Hashable], held: frozenset[Hashable], *, let_in: bool
     ) -> Plan:
-        """Rows and prompts; no interactive rows of those who may not go ahead of training, and nothing of the held."""
+        """Rows and prompts; no interactive rows of those who may not go ahead of training.
+
+        Of the held there is nothing; or, if they are let in, their turns of prompts and bulk rows, and a few rows
+        behind all that is planned.
+        """
         plan, room = Plan(decode=running > 0), self.step_tokens - running
         interactive = self.scores[Work.INTERACTIVE]
         share = min(room, self.step_tokens // 8)
         most = share if interactive.waits(held) else room
         room -= self._take_scores(plan, interactive, room, barred | self._ahead_of_rest.barred(), held)
-        room -= self._take_rest(plan, min(room, most), slots, held, whole=room >= share)
-        self._take_scores(plan, interactive, room, barred, held)
+        held_of_rest = frozenset() if let_in else held
+        room -= self._take_rest(plan, min(room, most), slots, held_of_rest, whole=room >= share)
+        room -= self._take_scores(plan, interactive, room, barred, held)
+        if let_in:
+            self._take_scores(plan, interactive, min(room, self.step_tokens // 8), barred)
         return plan
 
     def _take_rest(self, plan: Plan, budget: int, slots: Slots, held: frozenset[Hashable], *, whole: bool) -> int:
