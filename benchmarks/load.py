@@ -1,10 +1,11 @@
 """Whether a server holds under load, and whether one tenant can spoil it for the others: `make load`.
 
-    python benchmarks/load.py [--minutes 10] [--flood-minutes 6]
+    python benchmarks/load.py [--minutes 10] [--flood-minutes 4]
 
 Eight equal tenants with eight clients each, in processes of their own, do all that clients do (`load_clients.DECK`) on
 a base with random weights (that of the tests: 23,200 parameters, so that the server's own work, and not arithmetic, is
-what is under load). Each client thinks for a moment between calls, so that there is always a queue, and no endless one.
+what is under load). Each client calls again a moment after it has its answer, as programs do, so that the server is at its limit
+throughout, and its queues are as long as there are clients.
 Half of the tenants have a session for each client, the others one for all: nobody may get more by that. Then one tenant
 sends ten times as much as before, whatever it is answered, in every other window of time.
 
@@ -391,7 +392,7 @@ Keep = Annotated[Path | None, typer.Option(help="A directory for what is recorde
 
 def main(
     minutes: Minutes = 10.0,
-    flood_minutes: FloodMinutes = 6,
+    flood_minutes: FloodMinutes = 4,
     seed: int = 0,
     out: Out = HERE / "results" / "load.json",
     keep: Keep = None,

@@ -353,6 +353,7 @@ def test_a_full_queue_says_when_to_come_again(live):
     assert refused(live.inference.Logprob, wrong).reason == "QUEUE_FULL"  # it is not even read
     new = adapters_pb2.CreateAdapterRequest(name="new", lora={"rank": 4, "target_modules": ["all-linear"]})
     assert refused(live.adapters.CreateAdapter, new).reason == "QUEUE_FULL"  # what floods makes no adapters either
+    assert len(live.worker.refusals) == 3  # which are paid for with turns
     live.worker.release()
     assert waiting.result(timeout=20)
 

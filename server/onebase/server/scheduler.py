@@ -27,7 +27,7 @@ the sessions of one tenant among themselves; and the operator's sessions count a
 * Absence. Who comes back is level with those who waited, but for one of the largest turns.
 * Refusals. To refuse a request costs the others time too. Who is refused for want of room owes that time, and while
   others have anything under way pays with an equal share of the device's: until then nothing new of it is planned,
-  but for a little in every eighth step.
+  but for a little after each seven steps without.
 
 So every request is done in a time that depends on what its session had waiting when it came, on the number of
 tenants, of its own tenant's sessions, and on the longest step, and on nothing that comes later.
@@ -54,8 +54,8 @@ _REFUSAL_SECONDS = 0.002
 _MOST_DEBT = 0.25
 """Seconds: two are over before eight tenants' one that floods no more is served as before."""
 
-_LET_IN = 8
-"""One in so many steps is for those too who owe time."""
+_LET_IN = 7
+"""After so many steps without, those too get a little who owe time."""
 
 Slots = Callable[[int], int]
 """How many more completions of so many tokens may begin."""
@@ -129,6 +129,11 @@ class Plan:
         """Whether there is nothing to do."""
         return not (self.scores or self.prompts or self.decode or self.trains or self.steps)
 
+    def parties(self) -> frozenset[Hashable]:
+        """Whose rows, prompts, passes and steps these are."""
+        tasks = (*(task for task, _ in self.scores), *self.prompts, *self.trains, *self.steps)
+        return frozenset(task.owner.party for task in tasks)
+
 
 class Scheduler:
     """Queues of all kinds of work, and the plan of the next step.
@@ -153,7 +158,7 @@ class Scheduler:
         self._jumpers: set[Hashable] | None = None  # if the present step goes ahead of training, who let it
         self._debts = Debts(_MOST_DEBT)
         self._parties = 1  # who had something under way in the present step
-        self._held_out = 0  # steps since who owes time was let in
+        self._held_out = 0  # steps in which those who owe time got nothing
 
     def refused(self, owner: Owner, count: int = 1) -> None:
         """Notes that requests were refused for want of room."""
@@ -181,17 +186,17 @@ class Scheduler:
         plan = self._plan(running, slots, held)
         if held and plan.empty:
             plan = self._plan(running, slots, frozenset())
+        self._held_out = self._held_out + 1 if held and held.isdisjoint(plan.parties()) else 0
         return plan
 
     def _hold(self, parties: Parties) -> frozenset[Hashable]:
         """Who owes time, if others have anything under way."""
         there, debtors = parties(), self._debts.debtors
         self._parties = max(1, len(there))
-        self._held_out = (self._held_out + 1) % _LET_IN
         return debtors if there - debtors else frozenset()
 
     def _plan(self, running: int, slots: Slots, held: frozenset[Hashable]) -> Plan:
-        let_in = bool(held) and not self._held_out
+        let_in = bool(held) and self._held_out >= _LET_IN
         heads = self._heads(frozenset() if let_in else held)
         inference = bool(running or any(self._waits(kind, slots, held) for kind in (Work.INTERACTIVE, *self._rest)))
         behind = self._sides.tag("training") <= self._sides.tag("inference")
@@ -238,8 +243,9 @@ class Scheduler:
         held_of_rest = frozenset() if let_in else held
         room -= self._take_rest(plan, min(room, most), slots, held_of_rest, whole=room >= share)
         room -= self._take_scores(plan, interactive, room, barred, held)
-        if let_in:
-            self._take_scores(plan, interactive, min(room, self.step_tokens // 8), barred)
+        if let_in and (owner := interactive.next(barred)):
+            little = max(self.step_tokens // 8, interactive.first(owner).next_cost())
+            self._take_scores(plan, interactive, min(room, little), barred)
         return plan
 
     def _take_rest(self, plan: Plan, budget: int, slots: Slots, held: frozenset[Hashable], *, whole: bool) -> int:
