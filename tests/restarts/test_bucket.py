@@ -50,9 +50,7 @@ FILES = 5  # of a checkpoint: the adapter and its configuration, the value head,
 @pytest.mark.parametrize(
     ("place", "left"),
     [
-        ("before_rename:kill@4", 0),  # the download is written too
-        ("after_rename:kill@3", 0),
-        (f"during_put:kill@{2 * FILES + 1}", 1),
+        ("after_rename:kill@3", 0),  # before it, all is as with a disk
         (f"during_put:kill@{3 * FILES}", 1),
         ("after_put:kill@3", 1),
     ],
