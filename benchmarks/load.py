@@ -4,10 +4,10 @@
 
 Eight equal tenants with eight clients each, in processes of their own, do all that clients do (`load_clients.DECK`) on
 a base with random weights (that of the tests: 23,200 parameters, so that the server's own work, and not arithmetic, is
-what is under load). Each client calls again a moment after it has its answer, as programs do, so that the server is at its limit
-throughout, and its queues are as long as there are clients.
-Half of the tenants have a session for each client, the others one for all: nobody may get more by that. Then one tenant
-sends ten times as much as before, whatever it is answered, in every other window of time.
+what is under load). Each client calls again a moment after it has its answer, as programs do, so that the server is at
+its limit throughout, and its queues are as long as there are clients. Half of the tenants have a session for each
+client, the others one for all: nobody may get more by that. Then one tenant sends ten times as much as before,
+whatever it is answered, in every other window of time.
 
 Writes results/load.json and the section of README.md. The exit code is 1 where a bound is broken.
 """
