@@ -16,7 +16,7 @@ from onebase.server.errors import (
     Aborted,
     Cancelled,
     DeadlineExceeded,
-    NotFound,
+    Gone,
     ResourceExhausted,
     Unavailable,
     disk_full,
@@ -244,7 +244,7 @@ class FakeWorker:
         version = 0
         if uid != jobs.BASE:
             if uid not in self.adapters:
-                raise NotFound("ADAPTER_NOT_FOUND", f"uid {uid} is gone")
+                raise Gone
             version = self.adapters[uid].version
         if expected is not None and expected != version:
             raise Aborted("VERSION_MISMATCH", f"{expected} is not {version}")
@@ -331,6 +331,8 @@ class FakeWorker:
         return self._change(job.adapter, pending_gradients=0)
 
     def _CreateAdapterJob(self, job):
+        if job.init_from is not None:
+            self._adapter(job.init_from)
         lora = job.lora if job.init_from is None else self.adapters[job.init_from].lora
         return self._make(job.uid, job.kind, job.least_version, job.value_head, lora)
 
@@ -356,10 +358,11 @@ class FakeWorker:
     def _save(self, uid, path):
         if self.full:
             raise disk_full(OSError(errno.ENOSPC, "full"))
+        version = self._adapter(uid)
         path.mkdir(parents=True)
         for name, data in self.written.items():
             (path / name).write_bytes(data)
-        return jobs.SaveResult(path, self._adapter(uid), 77)
+        return jobs.SaveResult(path, version, 77)
 
     def _DeleteAdapterJob(self, job):
         self._adapter(job.adapter)

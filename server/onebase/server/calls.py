@@ -5,17 +5,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import grpc
 
+from onebase.server.errors import Gone
 from onebase.server.identity import caller
 from onebase.server.jobs import Job
 from onebase.server.leases import Session
 from onebase.server.ports import WorkerLike
 
+P = ParamSpec("P")
 R = TypeVar("R")
+
+_LOOKS = 8
+"""So often a call looks what its names mean; each time another call has replaced the adapter meanwhile."""
 
 
 def deadline_of(context: grpc.aio.ServicerContext[Any, Any]) -> float | None:
@@ -79,6 +85,42 @@ async def settle(worker: WorkerLike, job: Job[R], session: Session | None = None
         except asyncio.CancelledError:
             job.cancel()
     return outcome.result()
+
+
+def looks_again(call: Callable[P, Awaitable[R]]) -> Callable[P, Coroutine[Any, Any, R]]:
+    """Has a call that names adapters begin anew where one is replaced meanwhile: its name means something all the time.
+
+    Of one that was deleted the new look says so. Nothing may have been changed before `Gone` is raised.
+    """
+
+    @wraps(call)
+    async def looked(*args: P.args, **named: P.kwargs) -> R:
+        for _ in range(_LOOKS - 1):
+            with contextlib.suppress(Gone):
+                return await call(*args, **named)
+        return await call(*args, **named)
+
+    return looked
+
+
+def stream_looks_again(call: Callable[P, AsyncIterator[R]]) -> Callable[P, AsyncGenerator[R, None]]:
+    """`looks_again` for a stream; once it has answered anything, its adapters are bound."""
+
+    @wraps(call)
+    async def looked(*args: P.args, **named: P.kwargs) -> AsyncGenerator[R, None]:
+        for left in reversed(range(_LOOKS)):
+            begun = False
+            try:
+                async with contextlib.aclosing(call(*args, **named)) as answers:  # type: ignore[type-var]
+                    async for answer in answers:
+                        begun = True
+                        yield answer
+                return
+            except Gone:
+                if begun or not left:
+                    raise
+
+    return looked
 
 
 async def unbroken(task: asyncio.Task[R]) -> R:

@@ -30,7 +30,7 @@ from onebase.server.calls import settle
 from onebase.server.checkpoints import StateDirectory
 from onebase.server.config import StateConfig
 from onebase.server.errands import Errands
-from onebase.server.errors import NotFound, OnebaseError, drained, not_there
+from onebase.server.errors import Gone, OnebaseError, drained
 from onebase.server.jobs import AdapterKind, Job, OptimStepResult, SaveAdapterJob, SaveResult
 from onebase.server.leases import Session
 from onebase.server.ports import WorkerLike
@@ -205,7 +205,7 @@ class Durable(Volatile):
     ) -> int:
         track = self._tracks.get(entry.uid)
         if track is None:
-            raise NotFound("ADAPTER_NOT_FOUND", f"adapter {entry.name!r} was deleted meanwhile", field="name")
+            raise Gone
         if client_state is not None:
             while track.saving is not None:  # it may be of the same version, and must not come after this one
                 await asyncio.wait((track.saving,))
@@ -252,14 +252,14 @@ class Durable(Volatile):
 
         Raises:
             DataLoss: CHECKPOINT_DAMAGED.
-            NotFound: the adapter was deleted meanwhile.
+            Gone: the adapter was replaced or deleted meanwhile.
             Unavailable: the server has stopped.
         """
         if self._closed:
             raise drained()
         rows = asyncio.run_coroutine_threadsafe(self.on_thread(lambda: self.store.checkpoints(uid)), loop).result()
         if not rows:
-            raise not_there()
+            raise Gone
         with self.directory.verified(rows[0]) as path:
             yield path
 

@@ -3,6 +3,7 @@
     OnebaseError
     ├── InvalidArgument      the request itself is wrong
     ├── NotFound             no such adapter, session or file
+    │   └── Gone             an adapter was replaced or deleted between the look at its name and the work
     ├── AlreadyExists        the name or path is taken
     ├── Unauthenticated      the server wants to know who calls
     ├── PermissionDenied     another's adapter, a scope the token lacks, a path outside the roots
@@ -48,6 +49,13 @@ class InvalidArgument(OnebaseError):
 
 class NotFound(OnebaseError):
     """No such adapter, session or file."""
+
+
+class Gone(NotFound):
+    """An adapter was replaced or deleted between the look at its name and the work: look again."""
+
+    def __init__(self) -> None:
+        super().__init__("ADAPTER_NOT_FOUND", "the adapter was replaced or deleted just now: repeat the call")
 
 
 class AlreadyExists(OnebaseError):
@@ -101,11 +109,6 @@ class Internal(OnebaseError):
 def drained() -> Unavailable:
     """What is told of work that the end of the server has cut off."""
     return Unavailable("DRAINED", "the server shut down before this was done: repeat it later", retry_after=5.0)
-
-
-def not_there() -> NotFound:
-    """What is told of an adapter that has gone between the look at its name and the work."""
-    return NotFound("ADAPTER_NOT_FOUND", "the adapter was replaced or deleted just now: repeat the call")
 
 
 def disk_full(error: OSError) -> OnebaseError:

@@ -22,6 +22,7 @@ CODES: Mapping[type[errors.OnebaseError], grpc.StatusCode] = MappingProxyType(
     {
         errors.InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
         errors.NotFound: grpc.StatusCode.NOT_FOUND,
+        errors.Gone: grpc.StatusCode.NOT_FOUND,
         errors.AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
         errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
         errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,

@@ -35,7 +35,7 @@ from onebase.server.engine.segmented import SegmentedLora
 from onebase.server.engine.stacks import Stacks
 from onebase.server.engine.text import Detokenizer, Text
 from onebase.server.engine.training import Pass, begin
-from onebase.server.errors import FailedPrecondition, not_there
+from onebase.server.errors import FailedPrecondition, Gone
 from onebase.server.jobs import (
     BASE,
     AdapterFacts,
@@ -143,10 +143,10 @@ class Engine:
         return adapter.facts()
 
     def adapter(self, uid: int) -> Adapter:
-        """The adapter; NotFound if it is not there any more."""
+        """The adapter; Gone if it is not there any more."""
         adapter = self.adapters.get(uid)
         if adapter is None:
-            raise not_there()
+            raise Gone
         return adapter
 
     def delete(self, uid: int) -> None:

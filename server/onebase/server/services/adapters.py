@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 
-from onebase.server.calls import deadline_of, perform, settled
+from onebase.server.calls import deadline_of, looks_again, perform, settled, stream_looks_again
 from onebase.server.catalog import Receipt, SavedAdapter
 from onebase.server.codec import adapters as codec
 from onebase.server.codec import files
@@ -40,6 +40,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def CreateAdapter(self, request: adapters_pb2.CreateAdapterRequest, context: Context) -> types_pb2.Adapter:
         edge = self._edge
 
+        @looks_again
         async def work(session: Session | None, deadline: float | None) -> types_pb2.Adapter:
             edge.check_room(session)
             new = codec.read_create(request, edge.config.limits)
@@ -91,6 +92,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> adapters_pb2.SaveAdapterResponse:
         edge = self._edge
 
+        @looks_again
         async def work(session: Session | None, deadline: float | None) -> adapters_pb2.SaveAdapterResponse:
             entry = edge.registry.get(request.name, "name")
             saved = codec.read_save(request)
@@ -111,6 +113,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> adapters_pb2.CheckpointAdapterResponse:
         edge = self._edge
 
+        @looks_again
         async def work(session: Session | None, _deadline: float | None) -> adapters_pb2.CheckpointAdapterResponse:
             state = read_client_state(request)
             entry = edge.access.trainable(session, request.name, "name")
@@ -125,6 +128,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
         return await edge.once("CheckpointAdapter", request, context, work)
 
+    @looks_again
     async def GetClientState(
         self, request: adapters_pb2.GetClientStateRequest, context: Context
     ) -> adapters_pb2.GetClientStateResponse:
@@ -154,6 +158,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
                 return await edge.once("UploadAdapter", header, context, work)
 
+    @stream_looks_again
     async def DownloadAdapter(
         self, request: adapters_pb2.DownloadAdapterRequest, context: Context
     ) -> AsyncIterator[adapters_pb2.DownloadAdapterResponse]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 
-from onebase.server.calls import deadline_of, perform
+from onebase.server.calls import deadline_of, looks_again, perform, stream_looks_again
 from onebase.server.codec import score
 from onebase.server.codec.fields import version
 from onebase.server.codec.generation import read_generation
@@ -32,6 +32,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     def __init__(self, edge: Edge) -> None:
         self._edge = edge
 
+    @stream_looks_again
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
@@ -46,6 +47,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                     await edge.keeper.seen({adapter.uid: chunk.version})
                     yield generation.response(chunk)
 
+    @looks_again
     async def Logprob(self, request: inference_pb2.LogprobRequest, context: Context) -> inference_pb2.LogprobResponse:
         edge = self._edge
         with edge.sessions.use(request.session_id) as session:
@@ -56,6 +58,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             await edge.keeper.seen(result.versions)
             return plan.response(result)
 
+    @looks_again
     async def ReferenceLogprob(
         self, request: inference_pb2.ReferenceLogprobRequest, context: Context
     ) -> inference_pb2.LogprobResponse:
@@ -66,6 +69,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             plan = await read_reference_logprob(request, reference, edge.reader)
             return plan.response(await perform(edge.worker, plan.job, session, deadline_of(context)))
 
+    @looks_again
     async def Reward(self, request: inference_pb2.RewardRequest, context: Context) -> inference_pb2.RewardResponse:
         edge = self._edge
         with edge.sessions.use(request.session_id) as session:
@@ -78,6 +82,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             await edge.keeper.synced()
             return plan.response(result, session.active if session else "")
 
+    @looks_again
     async def Score(self, request: inference_pb2.ScoreRequest, context: Context) -> inference_pb2.ScoreResponse:
         edge = self._edge
         with edge.sessions.use(request.session_id) as session:
