@@ -277,7 +277,7 @@ def _fits(model: Model, chain: Chain, op: Op, version: int) -> bool:
 def _ways(model: Model, op: Op, version: int) -> list[Origin]:
     if op.kind in MAKING:
         return [Origin(op)]
-    return [Origin(op, tuple(passes)) for passes in _passes(model, op, version)]
+    return [Origin(op, tuple(passes)) for passes in _passes(model, op, version) if passes]  # none: it was refused
 
 
 def _passes(model: Model, op: Op, version: int) -> Iterator[list[Op]]:

@@ -10,7 +10,7 @@ copy began as, the ways it can have been are tried until one explains all that w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,22 +79,26 @@ class Replayer:
         if life in self._begun:
             return
         self._begun.add(life)
-        ways = {version: len(origins) for version, origins in life.origins.items()}
-        if (version := next((version for version, count in ways.items() if not count), None)) is not None:
+        versions, options = list(life.origins), list(life.origins.values())
+        if (version := next((version for version, ways in life.origins.items() if not ways), None)) is not None:
             self._violations.append(Violation("other numbers", f"{life}: nothing explains version {version}"))
             return
-        chosen = dict.fromkeys(ways, 0)
+        chosen = completed(options)
+        if chosen is None:
+            unsure = {way.op.id: way.op for ways in options if len(ways) > 1 for way in ways if way.op is not None}
+            what = f"{life}: in no way can all its versions have come to be"
+            self._violations.append(Violation("other numbers", what, tuple(unsure.values())))
         best: list[Mismatch] | None = None
         for _ in range(_TRIES):
-            found = self._way(model, life, {version: life.origins[version][at] for version, at in chosen.items()})
+            if chosen is None:
+                break
+            way = [ways[choice] for ways, choice in zip(options, chosen, strict=True)]
+            found = self._way(model, life, dict(zip(versions, way, strict=True)))
             best = found if best is None or len(found) < len(best) else best
             if not found:
                 break
             self.retried += 1
-            at = next((v for v in reversed(chosen) if v <= found[0].version and chosen[v] + 1 < ways[v]), None)
-            if at is None:
-                break
-            chosen = {v: choice + (v == at) if v <= at else 0 for v, choice in chosen.items()}
+            chosen = after(options, chosen, versions.index(found[0].version))
         for one in best or ():
             makers = (way.op for way in life.origins.get(one.version, ()) if way.op is not None)
             self._violations.append(Violation("other numbers", f"{life}: {one.what}", (one.op, *makers)))
@@ -102,7 +106,6 @@ class Replayer:
     def _way(self, model: Model, life: Life, way: dict[int, Origin]) -> list[Mismatch]:
         """Replays an adapter in one way; returns what is not as it was seen."""
         found: list[Mismatch] = []
-        used: set[str] = set()
         name = ""
         version = life.first
         try:
@@ -112,9 +115,6 @@ class Replayer:
                     self._end(name)
                     name = ""
                     continue
-                if op.id in used or (op.kind == "step" and not name):
-                    return [*found, Mismatch(version, f"it cannot have made version {version}", op)]
-                used.add(op.id)
                 if op.kind == "step":
                     found += self._step(name, version, op, origin.passes)
                 else:
@@ -200,6 +200,36 @@ class Replayer:
             self._send(kind, args)
         except grpc.RpcError:
             return
+
+
+def completed(options: Sequence[Sequence[Origin]], begun: tuple[int, ...] = ()) -> tuple[int, ...] | None:
+    """The first way for all versions that begins so: of each version's options which. None: there is none.
+
+    An operation makes a version once, and a step makes one only of an adapter that is there.
+    """
+    if len(begun) == len(options):
+        return begun
+    before = [options[at][choice].op for at, choice in enumerate(begun)]
+    used = {op.id for op in before if op is not None}
+    gone = bool(before) and before[-1] is None
+    for choice, origin in enumerate(options[len(begun)]):
+        op = origin.op
+        if op is not None and (op.id in used or (op.kind == "step" and (gone or not before))):
+            continue
+        if (whole := completed(options, (*begun, choice))) is not None:
+            return whole
+    return None
+
+
+def after(options: Sequence[Sequence[Origin]], chosen: tuple[int, ...], wrong: int) -> tuple[int, ...] | None:
+    """The next way that is another one for the version at `wrong`, or for one before it."""
+    for at in range(wrong, -1, -1):
+        begun = chosen[:at]
+        for choice in range(chosen[at] + 1, len(options[at])):
+            only = [*options[:at], [options[at][choice]], *options[at + 1 :]]
+            if (whole := completed(only, begun)) is not None:
+                return (*begun, choice, *whole[at + 1 :])
+    return None
 
 
 def _own(op: Op, name: str) -> dict[str, Any]:

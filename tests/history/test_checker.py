@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from history import checks, model
 from history.journal import AMBIGUOUS, OK, Attempt, Epoch, History, Op, Writer, gather
-from history.replay import Replayer
+from history.model import Origin
+from history.replay import Replayer, after, completed
 
 CLOCK = 1000.0
 
@@ -222,6 +223,7 @@ def test_adapters_known_by_their_numbers_alone(world: World, tmp_path: Path, hap
     """Deleted, made again, and stepped, and nobody ever heard that; the numbers tell which of it was done."""
     world.do("delete", "p", session="red", code="UNAVAILABLE", happens=happened)
     world.do("create", "p", session="red", rank=2, seed=7, code="UNAVAILABLE", happens=happened)
+    world.do("pass", "p", session="red", rows=[3], loss="value", code="UNAVAILABLE", happens=not happened)
     world.do("step", "p", session="red", rate=0.5, code="UNAVAILABLE", happens=not happened)
     world.do("logprob", "p", rows=[0])
     world.train("p", 4, session="red")
@@ -236,6 +238,38 @@ def test_numbers_that_no_unknown_operation_explains(world: World, tmp_path: Path
     world.do("create", "p", session="red", rank=2, seed=7, code="UNAVAILABLE")
     world.do("logprob", "p", rows=[0]).attempts[0].answer["digest"] = "other"
     assert world.violations(tmp_path) == {"other numbers"}
+
+
+def test_an_adapter_whose_version_leaves_many_out(world: World, tmp_path: Path) -> None:
+    """Nobody heard of its making, nor of a step that is repeated all the time: neither is tried at every version."""
+    for code in ("CANCELLED", "UNAVAILABLE", "UNAVAILABLE"):
+        world.do("pass", "p", session="red", rows=[3], loss="value", code=code, happens=False)
+        world.do("step", "p", session="red", rate=0.5, code=code, happens=False)
+    world.do("delete", "p", session="red")
+    world.versions["red/p"] += 30
+    world.do("create", "p", session="red", rank=2, seed=7, code="UNAVAILABLE")
+    world.do("logprob", "p", rows=[0])
+    world.train("p", 4, session="red")
+    assert world.violations(tmp_path) == set()
+
+
+def test_an_operation_makes_one_version_and_a_step_needs_an_adapter() -> None:
+    made, step, other = (
+        Origin(Op(one, kind, 0, "red", "s", "", {})) for one, kind in (("a", "load"), ("b", "step"), ("c", "load"))
+    )
+    none = Origin(None)
+    assert completed([[made], [step, none], [step, other]]) == (0, 0, 1)
+    assert completed([[made], [none], [step, other], [step]]) == (0, 0, 1, 0)
+    assert completed([[made], [none], [step]]) is None
+    assert completed([[step]]) is None
+    options = [[made], [step, other, none], [step, other]]
+    ways = [first := completed(options)]
+    while (following := after(options, ways[-1], 2)) is not None:
+        ways.append(following)
+    assert first == (0, 0, 1)
+    assert ways == [(0, 0, 1), (0, 1, 0), (0, 2, 1)]
+    assert after(options, (0, 0, 1), 1) == (0, 1, 0)
+    assert after(options, (0, 0, 1), 0) is None
 
 
 def test_an_adapter_that_began_where_it_had_been(world: World, tmp_path: Path) -> None:
