@@ -16,10 +16,10 @@ from onebase.server.errors import (
     Aborted,
     Cancelled,
     DeadlineExceeded,
-    Gone,
     ResourceExhausted,
     Unavailable,
     disk_full,
+    not_there,
 )
 
 FACTS = jobs.BaseFacts(
@@ -244,7 +244,7 @@ class FakeWorker:
         version = 0
         if uid != jobs.BASE:
             if uid not in self.adapters:
-                raise Gone
+                raise not_there()
             version = self.adapters[uid].version
         if expected is not None and expected != version:
             raise Aborted("VERSION_MISMATCH", f"{expected} is not {version}")

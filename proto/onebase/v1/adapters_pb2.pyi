@@ -197,7 +197,9 @@ class LoadAdapterRequest(google.protobuf.message.Message):
     (of one label) of a reward adapter's directory.
     """
     replace: builtins.bool
-    """Put it in the place of an adapter of that name, whose lease this session must hold. Its version goes on growing."""
+    """Put it in the place of an adapter of that name, whose lease this session must hold. Its version goes on growing. A
+    call that waits meanwhile is answered by the one or the other.
+    """
     with_optimizer: builtins.bool
     """Also read the AdamW moments saved with it; FAILED_PRECONDITION if there are none."""
     seed: builtins.int
@@ -452,7 +454,9 @@ class UploadAdapterHeader(google.protobuf.message.Message):
     value_head: builtins.bool
     """Give a policy that has none a fresh value head."""
     replace: builtins.bool
-    """Put it in the place of an adapter of that name, whose lease this session must hold. Its version goes on growing."""
+    """Put it in the place of an adapter of that name, whose lease this session must hold. Its version goes on growing. A
+    call that waits meanwhile is answered by the one or the other.
+    """
     with_optimizer: builtins.bool
     """Also take the AdamW moments among the files; FAILED_PRECONDITION if there are none."""
     seed: builtins.int

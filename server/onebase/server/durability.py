@@ -30,7 +30,7 @@ from onebase.server.calls import settle
 from onebase.server.checkpoints import StateDirectory
 from onebase.server.config import StateConfig
 from onebase.server.errands import Errands
-from onebase.server.errors import Gone, OnebaseError, drained
+from onebase.server.errors import OnebaseError, drained, not_there
 from onebase.server.jobs import AdapterKind, Job, OptimStepResult, SaveAdapterJob, SaveResult
 from onebase.server.leases import Session
 from onebase.server.ports import WorkerLike
@@ -205,7 +205,7 @@ class Durable(Volatile):
     ) -> int:
         track = self._tracks.get(entry.uid)
         if track is None:
-            raise Gone
+            raise not_there()
         if client_state is not None:
             while track.saving is not None:  # it may be of the same version, and must not come after this one
                 await asyncio.wait((track.saving,))
@@ -259,7 +259,7 @@ class Durable(Volatile):
             raise drained()
         rows = asyncio.run_coroutine_threadsafe(self.on_thread(lambda: self.store.checkpoints(uid)), loop).result()
         if not rows:
-            raise Gone
+            raise not_there()
         with self.directory.verified(rows[0]) as path:
             yield path
 

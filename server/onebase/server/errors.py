@@ -54,9 +54,6 @@ class NotFound(OnebaseError):
 class Gone(NotFound):
     """An adapter was replaced or deleted between the look at its name and the work: look again."""
 
-    def __init__(self) -> None:
-        super().__init__("ADAPTER_NOT_FOUND", "the adapter was replaced or deleted just now: repeat the call")
-
 
 class AlreadyExists(OnebaseError):
     """The name or the path is taken."""
@@ -109,6 +106,11 @@ class Internal(OnebaseError):
 def drained() -> Unavailable:
     """What is told of work that the end of the server has cut off."""
     return Unavailable("DRAINED", "the server shut down before this was done: repeat it later", retry_after=5.0)
+
+
+def not_there() -> Gone:
+    """What is told of an adapter that has gone between the look at its name and the work."""
+    return Gone("ADAPTER_NOT_FOUND", "the adapter was replaced or deleted just now: repeat the call")
 
 
 def disk_full(error: OSError) -> OnebaseError:

@@ -24,7 +24,7 @@ from grpc_status import rpc_status as grpc_status  # type: ignore[import-untyped
 from onebase.server.audit import AuditLog, Record
 from onebase.server.errors import Internal, InvalidArgument, OnebaseError, ResourceExhausted, Unimplemented
 from onebase.server.identity import OPERATOR, Caller, set_caller
-from onebase.server.status import CODES, rpc_status
+from onebase.server.status import code_of, rpc_status
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ async def _told(record: Record, context: Context, audit: AuditLog) -> AsyncItera
     try:
         yield
     except OnebaseError as error:
-        record.outcome, record.reason = CODES[type(error)].name, error.reason
+        record.outcome, record.reason = code_of(error).name, error.reason
         refusal = error
     except asyncio.CancelledError:
         record.outcome = "CANCELLED"

@@ -1,7 +1,8 @@
 """An error becomes a gRPC status here and nowhere else.
 
-The table is total: every class of `errors` has its code. Every status carries one google.rpc.ErrorInfo (reason,
-domain `onebase`); a BadRequest if a field is to blame; a RetryInfo if a later retry may succeed.
+The table is total: every class of `errors` has its code, or is a kind of one that has. Every status carries one
+google.rpc.ErrorInfo (reason, domain `onebase`); a BadRequest if a field is to blame; a RetryInfo if a later retry may
+succeed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ CODES: Mapping[type[errors.OnebaseError], grpc.StatusCode] = MappingProxyType(
     {
         errors.InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
         errors.NotFound: grpc.StatusCode.NOT_FOUND,
-        errors.Gone: grpc.StatusCode.NOT_FOUND,
         errors.AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
         errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
         errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
@@ -39,9 +39,14 @@ CODES: Mapping[type[errors.OnebaseError], grpc.StatusCode] = MappingProxyType(
 )
 
 
+def code_of(error: errors.OnebaseError) -> grpc.StatusCode:
+    """The code of an error, or of what it is a kind of."""
+    return next(CODES[one] for one in type(error).__mro__ if one in CODES)
+
+
 def rpc_status(error: errors.OnebaseError) -> status_pb2.Status:
     """The google.rpc.Status that tells `error` to a client."""
-    code: int = CODES[type(error)].value[0]
+    code: int = code_of(error).value[0]
     return status_pb2.Status(code=code, message=error.message, details=[_any(detail) for detail in _details(error)])
 
 

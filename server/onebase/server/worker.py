@@ -25,7 +25,7 @@ from onebase.server import failpoints
 from onebase.server.completions import GenerateTask
 from onebase.server.config import CPU_BUDGET, Budget, Limits
 from onebase.server.engine import Engine
-from onebase.server.errors import Cancelled, Gone, OnebaseError, ResourceExhausted, Unavailable, drained
+from onebase.server.errors import Cancelled, OnebaseError, ResourceExhausted, Unavailable, drained, not_there
 from onebase.server.executor import Aside, Executor
 from onebase.server.isolation import AnyTask, told
 from onebase.server.jobs import (
@@ -273,7 +273,7 @@ class Worker:
             if isinstance(job, DeleteAdapterJob) and self._waits(job.adapter):
                 self._leaving.append(job)  # whoever came before, when the name meant it, still gets an answer
             elif any(leaving.adapter in adapters_of(job) for leaving in self._leaving):
-                self._fail(job, Gone())
+                self._fail(job, not_there())
             else:
                 self._admit(job)
         return True

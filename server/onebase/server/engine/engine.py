@@ -35,7 +35,7 @@ from onebase.server.engine.segmented import SegmentedLora
 from onebase.server.engine.stacks import Stacks
 from onebase.server.engine.text import Detokenizer, Text
 from onebase.server.engine.training import Pass, begin
-from onebase.server.errors import FailedPrecondition, Gone
+from onebase.server.errors import FailedPrecondition, not_there
 from onebase.server.jobs import (
     BASE,
     AdapterFacts,
@@ -146,7 +146,7 @@ class Engine:
         """The adapter; Gone if it is not there any more."""
         adapter = self.adapters.get(uid)
         if adapter is None:
-            raise Gone
+            raise not_there()
         return adapter
 
     def delete(self, uid: int) -> None:
