@@ -13,7 +13,16 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from onebase.server.store import AdapterRow, CheckpointRow, EndRow, ResponseRow, SessionRow, Store, WrongStateError
+from onebase.server.store import (
+    _STEPS,
+    AdapterRow,
+    CheckpointRow,
+    EndRow,
+    ResponseRow,
+    SessionRow,
+    Store,
+    WrongStateError,
+)
 
 NAMES = st.sampled_from(["a", "b", "c"])
 SESSIONS = st.sampled_from(["s1", "s2"])
@@ -157,6 +166,17 @@ def test_old_answers_make_room(tmp_path, monkeypatch):
     store.close()
 
 
+def test_many_answers_of_a_tenant_push_out_no_others(tmp_path, monkeypatch):
+    monkeypatch.setattr("onebase.server.store.MAX_RESPONSES", 2)
+    store = Store(tmp_path / "db")
+    store.answer(ResponseRow("s", "M", "mine", b"", b""))
+    store.answer(ResponseRow("s", "red/M", "hers", b"", b""))
+    for number in range(5):
+        store.answer(ResponseRow("s", "blue/M", f"r{number}", b"", b""))
+    assert [row.request for row in store.responses()] == ["mine", "hers", "r3", "r4"]
+    store.close()
+
+
 def test_old_ends_make_room_for_those_of_their_owner(tmp_path, monkeypatch):
     monkeypatch.setattr("onebase.server.store.MAX_ENDS", 2)
     store = Store(tmp_path / "db")
@@ -172,20 +192,23 @@ def test_old_ends_make_room_for_those_of_their_owner(tmp_path, monkeypatch):
     store.close()
 
 
-def test_a_store_of_the_first_schema_is_brought_up(tmp_path):
+@pytest.mark.parametrize("schema", [1, 2])
+def test_a_store_of_an_older_schema_is_brought_up(tmp_path, monkeypatch, schema):
     path = tmp_path / "db"
-    row = AdapterRow("a", 1, "policy", 0.0, "")
-    store = Store(path)
-    store.add(row, CheckpointRow("1-a", 1, 0, "d"))
-    store.close()
+    row, answer = AdapterRow("a", 1, "policy", 0.0, ""), ResponseRow("s", "red/M", "r1", b"", b"")
+    monkeypatch.setattr("onebase.server.store.SCHEMA", schema)
+    monkeypatch.setattr("onebase.server.store._STEPS", _STEPS[:schema])
+    Store(path).close()
     with sqlite3.connect(path) as db:
-        db.execute("DROP TABLE ends")
-        db.execute("PRAGMA user_version=1")
+        db.execute("INSERT INTO adapters VALUES ('a', 1, 'policy', 0, 0.0, '')")
+        db.execute("INSERT INTO responses VALUES (7, 's', 'red/M', 'r1', x'', x'')")
     db.close()
+    monkeypatch.undo()
+    monkeypatch.setattr("onebase.server.store.MAX_RESPONSES", 1)
     store = Store(path)
-    assert store.adapters() == [row]
-    store.remove(EndRow("a", "", 8))
-    assert store.ends() == [EndRow("a", "", 8)]
+    assert (store.adapters(), store.responses()) == ([row], [answer])
+    store.remove(EndRow("a", "", 8), [replace(answer, request="r2")])
+    assert (store.ends(), store.responses()) == ([EndRow("a", "", 8)], [replace(answer, request="r2")])
     store.close()
 
 

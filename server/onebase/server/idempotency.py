@@ -23,6 +23,7 @@ from typing import Any, TypeVar, cast
 
 from google.protobuf.message import Message
 
+from onebase.server.answers import Answers, Key, Stored
 from onebase.server.errors import Aborted, Cancelled, DeadlineExceeded, InvalidArgument
 from onebase.server.identity import OPERATOR, caller
 from onebase.server.names import name_of
@@ -44,27 +45,12 @@ _RESPONSES: Mapping[str, type[Message]] = {
 }
 """The methods whose answers outlive the process."""
 
-_Key = tuple[str, str, str]  # session id, method, request id
-
 
 @dataclass(eq=False)
 class _Call:
     digest: bytes
     task: asyncio.Task[Any]
     waiters: int = 0
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """An answer as bytes: a message in memory takes up to ten times as much, which no bound would count."""
-
-    digest: bytes
-    kind: type[Message]
-    data: bytes
-
-    @property
-    def response(self) -> Message:
-        return self.kind.FromString(self.data)
 
 
 @dataclass(frozen=True)
@@ -82,23 +68,21 @@ class Idempotency:
     """Responses by request_id.
 
     Args:
-        capacity: most responses kept; the one not asked for the longest goes first.
-        capacity_bytes: most bytes of responses kept.
+        capacity: most responses kept of each tenant; the one not asked for the longest goes first.
+        capacity_bytes: most bytes of responses kept of all of them.
     """
 
     def __init__(self, capacity: int = 4096, capacity_bytes: int = 64 * 2**20) -> None:
         self._capacity = capacity
-        self._capacity_bytes = capacity_bytes
-        self._bytes = 0
-        self._stored: OrderedDict[_Key, _Stored] = OrderedDict()
-        self._applied: OrderedDict[_Key, _Applied] = OrderedDict()
-        self._running: dict[_Key, _Call] = {}
+        self._stored = Answers(capacity, capacity_bytes)
+        self._applied: OrderedDict[Key, _Applied] = OrderedDict()
+        self._running: dict[Key, _Call] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def restore(self, row: ResponseRow) -> None:
         """Knows what the server that was here before has answered."""
         kind = _RESPONSES[name_of(row.method)]
-        self._store((row.session, row.method, row.request), _Stored(row.digest, kind, row.response))
+        self._stored.put((row.session, row.method, row.request), Stored(row.digest, kind, row.response))
 
     def applied(self, method: str, request: Message, response: Message, finish: Callable[[], Awaitable[None]]) -> None:
         """Says, inside `work`, that the change is made: if `work` fails now, a repeated call only has to `finish`."""
@@ -131,7 +115,6 @@ class Idempotency:
             stored = self._stored.get(key)
             if stored is not None:
                 _check_digest(stored.digest, digest, request_id)
-                self._stored.move_to_end(key)
                 return cast(M, stored.response)
             applied = self._applied.get(key)
             if applied is not None:
@@ -169,19 +152,13 @@ class Idempotency:
                 call.task.cancel()  # means nothing to a task that is done
         return call.task.result()
 
-    def _finish(self, key: _Key, digest: bytes, task: asyncio.Task[Any]) -> None:
+    def _finish(self, key: Key, digest: bytes, task: asyncio.Task[Any]) -> None:
         del self._running[key]
         if task.cancelled() or task.exception() is not None:
             return
         self._applied.pop(key, None)
         response: Message = task.result()
-        self._store(key, _Stored(digest, type(response), response.SerializeToString()))
-
-    def _store(self, key: _Key, stored: _Stored) -> None:
-        self._stored[key] = stored
-        self._bytes += len(stored.data)
-        while len(self._stored) > 1 and (len(self._stored) > self._capacity or self._bytes > self._capacity_bytes):
-            self._bytes -= len(self._stored.popitem(last=False)[1].data)
+        self._stored.put(key, Stored(digest, type(response), response.SerializeToString()))
 
 
 def record(method: str, request: Message, response: Message) -> ResponseRow | None:

@@ -18,11 +18,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-SCHEMA = 2
-"""Of the tables; an older one is brought up to it, and a store of a newer one is refused."""
-
 MAX_RESPONSES = 4096
-"""So many answers are kept; the oldest go first."""
+"""So many answers of each tenant are kept; the oldest go first."""
 
 MAX_ENDS = 4096
 """Of so many deleted adapters of each owner it is known how far they came; the oldest are forgotten first."""
@@ -53,6 +50,14 @@ CREATE TABLE ends (
     least_version INTEGER NOT NULL
 );
 """
+_OWNERS = """
+ALTER TABLE responses ADD COLUMN owner TEXT GENERATED ALWAYS AS (substr(method, 1, instr(method, '/'))) VIRTUAL;
+CREATE INDEX responses_of ON responses (owner, number);
+"""
+_STEPS = (_TABLES, _ENDS, _OWNERS)
+
+SCHEMA = len(_STEPS)
+"""Of the tables; an older one is brought up to it, and a store of a newer one is refused."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ class ResponseRow:
     """What a call was answered; `digest` is the request's."""
 
     session: str
-    method: str
+    method: str  # with its tenant before a slash, if it has one
     request: str
     digest: bytes
     response: bytes
@@ -132,7 +137,7 @@ class Store:
                 self._db.execute(f"PRAGMA {pragma}")
             (schema,) = self._db.execute("PRAGMA user_version").fetchone()
             if schema < SCHEMA:
-                missing = _TABLES + _ENDS if schema == 0 else _ENDS
+                missing = "".join(_STEPS[schema:])
                 self._db.executescript(f"BEGIN; {missing} PRAGMA user_version={SCHEMA}; COMMIT;")
                 schema = SCHEMA
         except sqlite3.DatabaseError as error:
@@ -319,9 +324,12 @@ class Store:
             "INSERT OR REPLACE INTO responses (session, method, request, digest, response) VALUES (?, ?, ?, ?, ?)",
             [(row.session, row.method, row.request, row.digest, row.response) for row in rows],
         )
-        if rows:
+        for method in {row.method for row in rows}:  # of its tenant's own: many of one push out no other's
+            owner = method[: method.find("/") + 1]
             self._db.execute(
-                "DELETE FROM responses WHERE number <= (SELECT MAX(number) FROM responses) - ?", (MAX_RESPONSES,)
+                "DELETE FROM responses WHERE owner = ? AND number <= "
+                "(SELECT number FROM responses WHERE owner = ? ORDER BY number DESC LIMIT 1 OFFSET ?)",
+                (owner, owner, MAX_RESPONSES),
             )
 
     def _remove(self, name: str) -> list[str]:
