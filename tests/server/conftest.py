@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 from server.harness import Live
+from server.stateful import serve  # noqa: F401  (a fixture)
 
 from onebase.server.jobs import AdapterKind, LoadAdapterJob
 from onebase.server.registry import Registry

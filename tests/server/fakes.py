@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -106,6 +107,7 @@ class FakeWorker:
         self.read: dict[str, bytes] = {}  # the files of the directory that was loaded last
         self.written = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}  # what a save writes
         self.value_heads = True  # of loaded policies that ask for none
+        self._snapshots = itertools.count()
         self.client_states = {}
         self.full = False  # the disk
         self.refusals = []
@@ -362,7 +364,7 @@ class FakeWorker:
         path.mkdir(parents=True)
         for name, data in self.written.items():
             (path / name).write_bytes(data)
-        return jobs.SaveResult(path, version, 77)
+        return jobs.SaveResult(path, version, 77, next(self._snapshots))
 
     def _DeleteAdapterJob(self, job):
         self._adapter(job.adapter)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import grpc
 import pytest
 from server.harness import refused
+from server.stateful import committed, create, step, version
 from server.tenants import Guarded
-from server.test_durability import committed, create, serve, step, version  # noqa: F401
 
 from onebase.server.config import AdapterSource
 from onebase.server.jobs import MAX_CLIENT_STATE, SaveAdapterJob
@@ -31,7 +31,7 @@ def checkpoint(live, **more):
     return live.adapters.CheckpointAdapter(Checkpoint(session_id=live.session, name="p", **more)).adapter.version
 
 
-def test_it_is_kept_and_told(serve):  # noqa: F811
+def test_it_is_kept_and_told(serve):
     with serve() as live:
         create(live)
         assert kept(live) == (0, b"")
@@ -46,7 +46,7 @@ def test_it_is_kept_and_told(serve):  # noqa: F811
         assert (refusal.code, refusal.field) == (Code.INVALID_ARGUMENT, "client_state")
 
 
-def test_a_checkpoint_on_demand_is_of_the_newest_version(serve):  # noqa: F811
+def test_a_checkpoint_on_demand_is_of_the_newest_version(serve):
     with serve() as live:
         made = create(live)
         assert made.durable_version == 0
@@ -61,7 +61,7 @@ def test_a_checkpoint_on_demand_is_of_the_newest_version(serve):  # noqa: F811
         assert committed(live) == [2, 0]
 
 
-def test_a_checkpoint_with_another_state_takes_the_place_of_its_version_s(serve, tmp_path):  # noqa: F811
+def test_a_checkpoint_with_another_state_takes_the_place_of_its_version_s(serve, tmp_path):
     with serve() as live:
         create(live)
         step(live)
@@ -70,7 +70,7 @@ def test_a_checkpoint_with_another_state_takes_the_place_of_its_version_s(serve,
         assert (committed(live), kept(live)) == ([1, 0], (1, b"b"))
 
 
-def test_a_checkpoint_happens_once_also_over_a_restart(serve):  # noqa: F811
+def test_a_checkpoint_happens_once_also_over_a_restart(serve):
     with serve() as live:
         create(live)
         step(live)
@@ -86,7 +86,7 @@ def test_a_checkpoint_happens_once_also_over_a_restart(serve):  # noqa: F811
         assert refused(checkpoint, live, request_id="c", client_state=b"b").reason == "REQUEST_ID_REUSED"
 
 
-def test_only_who_holds_the_lease_replaces_it(serve):  # noqa: F811
+def test_only_who_holds_the_lease_replaces_it(serve):
     with serve() as live:
         create(live)
         leave(live, b"a")
@@ -96,7 +96,7 @@ def test_only_who_holds_the_lease_replaces_it(serve):  # noqa: F811
         assert kept(live) == (1, b"a")
 
 
-def test_a_full_disk_refuses_it_and_the_retry_makes_it_durable(serve):  # noqa: F811
+def test_a_full_disk_refuses_it_and_the_retry_makes_it_durable(serve):
     with serve() as live:
         create(live)
         step(live)

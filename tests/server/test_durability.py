@@ -2,87 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
 import pytest
-from server.fakes import FACTS, FakeWorker
-from server.harness import Clock, Live, eventually, refused
+from server.fakes import FACTS
+from server.harness import eventually, refused
+from server.stateful import committed, create, slow_disk, step, version
 
-from onebase.server.checkpoints import StateDirectory
-from onebase.server.config import AdapterSource, ConfigError, EngineConfig, ServerConfig, StateConfig
+from onebase.server.config import AdapterSource, ConfigError
 from onebase.server.durability import RESERVED_VERSIONS
 from onebase.server.jobs import AdapterKind, LoadAdapterJob
-from onebase.server.opening import open_durable
 from onebase.v1 import adapters_pb2, inference_pb2, server_pb2, sessions_pb2, training_pb2, types_pb2
-
-
-class StateWorker(FakeWorker):
-    """Keeps the version in what it writes, and reads it from there."""
-
-    def _save(self, uid, path):
-        facts = self.adapters[uid]
-        self.written["onebase.json"] = json.dumps({"version": facts.version, "sha256": {}}).encode()
-        return super()._save(uid, path)
-
-    def _LoadAdapterJob(self, job):
-        facts = super()._LoadAdapterJob(job)
-        if "onebase.json" in self.read and "checkpoints" in job.path.parts:
-            version = json.loads(self.read["onebase.json"])["version"]
-            facts = self._change(job.uid, version=max(version, job.least_version))
-        return facts
-
-
-@pytest.fixture
-def serve(tmp_path):
-    """Starts a server on the same state, with a worker of its own."""
-
-    @contextmanager
-    def start(facts=FACTS, rewards=(), policies=(), **state):
-        state_config = StateConfig(tmp_path / "state", **{"seconds": 0.0, **state})
-        worker, clock = StateWorker(facts), Clock()
-        keeper = open_durable(worker, StateDirectory(state_config.path), state_config)
-        keeper._clock = clock
-        config = ServerConfig(
-            EngineConfig(model="fake"),
-            port=0,
-            drain_seconds=5,
-            state=state_config,
-            rewards=rewards,
-            policies=policies,
-            roots=(tmp_path,),
-        )
-        with Live(config, worker, clock, keeper) as live:
-            live.keeper = keeper
-            live.session = live.sessions.OpenSession(sessions_pb2.OpenSessionRequest(ttl_seconds=60)).session_id
-            yield live
-
-    return start
-
-
-def create(live, name="p"):
-    return live.adapters.CreateAdapter(adapters_pb2.CreateAdapterRequest(session_id=live.session, name=name))
-
-
-def step(live, name="p", request_id=""):
-    adamw = training_pb2.AdamW(learning_rate=0.1)
-    return live.training.OptimStep(
-        training_pb2.OptimStepRequest(session_id=live.session, request_id=request_id, adapter=name, adamw=adamw)
-    )
-
-
-def version(live, name="p"):
-    return live.adapters.GetAdapter(adapters_pb2.GetAdapterRequest(name=name)).version
-
-
-def committed(live, name="p"):
-    """The version of each of the adapter's checkpoints, the newest first."""
-    uid = live.uid(name)
-    return [row.version for row in live.keeper._errands._store.submit(live.keeper.store.checkpoints, uid).result()]
 
 
 def test_each_step_is_durable_before_it_is_answered_and_only_the_newest_checkpoints_stay(serve, tmp_path):
@@ -93,17 +26,6 @@ def test_each_step_is_durable_before_it_is_answered_and_only_the_newest_checkpoi
             assert committed(live)[0] == number
         eventually(lambda: len(list((tmp_path / "state" / "checkpoints").iterdir())) == 2)
         assert committed(live) == [4, 3]
-
-
-@contextmanager
-def slow_disk(live):
-    """Nothing is committed inside the block."""
-    passes = threading.Event()
-    live.keeper._errands._store.submit(passes.wait, 20)
-    try:
-        yield
-    finally:
-        passes.set()
 
 
 def test_a_step_that_can_still_be_lost_is_seen_by_nobody(serve):

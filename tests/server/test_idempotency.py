@@ -208,7 +208,7 @@ async def test_the_answers_not_asked_for_the_longest_are_forgotten_first():
 
 
 @in_loop
-async def test_large_answers_are_bounded_by_their_bytes_but_the_newest_stays():
+async def test_of_large_answers_that_had_to_go_it_is_known_that_they_were_given():
     idempotency = Idempotency(capacity_bytes=1000)
     runs = []
 
@@ -217,11 +217,22 @@ async def test_large_answers_are_bounded_by_their_bytes_but_the_newest_stays():
         return Response(path="x" * 700)
 
     for one in ("a", "b"):
-        await idempotency.run("M", request(request_id=one), work)
-    await idempotency.run("M", request(request_id="b"), work)
+        await idempotency.run("ForwardBackward", request(request_id=one), work)
+    await idempotency.run("ForwardBackward", request(request_id="b"), work)
+    with pytest.raises(Aborted) as caught:
+        await idempotency.run("ForwardBackward", request(request_id="a"), work)
+    assert (caught.value.reason, caught.value.field) == ("ANSWER_FORGOTTEN", "request_id")
     assert len(runs) == 2
-    await idempotency.run("M", request(request_id="a"), work)
-    assert len(runs) == 3
+
+
+@in_loop
+async def test_large_answers_of_passes_push_out_none_of_steps():
+    idempotency, work = Idempotency(capacity=3, capacity_bytes=1000), Work()
+    work.go.set()
+    await idempotency.run("OptimStep", request(request_id="step"), work)
+    for number in range(20):
+        await idempotency.run("ForwardBackward", request(request_id=f"r{number}"), work)
+    assert (await idempotency.run("OptimStep", request(request_id="step"), work)).bytes == 1
 
 
 @pytest.mark.parametrize("request_id", ["x" * 129, "a\nb", "\0"])

@@ -11,8 +11,8 @@ import grpc
 import pytest
 from bucket import BucketServer, register
 from server.fakes import FACTS
-from server.harness import Clock, Live, refused
-from server.test_durability import StateWorker, committed, create, eventually, step, version
+from server.harness import Clock, Live, eventually, refused
+from server.stateful import StateWorker, committed, create, step, version
 
 from onebase.server.checkpoints import StateDirectory
 from onebase.server.config import ConfigError, EngineConfig, ServerConfig, StateConfig

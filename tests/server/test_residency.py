@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import grpc
-from server.harness import ids, refused
-from server.test_durability import committed, create, eventually, serve, step, version  # noqa: F401
+from server.harness import eventually, ids, refused
+from server.stateful import committed, create, step, version
 
 from onebase.server.config import AdapterSource
 from onebase.server.jobs import EvictAdapterJob
@@ -42,7 +42,7 @@ def resident(live, *names):
     return [adapter(live, name).resident for name in names]
 
 
-def test_what_nobody_used_for_long_leaves_and_comes_back_when_it_is_used(serve):  # noqa: F811
+def test_what_nobody_used_for_long_leaves_and_comes_back_when_it_is_used(serve):
     with serve(evict_idle_seconds=600.0) as live:
         for name in "pq":
             create(live, name)
@@ -63,7 +63,7 @@ def test_what_nobody_used_for_long_leaves_and_comes_back_when_it_is_used(serve):
         assert all(one.resident for one in status.adapters)
 
 
-def test_over_the_budget_the_least_recently_used_leave_first(serve):  # noqa: F811
+def test_over_the_budget_the_least_recently_used_leave_first(serve):
     with serve(evict_idle_seconds=0.0, adapter_memory=2500) as live:  # each takes a little more than 1000
         for name, seconds in (("a", 30), ("b", 20), ("c", 10)):
             create(live, name)
@@ -81,7 +81,7 @@ def test_over_the_budget_the_least_recently_used_leave_first(serve):  # noqa: F8
         assert resident(live, "a", "b", "c") == [True, True, True]
 
 
-def test_without_limits_nothing_leaves_and_nobody_is_asked(serve):  # noqa: F811
+def test_without_limits_nothing_leaves_and_nobody_is_asked(serve):
     with serve(evict_idle_seconds=0.0) as live:
         create(live)
         idle(live, "p", 1e9)
@@ -91,7 +91,7 @@ def test_without_limits_nothing_leaves_and_nobody_is_asked(serve):  # noqa: F811
         assert not [job for job in live.worker.submitted if isinstance(job, EvictAdapterJob)]
 
 
-def test_what_the_settings_loaded_stays_and_so_does_what_waits_for_its_step(serve, tmp_path):  # noqa: F811
+def test_what_the_settings_loaded_stays_and_so_does_what_waits_for_its_step(serve, tmp_path):
     (tmp_path / "r").mkdir()
     with serve(rewards=(AdapterSource("r", tmp_path / "r"),), evict_idle_seconds=1.0, adapter_memory=1) as live:
         create(live)
@@ -105,7 +105,7 @@ def test_what_the_settings_loaded_stays_and_so_does_what_waits_for_its_step(serv
         assert resident(live, "r", "p") == [True, False]
 
 
-def test_what_a_vanished_trainer_left_is_saved_and_leaves_at_once(serve):  # noqa: F811
+def test_what_a_vanished_trainer_left_is_saved_and_leaves_at_once(serve):
     with serve(evict_idle_seconds=600.0) as live:
         create(live)
         step(live)
@@ -116,7 +116,7 @@ def test_what_a_vanished_trainer_left_is_saved_and_leaves_at_once(serve):  # noq
         assert step(live).adapter.version == 2  # it is back, and goes on
 
 
-def test_what_something_still_needs_leaves_later_unless_its_trainer_comes_back(serve):  # noqa: F811
+def test_what_something_still_needs_leaves_later_unless_its_trainer_comes_back(serve):
     with serve(evict_idle_seconds=0.0) as live:
         for name in "pq":
             create(live, name)
@@ -131,7 +131,7 @@ def test_what_something_still_needs_leaves_later_unless_its_trainer_comes_back(s
         assert resident(live, "p", "q") == [False, True]
 
 
-def test_what_cannot_be_made_durable_stays_and_is_not_tried_every_second(serve):  # noqa: F811
+def test_what_cannot_be_made_durable_stays_and_is_not_tried_every_second(serve):
     with serve(evict_idle_seconds=10.0) as live:
         create(live)
         step(live)
@@ -146,7 +146,7 @@ def test_what_cannot_be_made_durable_stays_and_is_not_tried_every_second(serve):
         live.worker.full = False
 
 
-def test_damage_while_it_is_away_is_told(serve):  # noqa: F811
+def test_damage_while_it_is_away_is_told(serve):
     with serve() as live:
         create(live)
         idle(live, "p", 1000)
@@ -160,7 +160,7 @@ def test_damage_while_it_is_away_is_told(serve):  # noqa: F811
         assert refused(version, live).reason == "ADAPTER_NOT_FOUND"
 
 
-def test_at_a_start_only_what_a_session_leases_comes_into_memory(serve):  # noqa: F811
+def test_at_a_start_only_what_a_session_leases_comes_into_memory(serve):
     with serve() as live:
         create(live, "leased")
         loose = adapters_pb2.CreateAdapterRequest(name="loose")
@@ -174,7 +174,7 @@ def test_at_a_start_only_what_a_session_leases_comes_into_memory(serve):  # noqa
         assert resident(live, "leased", "loose") == [True, True]
 
 
-def test_the_keeper_looks_by_itself(serve):  # noqa: F811
+def test_the_keeper_looks_by_itself(serve):
     with serve() as live:
         create(live)
         idle(live, "p", 1000)

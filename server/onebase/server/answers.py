@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from google.protobuf.message import Message
 
@@ -19,12 +19,18 @@ class Stored:
 
     digest: bytes
     kind: type[Message]
-    data: bytes
+    data: bytes | None
+    """None: there were too many bytes, and it is only known that the call was made."""
 
     @property
     def response(self) -> Message:
         """The answer, as it was given."""
-        return self.kind.FromString(self.data)
+        return self.kind.FromString(self.data or b"")
+
+    @property
+    def size(self) -> int:
+        """Bytes that count."""
+        return len(self.data or b"")
 
 
 @dataclass
@@ -32,12 +38,33 @@ class _Share:
     """A tenant's answers, the one not asked for the longest first."""
 
     answers: OrderedDict[Key, Stored] = field(default_factory=OrderedDict)
+    whole: OrderedDict[Key, None] = field(default_factory=OrderedDict)
+    """Those whose bytes are here."""
     size: int = 0
 
-    def drop(self, key: Key) -> int:
-        size = len(self.answers.pop(key).data)
-        self.size -= size
-        return size
+    def get(self, key: Key) -> Stored | None:
+        stored = self.answers.get(key)
+        if stored is not None:
+            self.answers.move_to_end(key)
+            if key in self.whole:
+                self.whole.move_to_end(key)
+        return stored
+
+    def put(self, key: Key, stored: Stored) -> None:
+        self.drop(key)
+        self.answers[key] = stored
+        self.whole[key] = None
+        self.size += stored.size
+
+    def drop(self, key: Key) -> None:
+        if key in self.answers:
+            self.size -= self.answers.pop(key).size
+            self.whole.pop(key, None)
+
+    def empty_oldest(self) -> None:
+        key, _ = self.whole.popitem(last=False)
+        self.size -= self.answers[key].size
+        self.answers[key] = replace(self.answers[key], data=None)
 
 
 class Answers:
@@ -45,40 +72,29 @@ class Answers:
 
     Args:
         capacity: most answers of a tenant.
-        capacity_bytes: most bytes of all answers; where there are more, those go whose tenants have more than their
-            part of it. Each tenant's newest stays, whatever its size.
+        capacity_bytes: most bytes of all answers; where there are more, tenants with more than their part of it keep
+            of their oldest only that the calls were made. Each tenant's newest stays, whatever its size.
     """
 
     def __init__(self, capacity: int, capacity_bytes: int) -> None:
         self._capacity = capacity
         self._capacity_bytes = capacity_bytes
-        self._bytes = 0
         self._shares: dict[str, _Share] = {}
 
     def get(self, key: Key) -> Stored | None:
         """An answer, which counts as asked for; None if it is not known, or no longer."""
         share = self._shares.get(owner_of(key[1]))
-        if share is None or key not in share.answers:
-            return None
-        share.answers.move_to_end(key)
-        return share.answers[key]
+        return None if share is None else share.get(key)
 
     def put(self, key: Key, stored: Stored) -> None:
         """Keeps an answer, in the place of any other of its key."""
         share = self._shares.setdefault(owner_of(key[1]), _Share())
-        if key in share.answers:
-            self._bytes -= share.drop(key)
-        share.answers[key] = stored
-        share.size += len(stored.data)
-        self._bytes += len(stored.data)
+        share.put(key, stored)
         if len(share.answers) > self._capacity:
-            self._drop_oldest(share)
+            share.drop(next(iter(share.answers)))
         fair = self._capacity_bytes / len(self._shares)
-        while self._bytes > self._capacity_bytes:
-            over = [one for one in self._shares.values() if one.size > fair and len(one.answers) > 1]
+        while sum(one.size for one in self._shares.values()) > self._capacity_bytes:
+            over = [one for one in self._shares.values() if one.size > fair and len(one.whole) > 1]
             if not over:
                 return
-            self._drop_oldest(max(over, key=lambda one: one.size))
-
-    def _drop_oldest(self, share: _Share) -> None:
-        self._bytes -= share.drop(next(iter(share.answers)))
+            max(over, key=lambda one: one.size).empty_oldest()

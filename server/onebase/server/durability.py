@@ -19,7 +19,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,9 +30,10 @@ from onebase.server.calls import settle
 from onebase.server.checkpoints import StateDirectory
 from onebase.server.config import StateConfig
 from onebase.server.errands import Errands
-from onebase.server.errors import OnebaseError, drained, not_there
+from onebase.server.errors import DataLoss, OnebaseError, Unavailable, drained, not_there
 from onebase.server.jobs import AdapterKind, Job, OptimStepResult, SaveAdapterJob, SaveResult
 from onebase.server.leases import Session
+from onebase.server.notes import Notes
 from onebase.server.ports import WorkerLike
 from onebase.server.registry import Entry, owner_of
 from onebase.server.residency import Residency
@@ -46,6 +47,9 @@ R = TypeVar("R")
 
 RESERVED_VERSIONS = 1000
 """So many versions are set aside at once where steps are not durable one by one."""
+
+AGAIN_SECONDS = 5.0
+"""With `--durability step`, a step that could not be made durable is tried again so often, by itself."""
 
 STEPS_UNDER_WAY = 100
 """More are set aside when so few are left: so many steps may wait that nobody has heard of yet."""
@@ -80,6 +84,7 @@ class Durable(Volatile):
         self._clock = clock
         self._tracks: dict[int, Track] = {}
         self._errands = Errands()
+        self._notes = Notes(self.on_thread)  # of sessions
         self._closed = False
         self.residency = Residency(worker, self, config.evict_idle_seconds, config.adapter_memory)
 
@@ -107,7 +112,7 @@ class Durable(Volatile):
         for uid, other in list(self._tracks.items()):
             if other.key == entry.key:
                 del self._tracks[uid]
-        self._tracks[entry.uid] = Track(row_of(entry), durable, entry.facts.version, reserved)
+        self._tracks[entry.uid] = Track(row_of(entry), durable, entry.facts.version, reserved, safe=entry.facts.version)
 
     # ------------------------------------------------------------------------------------------- adapters come and go
 
@@ -166,12 +171,28 @@ class Durable(Volatile):
             track.go_on()
 
     async def seen(self, versions: Mapping[int, int]) -> None:
-        """With `--durability step`, what was shown stays. A step that a full disk keeps from being durable is shown."""
-        if self.config.durability != "step":
-            return
+        """With `--durability step`, what was shown stays: a step that a full disk keeps from it is shown to nobody."""
         for uid, version in versions.items():
-            while (track := self._tracks.get(uid)) is not None and track.steps_under_way and track.durable < version:
-                await track.progress.wait()
+            track = await self._as_durable_as_it_will_be(uid, version)
+            if track is not None and track.safe < version:
+                raise _not_durable(track)
+
+    async def shown(self, entries: Sequence[Entry]) -> list[Entry]:  # noqa: D102
+        found = []
+        for entry in entries:
+            track = await self._as_durable_as_it_will_be(entry.uid, entry.facts.version)
+            if track is not None and track.safe < entry.facts.version:
+                entry = replace(entry, facts=replace(entry.facts, version=track.safe))  # noqa: PLW2901
+            found.append(entry)
+        return found
+
+    async def _as_durable_as_it_will_be(self, uid: int, version: int) -> Track | None:
+        """An adapter's track when no step to this version is on its way to the disk; None where any may be shown."""
+        if self.config.durability != "step":
+            return None
+        while (track := self._tracks.get(uid)) is not None and track.steps_under_way and track.safe < version:
+            await track.progress.wait()
+        return track
 
     async def stepped(self, entry: Entry, result: OptimStepResult, record: ResponseRow | None) -> None:  # noqa: D102
         track = self._tracks.get(entry.uid)
@@ -188,7 +209,12 @@ class Durable(Volatile):
         await self._errands.through(self._until_durable(uid, version))
 
     async def _finish_written(self, uid: int, writing: Awaitable[SaveResult]) -> None:
-        await self._advance(uid, await writing)
+        try:
+            await self._advance(uid, await writing)
+        except Exception as error:
+            if (track := self._tracks.get(uid)) is not None:
+                self._failed(track, error)
+            raise
 
     async def _until_durable(self, uid: int, version: int) -> None:
         while (track := self._tracks.get(uid)) is not None and track.durable < version:
@@ -207,8 +233,6 @@ class Durable(Volatile):
         if track is None:
             raise not_there()
         if client_state is not None:
-            while track.saving is not None:  # it may be of the same version, and must not come after this one
-                await asyncio.wait((track.saving,))
             await self._errands.through(self._renew(entry.uid, track, client_state))
         await self._errands.through(self._until_durable(entry.uid, track.newest))
         version = track.durable
@@ -255,22 +279,37 @@ class Durable(Volatile):
             Gone: the adapter was replaced or deleted meanwhile.
             Unavailable: the server has stopped.
         """
-        if self._closed:
-            raise drained()
-        rows = asyncio.run_coroutine_threadsafe(self.on_thread(lambda: self.store.checkpoints(uid)), loop).result()
-        if not rows:
-            raise not_there()
-        with self.directory.verified(rows[0]) as path:
-            yield path
+        with ExitStack() as stack:
+            yield self._verified(uid, loop, stack)
+
+    def _verified(self, uid: int, loop: asyncio.AbstractEventLoop, stack: ExitStack) -> Path:
+        last: CheckpointRow | None = None
+        while True:
+            if self._closed:
+                raise drained()
+            rows = asyncio.run_coroutine_threadsafe(self.on_thread(lambda: self.store.checkpoints(uid)), loop).result()
+            if not rows:
+                raise not_there()
+            try:
+                return stack.enter_context(self.directory.verified(rows[0]))
+            except DataLoss:
+                if rows[0] == last:
+                    raise
+                last = rows[0]  # it may have gone meanwhile, with its adapter or for a newer one: looked up again
 
     def tick(self) -> None:  # noqa: D102
         self.residency.tick()
+        self._notes.again()
+        # A step that is to be durable before anything shows it is not left waiting for whoever made it to come again.
+        seconds = AGAIN_SECONDS if self.config.durability == "step" else self.config.seconds
         for uid, track in self._tracks.items():
-            late = self._clock() - track.since >= self.config.seconds > 0
-            if track.newest > track.durable and track.saving is None and late:
+            late = self._clock() - track.since >= seconds > 0
+            if track.newest > track.durable and track.saving is None and not track.steps_under_way and late:
                 self._begin(uid, track)
 
     async def _renew(self, uid: int, track: Track, client_state: bytes) -> None:
+        while track.saving is not None:  # it would not take this state along
+            await asyncio.wait((track.saving,))
         await self._begin(uid, track, client_state)
 
     def _begin(self, uid: int, track: Track, client_state: bytes | None = None) -> asyncio.Task[None]:
@@ -284,8 +323,11 @@ class Durable(Volatile):
         track.saving = None
         error = None if task.cancelled() else task.exception()
         if error is not None:
-            track.since = self._clock()
-            log.warning("adapter %s is not durable beyond version %d: %s", track.key, track.durable, error)
+            self._failed(track, error)
+
+    def _failed(self, track: Track, error: BaseException) -> None:
+        track.failed(error, self._clock())
+        log.warning("adapter %s is not durable beyond version %d: %s", track.key, track.durable, error)
 
     async def _checkpoint(self, uid: int, track: Track, client_state: bytes | None) -> None:
         await self._advance(uid, await self._write(uid, track.kind, client_state))
@@ -309,7 +351,12 @@ class Durable(Volatile):
         due = track.due(saved.version)
 
         def commit(checkpoint: CheckpointRow) -> list[str]:
-            return self.store.advance(checkpoint, self.config.keep, due)
+            if track.overtaken(saved.version, saved.snapshot):  # by one of the same version with a later client state
+                self.store.answer(*due)
+                return [checkpoint.folder]
+            dropped = self.store.advance(checkpoint, self.config.keep, due)
+            track.put(saved.version, saved.snapshot)
+            return dropped
 
         await self._commit(saved, replace(track.row, reserved=track.reserved), commit)
         track.saved(saved.version, self._clock())
@@ -352,14 +399,14 @@ class Durable(Volatile):
             tuple(session.leases),
             session.tenant,
         )
-        self._errands.note(lambda: self.store.put_session(row))
+        self._notes.note(row.session, lambda: self.store.put_session(row))
 
     def session_ended(self, session: Session) -> None:  # noqa: D102
         session_id = session.session_id
-        self._errands.note(lambda: self.store.end_session(session_id))
+        self._notes.note(session_id, lambda: self.store.end_session(session_id))
 
-    async def synced(self) -> None:  # noqa: D102
-        await self._errands.noted()
+    async def synced(self, session_id: str) -> None:  # noqa: D102
+        await self._notes.written(session_id)
 
     # ------------------------------------------------------------------------------------------------------------ end
 
@@ -369,7 +416,8 @@ class Durable(Volatile):
             await self._errands.ended()
             for uid, track in list(self._tracks.items()):
                 await self._last_checkpoint(uid, track)
-            await self.synced()
+            self._notes.again()
+            await self.synced("")
             await self._errands.ended()
         finally:
             self._closed = True
@@ -382,5 +430,12 @@ class Durable(Volatile):
             await self._until_durable(uid, track.newest)
             if track.reserved:
                 await self.on_thread(lambda: self.store.reserve(uid, 0))
-        except OnebaseError as error:
+        except Exception as error:  # whatever it is, the others' turn comes
             log.error("adapter %s is durable up to version %d only: %s", track.key, track.durable, error)
+
+
+def _not_durable(track: Track) -> OnebaseError:
+    """Why what may not be shown may not be: what keeps its step from being durable."""
+    if isinstance(track.failure, OnebaseError):
+        return track.failure.again()
+    return Unavailable("NOT_DURABLE_YET", "the adapter's newest step is not durable yet: try again", retry_after=1.0)

@@ -12,7 +12,7 @@ import grpc
 from google.protobuf.message import Message
 
 from onebase.server.access import Access
-from onebase.server.calls import deadline_of, queue_of, settled
+from onebase.server.calls import deadline_of, queue_of
 from onebase.server.catalog import Catalog
 from onebase.server.codec.sequences import SequenceReader
 from onebase.server.config import ServerConfig
@@ -107,14 +107,13 @@ class Edge:
 
         async def run() -> M:
             with self.sessions.use(request.session_id) as session:
-                response = await work(session, deadline)
-            # The change is made: a cancel that comes now must not keep its answer from being stored.
-            await settled(self.keeper.synced())
-            return response
+                return await work(session, deadline)
 
         if request.session_id:
             self.sessions.get(request.session_id)
-        return await self.idempotency.run(of_tenant(method), request, run)
+        response = await self.idempotency.run(of_tenant(method), request, run)
+        await self.keeper.synced(request.session_id)  # the answer is stored by now, for who repeats the call
+        return response
 
 
 def build_edge(

@@ -30,7 +30,6 @@ class Errands:
     def __init__(self) -> None:
         self._store = ThreadPoolExecutor(1, thread_name_prefix="onebase-store")
         self._storage = ThreadPoolExecutor(_STORAGE_THREADS, thread_name_prefix="onebase-storage")
-        self._notes: set[asyncio.Future[None]] = set()
         self._asides: set[asyncio.Future[None]] = set()
 
     async def store(self, work: Callable[[], R]) -> R:
@@ -65,18 +64,6 @@ class Errands:
         task.add_done_callback(self._asides.discard)
         task.add_done_callback(_log_failure)
         return task
-
-    def note(self, work: Callable[[], None]) -> None:
-        """Begins a small change of the store; `noted` waits for it."""
-        note = asyncio.ensure_future(self.store(work))
-        self._notes.add(note)
-        note.add_done_callback(self._notes.discard)
-        note.add_done_callback(_log_failure)
-
-    async def noted(self) -> None:
-        """Returns when all notes are taken that were begun before."""
-        if self._notes:
-            await asyncio.wait(tuple(self._notes))
 
     async def ended(self) -> None:
         """Returns when nothing is under way aside."""

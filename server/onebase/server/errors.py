@@ -42,6 +42,10 @@ class OnebaseError(Exception):
         self.field = field
         self.retry_after = retry_after
 
+    def again(self) -> OnebaseError:
+        """The same, to be raised once more: an exception takes the traceback of each raise along."""
+        return type(self)(self.reason, self.message, field=self.field, retry_after=self.retry_after)
+
 
 class InvalidArgument(OnebaseError):
     """The request itself is wrong; sending it again cannot help."""
@@ -120,5 +124,12 @@ def disk_full(error: OSError) -> OnebaseError:
             "DISK_FULL",
             "the server's disk is full: nothing that was durable is lost; free some room, and repeat the call",
             retry_after=5.0,
+        )
+    if error.errno == errno.EBUSY:
+        return Unavailable(
+            "STORE_BUSY",
+            "another program holds the registry of the server's state: repeat the call; if it goes on, the operator "
+            "should look who has registry.sqlite open",
+            retry_after=2.0,
         )
     return Internal("DISK_FAILED", f"the server's disk cannot be written ({error.strerror}): its log has the story")

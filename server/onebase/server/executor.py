@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ class Executor:
         self._limits = limits
         self._begin_aside = begin_aside
         self._isolation = Isolation(engine)
+        self._snapshots = itertools.count()
         self.generated, self.scored, self.trained = Meter(), Meter(), Meter()
 
     @property
@@ -224,7 +226,7 @@ class Executor:
         raise TypeError(f"a job of an unknown kind, {type(job).__name__}")
 
     def _save(self, job: SaveAdapterJob) -> Aside:
-        engine = self._engine
+        engine, number = self._engine, next(self._snapshots)
         engine.adapter(job.adapter).leave(job.client_state)
         adapter = engine.snapshot(
             job.adapter, with_optimizer=job.with_optimizer, with_client_state=job.with_client_state
@@ -233,6 +235,7 @@ class Executor:
         def write() -> SaveResult:
             if job.merged:
                 return engine.merger.save(adapter, job.path, overwrite=job.overwrite)
-            return engine.formats.save(adapter, job.path, with_optimizer=job.with_optimizer, overwrite=job.overwrite)
+            saved = engine.formats.save(adapter, job.path, with_optimizer=job.with_optimizer, overwrite=job.overwrite)
+            return replace(saved, snapshot=number)
 
         return Aside(write, release=lambda: engine.release(adapter.weights))

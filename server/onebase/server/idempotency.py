@@ -68,13 +68,16 @@ class Idempotency:
     """Responses by request_id.
 
     Args:
-        capacity: most responses kept of each tenant; the one not asked for the longest goes first.
-        capacity_bytes: most bytes of responses kept of all of them.
+        capacity: most responses kept of each tenant, of what outlives the process and of the rest; the one not asked
+            for the longest goes first.
+        capacity_bytes: most bytes of each of these of all tenants together; of what had to go for that it is still
+            known that it was done.
     """
 
     def __init__(self, capacity: int = 4096, capacity_bytes: int = 64 * 2**20) -> None:
         self._capacity = capacity
-        self._stored = Answers(capacity, capacity_bytes)
+        self._lasting = Answers(capacity, capacity_bytes)  # of what outlives the process; they are small
+        self._passing = Answers(capacity, capacity_bytes)
         self._applied: OrderedDict[Key, _Applied] = OrderedDict()
         self._running: dict[Key, _Call] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -82,7 +85,7 @@ class Idempotency:
     def restore(self, row: ResponseRow) -> None:
         """Knows what the server that was here before has answered."""
         kind = _RESPONSES[name_of(row.method)]
-        self._stored.put((row.session, row.method, row.request), Stored(row.digest, kind, row.response))
+        self._lasting.put((row.session, row.method, row.request), Stored(row.digest, kind, row.response))
 
     def applied(self, method: str, request: Message, response: Message, finish: Callable[[], Awaitable[None]]) -> None:
         """Says, inside `work`, that the change is made: if `work` fails now, a repeated call only has to `finish`."""
@@ -112,9 +115,11 @@ class Idempotency:
         key = (request.session_id, method, request_id)  # type: ignore[attr-defined]
         digest = digest_of(request)
         while True:
-            stored = self._stored.get(key)
+            stored = self._kept(method).get(key)
             if stored is not None:
                 _check_digest(stored.digest, digest, request_id)
+                if stored.data is None:
+                    raise _forgotten(name_of(method), request_id)
                 return cast(M, stored.response)
             applied = self._applied.get(key)
             if applied is not None:
@@ -152,13 +157,17 @@ class Idempotency:
                 call.task.cancel()  # means nothing to a task that is done
         return call.task.result()
 
+    def _kept(self, method: str) -> Answers:
+        """Where its answers are: those of gradients, which are large, must not push out those of steps."""
+        return self._lasting if name_of(method) in _RESPONSES else self._passing
+
     def _finish(self, key: Key, digest: bytes, task: asyncio.Task[Any]) -> None:
         del self._running[key]
         if task.cancelled() or task.exception() is not None:
             return
         self._applied.pop(key, None)
         response: Message = task.result()
-        self._stored.put(key, Stored(digest, type(response), response.SerializeToString()))
+        self._kept(key[1]).put(key, Stored(digest, type(response), response.SerializeToString()))
 
 
 def record(method: str, request: Message, response: Message) -> ResponseRow | None:
@@ -204,6 +213,14 @@ def _check_digest(known: bytes, digest: bytes, request_id: str) -> None:
             f"request_id {request_id!r} came before with another payload: give each call an id of its own",
             field="request_id",
         )
+
+
+def _forgotten(method: str, request_id: str) -> Aborted:
+    return Aborted(
+        "ANSWER_FORGOTTEN",
+        f"{method} was done under request_id {request_id!r}, but its answer is no longer kept: others took its room",
+        field="request_id",
+    )
 
 
 def _check_request_id(request_id: str) -> None:

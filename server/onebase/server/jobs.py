@@ -202,6 +202,7 @@ class SaveResult:
     path: Path
     version: int
     bytes: int
+    snapshot: int = 0  # counts what the engine was asked to write: of two of a version the higher is the later one
 
 
 # ------------------------------------------------------------------------------------------------------- rows

@@ -163,6 +163,9 @@ class Residency:
         except OnebaseError as error:
             log.info("adapters stay in device memory: %s", error)
             return False
+        except Exception:
+            log.exception("adapters stay in device memory")
+            return False
         return True
 
 

@@ -4,7 +4,7 @@ One SQLite file in WAL mode, synced with every commit (synchronous=FULL). What b
 adapter's row, its checkpoint and the answers of the calls whose effects are in it.
 
 Knows no adapter's content, no protobuf and no event loop. One thread at a time may use a store; every method may wait
-for the disk, and raises OSError(ENOSPC) when that is full.
+for the disk, and raises OSError where that fails: ENOSPC when it is full, EBUSY while another program holds the file.
 """
 
 from __future__ import annotations
@@ -54,6 +54,16 @@ _OWNERS = """
 ALTER TABLE responses ADD COLUMN owner TEXT GENERATED ALWAYS AS (substr(method, 1, instr(method, '/'))) VIRTUAL;
 CREATE INDEX responses_of ON responses (owner, number);
 """
+_ERRNO = {
+    sqlite3.SQLITE_FULL: errno.ENOSPC,
+    sqlite3.SQLITE_IOERR: errno.EIO,
+    sqlite3.SQLITE_BUSY: errno.EBUSY,  # a backup, or somebody's shell, holds the file
+    sqlite3.SQLITE_LOCKED: errno.EBUSY,
+    sqlite3.SQLITE_CANTOPEN: errno.EIO,
+    sqlite3.SQLITE_READONLY: errno.EROFS,
+}
+"""What the operating system would have said."""
+
 _STEPS = (_TABLES, _ENDS, _OWNERS)
 
 SCHEMA = len(_STEPS)
@@ -246,10 +256,10 @@ class Store:
             )
             return self._remove(end.name)
 
-    def answer(self, response: ResponseRow) -> None:
-        """Notes what a call was answered whose effect is not in here."""
+    def answer(self, *responses: ResponseRow) -> None:
+        """Notes what calls were answered whose effect is not in here, or is in here already."""
         with self._transaction():
-            self._add_responses([response])
+            self._add_responses(responses)
 
     def adopt(
         self, adapters: Sequence[AdapterRow], checkpoints: Sequence[CheckpointRow], meta: Mapping[str, str]
@@ -300,9 +310,10 @@ class Store:
                     self._db.execute("ROLLBACK")
                 raise
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_FULL:
+            number = _ERRNO.get(error.sqlite_errorcode & 0xFF)
+            if number is None:
                 raise
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path)) from error
+            raise OSError(number, os.strerror(number), str(self._path)) from error
 
     def _set_meta(self, key: str, value: str) -> None:
         self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from onebase.server.jobs import AdapterKind
 from onebase.server.registry import Entry
-from onebase.server.store import AdapterRow, ResponseRow
+from onebase.server.store import MAX_RESPONSES, AdapterRow, ResponseRow
 
 
 @dataclass(eq=False)
@@ -27,7 +27,13 @@ class Track:
     """When the first step was made that is not durable; or when saving it last failed."""
     records: list[tuple[int, ResponseRow]] = field(default_factory=list)
     """Answers of steps, by version, that are not durable."""
+    safe: int = 0
+    """The newest version that means the same numbers after a kill: durable, or made of a checkpoint at the start."""
     saving: asyncio.Task[None] | None = None
+    failure: BaseException | None = None
+    """Why the newest version is not durable, where saving it was tried."""
+    committed: dict[int, int] = field(default_factory=dict)
+    """Which snapshot of a version is in the store: the last by the engine's count."""
     steps_under_way: int = 0
     progress: asyncio.Event = field(default_factory=asyncio.Event)
     """Is set, and another one made, when a step is durable or has ended."""
@@ -49,6 +55,7 @@ class Track:
         self.newest = max(self.newest, version)
         if record is not None:
             self.records.append((version, record))
+            del self.records[:-MAX_RESPONSES]  # the store would not keep more of them either
 
     def due(self, version: int) -> Sequence[ResponseRow]:
         """The answers that belong to a checkpoint of this version."""
@@ -57,9 +64,25 @@ class Track:
     def saved(self, version: int, now: float) -> None:
         """Takes in that a checkpoint of this version was committed, with what was due."""
         self.durable = max(self.durable, version)
+        self.safe = max(self.safe, version)
         self.since = now
+        self.failure = None
         self.records = [(made, record) for made, record in self.records if made > version]
         self.go_on()
+
+    def failed(self, error: BaseException, now: float) -> None:
+        """Takes in that a checkpoint could not be made."""
+        self.since = now
+        self.failure = error
+        self.go_on()
+
+    def overtaken(self, version: int, snapshot: int) -> bool:
+        """Whether a later snapshot of this version is in the store already."""
+        return self.committed.get(version, snapshot) > snapshot
+
+    def put(self, version: int, snapshot: int) -> None:
+        """Takes in that a snapshot of a version is in the store."""
+        self.committed = {version: snapshot, **{v: s for v, s in self.committed.items() if v > version}}
 
     def go_on(self) -> None:
         """Wakes whoever waits for progress."""

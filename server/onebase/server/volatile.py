@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from onebase.server.errors import FailedPrecondition
@@ -30,7 +30,15 @@ class Volatile:
         return contextlib.nullcontext()
 
     async def seen(self, versions: Mapping[int, int]) -> None:
-        """Returns when these versions (uid → version) may be shown: a step that can still be lost is seen by nobody."""
+        """Returns when these versions (uid → version) may be shown: a step that can still be lost is seen by nobody.
+
+        Raises:
+            OnebaseError: one of them is not durable, and why.
+        """
+
+    async def shown(self, entries: Sequence[Entry]) -> list[Entry]:
+        """The same for who only asks how adapters are: at the versions that may be shown."""
+        return list(entries)
 
     async def stepped(self, entry: Entry, result: OptimStepResult, record: ResponseRow | None) -> None:
         """Takes a step in; returns when it is as durable as the settings promise.
@@ -105,8 +113,13 @@ class Volatile:
     def session_ended(self, session: Session) -> None:
         """Forgets a session."""
 
-    async def synced(self) -> None:
-        """Returns when the sessions are noted as they were when it was called."""
+    async def synced(self, session_id: str) -> None:
+        """Returns when the sessions are noted as they were when it was called.
+
+        Raises:
+            OnebaseError: this one is not. One that is not noted because of another's trouble keeps nobody else.
+        """
+        del session_id
 
     def tick(self) -> None:
         """Is called about once a second."""

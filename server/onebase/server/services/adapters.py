@@ -50,15 +50,13 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         return await edge.once("CreateAdapter", request, context, work)
 
     async def GetAdapter(self, request: adapters_pb2.GetAdapterRequest, context: Context) -> types_pb2.Adapter:
-        entry = self._edge.registry.get(request.name, "name")
-        await self._edge.keeper.seen({entry.uid: entry.facts.version})
+        (entry,) = await self._edge.keeper.shown([self._edge.registry.get(request.name, "name")])
         return self._message(entry)
 
     async def ListAdapters(
         self, request: adapters_pb2.ListAdaptersRequest, context: Context
     ) -> adapters_pb2.ListAdaptersResponse:
-        entries = self._edge.registry.entries(codec.read_kind(request.kind))
-        await self._edge.keeper.seen({entry.uid: entry.facts.version for entry in entries})
+        entries = await self._edge.keeper.shown(self._edge.registry.entries(codec.read_kind(request.kind)))
         return adapters_pb2.ListAdaptersResponse(adapters=[self._message(entry) for entry in entries])
 
     async def DeleteAdapter(
@@ -184,7 +182,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         """What the call that makes an entry is answered, before the session has its lease."""
 
         def receipt(entry: Entry) -> ResponseRow | None:
-            taken = self._edge.sessions.holder(entry.name) is not None or (session is not None and entry.kind.trained)
+            taken = self._edge.sessions.holder(entry.key) is not None or (session is not None and entry.kind.trained)
             made = codec.adapter_message(entry, leased=taken, durable=entry.facts.version)
             return record(method, request, made)
 

@@ -79,7 +79,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             edge.check_room(session)
             plan = await read_reward(request, terms, edge.reader)
             result = await perform(edge.worker, plan.job, session, deadline_of(context))
-            await edge.keeper.synced()
+            await edge.keeper.synced(request.session_id)
             return plan.response(result, session.active if session else "")
 
     @looks_again
@@ -101,5 +101,5 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             plan = await score.read_score(request, adapters, outputs, edge.reader)
             result = await perform(edge.worker, plan.job, session, deadline_of(context))
             await edge.keeper.seen(result.versions)
-            await edge.keeper.synced()
+            await edge.keeper.synced(request.session_id)
             return plan.response(result, session.active if session else "")

@@ -44,8 +44,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
         sessions = edge.sessions
         rss, peak_rss = process.memory()
         operator = caller().tenant == OPERATOR  # sees what all tenants have, as "tenant/name"
-        entries = edge.registry.of_tenant(None) if operator else edge.registry.entries()
-        await edge.keeper.seen({entry.uid: entry.facts.version for entry in entries})
+        entries = await edge.keeper.shown(edge.registry.of_tenant(None) if operator else edge.registry.entries())
         return status_message(
             edge.worker.status(),
             sessions=[session_status(s, age=sessions.age(s), idle=sessions.idle(s)) for s in sessions.live()],

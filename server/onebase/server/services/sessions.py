@@ -14,6 +14,7 @@ import grpc
 
 from onebase.server.codec.server import read_label, read_ttl, session_message
 from onebase.server.edge import Edge
+from onebase.server.errors import OnebaseError
 from onebase.server.guard import Admit
 from onebase.v1 import sessions_pb2, sessions_pb2_grpc
 
@@ -45,7 +46,12 @@ class SessionService(sessions_pb2_grpc.SessionServiceServicer):
         self._edge.sessions.renew(session, label, ttl)
         if name:
             self._edge.access.lease(session, name)
-        await self._edge.keeper.synced()
+        try:
+            await self._edge.keeper.synced(session.session_id)
+        except OnebaseError:
+            if old is None:  # its client will not know of it
+                self._edge.sessions.close(session.session_id)
+            raise
         return session_message(session)
 
     async def GetSession(self, request: sessions_pb2.GetSessionRequest, context: Context) -> sessions_pb2.Session:
@@ -56,7 +62,7 @@ class SessionService(sessions_pb2_grpc.SessionServiceServicer):
     ) -> sessions_pb2.Session:
         session = self._edge.sessions.get(request.session_id)
         self._edge.access.lease(session, request.ppo_adapter_name)
-        await self._edge.keeper.synced()
+        await self._edge.keeper.synced(session.session_id)
         return session_message(session)
 
     async def KeepAlive(self, request: sessions_pb2.KeepAliveRequest, context: Context) -> sessions_pb2.Session:
@@ -83,5 +89,5 @@ class SessionService(sessions_pb2_grpc.SessionServiceServicer):
         self, request: sessions_pb2.CloseSessionRequest, context: Context
     ) -> sessions_pb2.CloseSessionResponse:
         self._edge.sessions.close(request.session_id)
-        await self._edge.keeper.synced()
+        await self._edge.keeper.synced(request.session_id)
         return sessions_pb2.CloseSessionResponse()

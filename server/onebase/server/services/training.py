@@ -47,8 +47,12 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
                 edge.access.require(session, entry)
                 result = await settle(edge.worker, job, session, deadline)
                 edge.registry.update(result.facts)
-                await settled(edge.keeper.seen({entry.uid: result.version}))
-                return forward_backward_response(entry.name, result)
+                response = forward_backward_response(entry.name, result)
+                # The pass is made, under a version that may not be shown yet: a repeated call must not make it again.
+                show = partial(edge.keeper.seen, {entry.uid: result.version})
+                edge.idempotency.applied("ForwardBackward", request, response, show)
+                await settled(show())
+                return response
 
         return await edge.once("ForwardBackward", request, context, work)
 
