@@ -30,13 +30,14 @@ from onebase.server.calls import settle
 from onebase.server.checkpoints import StateDirectory
 from onebase.server.config import StateConfig
 from onebase.server.errands import Errands
-from onebase.server.errors import DataLoss, OnebaseError, Unavailable, drained, not_there
+from onebase.server.errors import DataLoss, drained, not_there
 from onebase.server.jobs import AdapterKind, Job, OptimStepResult, SaveAdapterJob, SaveResult
 from onebase.server.leases import Session
 from onebase.server.notes import Notes
 from onebase.server.ports import WorkerLike
 from onebase.server.registry import Entry, owner_of
 from onebase.server.residency import Residency
+from onebase.server.showing import Showing
 from onebase.server.store import AdapterRow, CheckpointRow, EndRow, ResponseRow, SessionRow, Store
 from onebase.server.tracks import Track, row_of
 from onebase.server.volatile import Volatile
@@ -83,6 +84,7 @@ class Durable(Volatile):
         self._worker = worker
         self._clock = clock
         self._tracks: dict[int, Track] = {}
+        self._showing = Showing(self._tracks, careful=config.durability == "step")
         self._errands = Errands()
         self._notes = Notes(self.on_thread)  # of sessions
         self._closed = False
@@ -109,10 +111,12 @@ class Durable(Volatile):
 
     def track(self, entry: Entry, durable: int, reserved: int) -> None:
         """Follows an adapter of the store, at this version."""
-        for uid, other in list(self._tracks.items()):
-            if other.key == entry.key:
-                del self._tracks[uid]
+        self._untrack(entry.key)
         self._tracks[entry.uid] = Track(row_of(entry), durable, entry.facts.version, reserved, safe=entry.facts.version)
+
+    def _untrack(self, key: str) -> None:
+        for uid in [uid for uid, track in self._tracks.items() if track.key == key]:
+            del self._tracks[uid]
 
     # ------------------------------------------------------------------------------------------- adapters come and go
 
@@ -134,7 +138,7 @@ class Durable(Volatile):
     async def _remove(self, key: str, least_version: int, record: ResponseRow | None) -> None:
         end = EndRow(key, owner_of(key), least_version)
         dropped = await self.on_thread(lambda: self.store.remove(end, [record] if record else []))
-        self._tracks = {uid: track for uid, track in self._tracks.items() if track.key != key}
+        self._untrack(key)
         self._forget(dropped)
 
     async def answered(self, record: ResponseRow | None) -> None:  # noqa: D102
@@ -170,29 +174,11 @@ class Durable(Volatile):
             track.steps_under_way -= 1
             track.go_on()
 
-    async def seen(self, versions: Mapping[int, int]) -> None:
-        """With `--durability step`, what was shown stays: a step that a full disk keeps from it is shown to nobody."""
-        for uid, version in versions.items():
-            track = await self._as_durable_as_it_will_be(uid, version)
-            if track is not None and track.safe < version:
-                raise _not_durable(track)
+    async def seen(self, versions: Mapping[int, int]) -> None:  # noqa: D102
+        await self._showing.seen(versions)
 
     async def shown(self, entries: Sequence[Entry]) -> list[Entry]:  # noqa: D102
-        found = []
-        for entry in entries:
-            track = await self._as_durable_as_it_will_be(entry.uid, entry.facts.version)
-            if track is not None and track.safe < entry.facts.version:
-                entry = replace(entry, facts=replace(entry.facts, version=track.safe))  # noqa: PLW2901
-            found.append(entry)
-        return found
-
-    async def _as_durable_as_it_will_be(self, uid: int, version: int) -> Track | None:
-        """An adapter's track when no step to this version is on its way to the disk; None where any may be shown."""
-        if self.config.durability != "step":
-            return None
-        while (track := self._tracks.get(uid)) is not None and track.steps_under_way and track.safe < version:
-            await track.progress.wait()
-        return track
+        return await self._showing.shown(entries)
 
     async def stepped(self, entry: Entry, result: OptimStepResult, record: ResponseRow | None) -> None:  # noqa: D102
         track = self._tracks.get(entry.uid)
@@ -432,10 +418,3 @@ class Durable(Volatile):
                 await self.on_thread(lambda: self.store.reserve(uid, 0))
         except Exception as error:  # whatever it is, the others' turn comes
             log.error("adapter %s is durable up to version %d only: %s", track.key, track.durable, error)
-
-
-def _not_durable(track: Track) -> OnebaseError:
-    """Why what may not be shown may not be: what keeps its step from being durable."""
-    if isinstance(track.failure, OnebaseError):
-        return track.failure.again()
-    return Unavailable("NOT_DURABLE_YET", "the adapter's newest step is not durable yet: try again", retry_after=1.0)
