@@ -32,24 +32,22 @@ class Waiting:
         """Under which version."""
         return int(self.attempt.answer["version"])
 
-    def before(self, op: Op, attempt: Attempt) -> bool:
-        """Whether another operation was made after it for certain, in the same life and by the same session.
-
-        A session that is answered twice in one life of the server has lived all the time, and with it its lease.
-        """
-        same = op.session == self.op.session and {self.attempt.epoch} == {op.attempts[0].epoch, attempt.epoch}
-        return same and op is not self.op and self.attempt.ended is not None and self.attempt.ended < op.began
+    def before(self, op: Op) -> bool:
+        """Whether another operation was begun when this was answered."""
+        return op is not self.op and self.attempt.ended is not None and self.attempt.ended < op.began
 
 
 def check(model: Model) -> Iterator[Violation]:
     """All that is wrong with passes and steps."""
     for key in model.chains:
+        # By session and life of the server: who is answered twice in one life has lived all the time, and so has its
+        # lease. A repeated call of an earlier life began before all of these.
         waiting: dict[tuple[str, int], list[Waiting]] = defaultdict(list)
         for op, attempt in answered(model.history.about(*key, "pass")):
             waiting[op.session, attempt.epoch].append(Waiting(op, attempt))
         for op in model.history.about(*key, "pass", "step"):
             for attempt in op.attempts:
-                before = [one for one in waiting[op.session, attempt.epoch] if one.before(op, attempt)]
+                before = [one for one in waiting[op.session, attempt.epoch] if one.before(op)]
                 yield from _kept(op, attempt, before)
                 yield from _refused(model, key, op, attempt, before)
         for op, attempt in answered(model.history.about(*key, "pass", "step")):
