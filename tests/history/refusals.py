@@ -19,7 +19,7 @@ _NEVER = frozenset(
 )
 """What clients send here is well formed and theirs to ask, and no file is damaged."""
 _BROKEN = frozenset({"INTERNAL", "UNKNOWN"})
-_TOLD_LATE = 1.0
+_TOLD_LATE = 0.5
 """Seconds by which the end of a server may be written down after its clients have seen it."""
 _TAKES_LEASE = frozenset({"pass", "step", "active", *MAKING})
 _FLOOR, _ENOUGH = 0.3, 100
@@ -55,8 +55,9 @@ def _undeclared(model: Model, op: Op, attempt: Attempt) -> Iterator[Violation]:
     UNAVAILABLE only where the connection is seen to break first.
     """
     epoch = model.history.epochs.get(attempt.epoch)
-    ended = attempt.ended is not None and epoch is not None and attempt.ended > epoch.ended - _TOLD_LATE
-    if attempt.code in _NEVER or (attempt.code in _BROKEN and (attempt.reason or not ended)):
+    until = attempt.ended if attempt.ended is not None else attempt.began
+    broken = epoch is not None and attempt.began <= epoch.ended <= until + _TOLD_LATE
+    if attempt.code in _NEVER or (attempt.code in _BROKEN and (attempt.reason or not broken)):
         yield Violation("an answer that no page declares", f"{attempt.code} {attempt.reason}".strip(), (op,))
 
 
