@@ -8,14 +8,14 @@ from pathlib import Path
 
 import grpc
 from history.calls import Stubs, facts_of, keep_blob, refusal, request_of, send
-from history.journal import OK, Op, Writer
-
-_FIRST = 1000
-"""Its number among the clients."""
+from history.journal import LAST_LOOK, MAKING, OK, Op, Writer, gather
 
 
 def audit(folder: Path, address: str, tokens: Mapping[str, str], epoch: int) -> None:
     """Lists and downloads all adapters of each tenant, into the journal of a client of its own.
+
+    Asked for are also the names that somebody ever made an adapter of: a list that leaves one out, or that has lost
+    everything, hides nothing.
 
     Args:
         folder: of the run.
@@ -23,10 +23,12 @@ def audit(folder: Path, address: str, tokens: Mapping[str, str], epoch: int) -> 
         tokens: by tenant.
         epoch: which life of the server answers.
     """
-    for number, (tenant, token) in enumerate(tokens.items(), _FIRST):
+    ops = gather(folder).ops
+    for number, (tenant, token) in enumerate(tokens.items(), LAST_LOOK):
         stubs, writer = Stubs(address, token), Writer(folder / f"client-{number}.jsonl")
         names = _ask(folder, stubs, writer, Op(f"{number}.0", "list", number, tenant, "", "", {}), epoch)
-        for count, name in enumerate(names, 1):
+        made = {op.name for op in ops if op.tenant == tenant and op.kind in MAKING}
+        for count, name in enumerate(sorted({*names, *made}), 1):
             _ask(
                 folder,
                 stubs,

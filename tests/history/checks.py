@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator
-from itertools import pairwise
 
-from history.journal import AMBIGUOUS, DURABLE, MAKING, OK, Attempt, Op
-from history.model import Model, Violation, answered, times_of_making
-
-_CHANGES = frozenset({"pass", "step", "delete"})
-"""Operations that need the lease, and name what is there."""
-_SET_ACTIVE = frozenset({"active", "score", "reward", "open"})
-_LATE = 0.5
-"""Seconds by which a session may seem to have lived too long: a call in flight keeps it."""
+from history import gradients, leases, refusals
+from history.journal import AMBIGUOUS, DURABLE, LAST_LOOK, MAKING, OK, Attempt, Op
+from history.model import Chain, Model, Seen, Violation, answered, times_of_making
 
 
 def check(model: Model) -> list[Violation]:
@@ -22,12 +15,15 @@ def check(model: Model) -> list[Violation]:
     return [
         *model.violations,
         *_existence(model),
+        *_lists(model),
+        *_last_look(model),
         *_order(model),
         *_once(model),
-        *_leases(model),
-        *_sessions(model),
+        *leases.leases(model),
+        *leases.sessions(model),
         *_tenants(model),
-        *_refusals(model),
+        *gradients.check(model),
+        *refusals.check(model),
     ]
 
 
@@ -48,18 +44,61 @@ def _existence(model: Model) -> Iterator[Violation]:
                     f"{chain.key[0]} deleted {chain.key[1]!r} at version {gone}, and saw version {again.version} then"
                 )
                 yield Violation("a resurrected adapter", what, (delete, again.op))
-        possible = [one for one in deletes if one.ok is not None or one.unknown]
         for op in model.history.about(*chain.key):
-            for attempt in op.attempts:
-                before = [one for one in chain.seen if one.until < attempt.began]
-                if attempt.reason != "ADAPTER_NOT_FOUND" or attempt.ended is None or "init_from" in op.args:
-                    continue
-                there = max(before, key=lambda one: one.since, default=None)
-                if there is not None and not any(
-                    one.began < attempt.ended and model.history.end_of(one) > there.since for one in possible
-                ):
-                    what = f"{chain.key[1]!r} was there for certain, and {op.tenant} was told that it is not"
-                    yield Violation("an adapter that disappeared", what, (there.op, op))
+            yield from _there(model, chain, op)
+
+
+def _there(model: Model, chain: Chain, op: Op) -> Iterator[Violation]:
+    """What is there is found, and nothing else gets its name."""
+    for attempt in op.attempts:
+        denied = attempt.reason == "ADAPTER_NOT_FOUND" and "init_from" not in op.args
+        taken = op.kind in MAKING and not op.args.get("replace") and attempt is op.ok
+        if not denied and not taken:
+            continue
+        there = certain(model, chain, attempt, op.began if taken else attempt.began)
+        if there is not None and denied:
+            what = f"{chain.key[1]!r} was there for certain, and {op.tenant} was told that it is not"
+            yield Violation("an adapter that disappeared", what, (there.op, op))
+        elif there is not None:
+            what = f"{chain.key[0]} has made {chain.key[1]!r}, which was there for certain"
+            yield Violation("a name that was taken", what, (there.op, op))
+
+
+def certain(model: Model, chain: Chain, attempt: Attempt, began: float | None = None) -> Seen | None:
+    """The answer which says that an adapter was there for certain while a call was made; None: it may have gone.
+
+    Args:
+        model: all that is known.
+        chain: of the adapter.
+        attempt: the call.
+        began: when its operation was first sent, where the answer may be one that was kept.
+    """
+    began = attempt.began if began is None else began
+    there = max((one for one in chain.seen if one.until < began), key=lambda one: one.since, default=None)
+    if there is None or attempt.ended is None:
+        return None
+    return None if model.history.between(there.since, attempt.ended, *chain.key, "delete") else there
+
+
+def _lists(model: Model) -> Iterator[Violation]:
+    """A list leaves nothing out."""
+    for op, attempt in answered(model.history.ops):
+        if "adapters" not in attempt.answer:
+            continue
+        listed = {name for name, _, _ in attempt.answer["adapters"]}
+        for chain in model.chains.values():
+            tenant, name = chain.key
+            if tenant == op.tenant and name not in listed and (there := certain(model, chain, attempt)) is not None:
+                what = f"{name!r} was there for certain, and the list that {tenant} got leaves it out"
+                yield Violation("an adapter that no list shows", what, (there.op, op))
+
+
+def _last_look(model: Model) -> Iterator[Violation]:
+    """When all is over nobody disturbs the server any more: it says of every name what it is, or that it is not."""
+    for op in model.history.ops:
+        last = op.attempts[-1]
+        if op.client >= LAST_LOOK and last.code != OK and last.reason != "ADAPTER_NOT_FOUND":
+            yield Violation("a last look that failed", f"{op.kind} {op.name!r}: {last.code} {last.reason}", (op,))
 
 
 def _order(model: Model) -> Iterator[Violation]:
@@ -108,90 +147,6 @@ def _once(model: Model) -> Iterator[Violation]:
                     yield Violation("another answer to a repeated call", f"{op.kind} {op.request_id}", (op,))
 
 
-# ------------------------------------------------------------------------------------------------------------ sessions
-
-
-def _leases(model: Model) -> Iterator[Violation]:
-    """No two sessions change one adapter while both may hold its lease."""
-    calls = _calls(model)
-    for key in model.chains:
-        users = [
-            (op, attempt)
-            for op, attempt in answered(model.history.about(*key, *_CHANGES))
-            if op.session and op.attempts.index(attempt) == 0
-        ]
-        users.sort(key=lambda one: one[1].ended or 0.0)
-        enders = [one for one in model.history.about(*key, "delete", *MAKING) if one.ok is not None or one.unknown]
-        for (one, first), (other, second) in pairwise(users):
-            if one.session == other.session or not _held_on(model, calls, one, first, second):
-                continue
-            if any(
-                by.began < (second.ended or math.inf) and model.history.end_of(by) > first.began
-                for by in enders
-                if by is not other
-            ):
-                continue  # it may be another adapter by then
-            what = f"two sessions changed {key[0]}'s {key[1]} while the first held its lease"
-            yield Violation("a lease held twice", what, (one, other))
-
-
-def _calls(model: Model) -> dict[str, list[tuple[Op, Attempt]]]:
-    found: dict[str, list[tuple[Op, Attempt]]] = defaultdict(list)
-    for op in model.history.ops:
-        session = op.session or (str(op.ok.answer["session"]) if op.kind == "open" and op.ok else "")
-        for attempt in op.attempts:
-            if session:
-                found[session].append((op, attempt))
-    return {session: sorted(calls, key=lambda one: one[1].began) for session, calls in found.items()}
-
-
-def _held_on(model: Model, calls: dict[str, list[tuple[Op, Attempt]]], op: Op, first: Attempt, second: Attempt) -> bool:
-    """Whether a session that held a lease at `first` still did at `second`, for certain."""
-    if second.began <= (first.ended or math.inf):
-        return False  # they overlap: the order is not known
-    ttl = _ttl(calls[op.session])
-    at = first.ended or 0.0
-    for one, attempt in calls[op.session]:
-        if attempt.began > (second.ended or math.inf):
-            break
-        if one.kind == "close" and (attempt.ended or math.inf) > at:
-            return False
-        if attempt.began > at and attempt.began - at < ttl:
-            at = max(at, attempt.ended or attempt.began) if attempt.code == OK else at
-    return (second.ended or math.inf) - at < ttl - _LATE
-
-
-def _ttl(calls: list[tuple[Op, Attempt]]) -> float:
-    return min((attempt.answer["ttl"] for _, attempt in calls if "ttl" in attempt.answer), default=60.0)
-
-
-def _sessions(model: Model) -> Iterator[Violation]:
-    for session, calls in _calls(model).items():
-        ttl, last, active, shaky = _ttl(calls), 0.0, None, False
-        closing = False
-        for op, attempt in calls:
-            closing = closing or op.kind == "close"
-            resumed = op.kind == "open" and op.args.get("resume")
-            if attempt.reason == "SESSION_NOT_FOUND":
-                if last and not closing and (attempt.ended or math.inf) - last < ttl - _LATE:
-                    what = f"session {session[:6]} lives for {ttl:g} s without a call, and ended sooner"
-                    yield Violation("a session that was lost", what, (op,))
-                break
-            if attempt.code == OK:
-                last = max(last, attempt.began)
-            if op.kind in _SET_ACTIVE and attempt.code != OK and op.name:
-                shaky = True
-            elif attempt.code == OK and "active" in attempt.answer:
-                now = attempt.answer["active"]
-                sets = op.kind in _SET_ACTIVE and op.name
-                if not sets and active is not None and now != active and not shaky:
-                    what = f"session {session[:6]} had set {active!r}, and has {now!r}"
-                    yield Violation("another active adapter", what, (op,))
-                if sets and now != op.name and not resumed:
-                    yield Violation("another active adapter", f"it set {op.name!r}, and has {now!r}", (op,))
-                active, shaky = now, False
-
-
 # ------------------------------------------------------------------------------------------------------------ tenants
 
 
@@ -210,14 +165,3 @@ def _tenants(model: Model) -> Iterator[Violation]:
         if other != tenant:
             what = f"{name!r} of {created:.3f} is shown to {tenant} and to {other}"
             yield Violation("another tenant's adapter", what, (before, op))
-
-
-# ------------------------------------------------------------------------------------------------------------ refusals
-
-
-def _refusals(model: Model) -> Iterator[Violation]:
-    """The server itself says why it refuses, and none of these is a reason: nothing here was damaged or is a bug."""
-    for op in model.history.ops:
-        for attempt in op.attempts:
-            if attempt.reason and attempt.code in ("INTERNAL", "UNKNOWN", "DATA_LOSS", "UNAUTHENTICATED"):
-                yield Violation("an answer that no page declares", f"{attempt.code} {attempt.reason}", (op,))

@@ -24,6 +24,9 @@ DURABLE = frozenset({"create", "load", "upload", "delete", "step"})
 
 MAKING = frozenset({"create", "load", "upload"})
 
+LAST_LOOK = 1000
+"""Clients from this number on are no programs of the run: they look what is there when it is over (`audit`)."""
+
 
 @dataclass
 class Attempt:
@@ -75,6 +78,11 @@ class Op:
         if last.code not in AMBIGUOUS and last.reason != "SESSION_NOT_FOUND" and kept:
             return False  # had an earlier attempt had its effect, this one would have found its answer
         return any(one.code in AMBIGUOUS and one.reason not in ("LOADING", "DRAINING") for one in self.attempts)
+
+    @property
+    def possible(self) -> bool:
+        """Whether it had its effect or may have had it."""
+        return self.ok is not None or self.unknown
 
 
 class Writer:
@@ -161,6 +169,11 @@ class History:
         """The operations that name an adapter, of these kinds if any are given."""
         found = self._by_name.get((tenant, name), [])
         return [op for op in found if not kinds or op.kind in kinds]
+
+    def between(self, since: float, until: float, tenant: str, name: str, *kinds: str) -> list[Op]:
+        """The operations of these kinds that may have had their effect on an adapter between two times."""
+        found = self.about(tenant, name, *kinds)
+        return [op for op in found if op.possible and op.began < until and self.end_of(op) > since]
 
     def end_of(self, op: Op) -> float:
         """When it had certainly had its effect, if it ever has one."""

@@ -18,7 +18,7 @@ from typing import Any
 import grpc
 from history.calls import Stubs, facts_of, refusal, request_of, send
 from history.journal import Attempt, Op
-from history.model import Key, Life, Model, Origin, Violation
+from history.model import Key, Life, Model, Origin, Violation, answered
 
 from onebase.v1 import sessions_pb2
 
@@ -70,7 +70,22 @@ class Replayer:
         for done, life in enumerate(lives):
             told(done, len(lives))
             self._life(model, life)
+        self._rewards(model)
         return self._violations
+
+    def _rewards(self, model: Model) -> None:
+        """The reward adapter is never trained: of the same rows it says the same to everybody, in every life."""
+        wanted: dict[str, Any] = {}
+        for op, attempt in answered(model.history.ops):
+            if op.kind != "reward":
+                continue
+            rows = json.dumps(op.args["rows"])
+            if rows not in wanted:
+                wanted[rows] = self._send("reward", {"name": "", "rows": op.args["rows"]})["digest"]
+            self.compared += 1
+            if attempt.answer["digest"] != wanted[rows]:
+                what = f"the reward of {rows} is not what the replay gives"
+                self._violations.append(Violation("other numbers", what, (op,)))
 
     # ---------------------------------------------------------------------------------------------------- one adapter
 

@@ -66,7 +66,7 @@ def examine(forks: ForkServer, folder: Path, seed: int, say: Say) -> Outcome:
     history = journal.gather(folder / "run")
     found = model.build(history)
     violations = [*checks.check(found), *_bugs(folder / "run" / "server.log")]
-    say(f"{len(history.ops)} operations, {len(violations)} violations before the replay")
+    say(f"{len(history.ops)} operations were sent, {len(violations)} violations before the replay")
     with _undisturbed(forks, folder) as server:
         replayer = Replayer(Stubs(server.address), folder / "run")
         violations += replayer.check(found, lambda done, of: None if done % 50 else say(f"replay {done} of {of}"))
@@ -75,14 +75,14 @@ def examine(forks: ForkServer, folder: Path, seed: int, say: Say) -> Outcome:
     made = max(epoch.ended for epoch in epochs) - min(epoch.began for epoch in epochs)
     record = {
         "kills": sum(count for how, count in ends.items() if how != "sigterm"),
-        "operations": len(history.ops),
+        "operations": sum(op.ok is not None for op in history.ops),
+        "sent": len(history.ops),
         "violations": len(violations),
         "seed": seed,
         "seconds": round(made + time.monotonic() - began, 1),
         "seconds_of_history": round(made, 1),
         "ends": dict(sorted(ends.items())),
         "lives_of_clients": len({op.id.rpartition(".")[0] for op in history.ops if op.client < CLIENTS}),
-        "answered": sum(op.ok is not None for op in history.ops),
         "unknown": sum(op.unknown for op in history.ops),
         "adapters": len({created for _, created, _ in model.times_of_making(history)}),
         "versions": sum(len(life.origins) for life in found.all()),

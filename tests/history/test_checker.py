@@ -2,133 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from history import checks, model
-from history.journal import AMBIGUOUS, OK, Attempt, Epoch, History, Op, Writer, gather
+from history.audit import audit
+from history.journal import AMBIGUOUS, LAST_LOOK, OK, Attempt, Op, Writer, gather
 from history.model import Origin
-from history.replay import Replayer, after, completed
+from history.replay import after, completed
+from history.world import CLOCK, World, last
 
-CLOCK = 1000.0
-
-
-def digest(*parts: Any) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
-
-
-class Engine:
-    """Weights are the list of what was done to them."""
-
-    def __init__(self) -> None:
-        self.weights: dict[str, tuple[Any, ...]] = {}
-        self.pending: dict[str, tuple[Any, ...]] = {}
-
-    def do(self, kind: str, name: str, args: dict[str, Any]) -> dict[str, Any]:
-        own = {key: args[key] for key in sorted(args) if key not in ("name", "init_from")}
-        if kind == "create":
-            source = args.get("init_from")
-            self.weights[name] = self.weights[source] if source else (digest(own),)
-            self.pending[name] = ()
-        elif kind == "pass":
-            self.pending[name] += (digest(own),)
-            return {"digest": digest(self.weights[name], own)}
-        elif kind == "step":
-            passes, self.pending[name] = self.pending[name], ()
-            self.weights[name] += ((passes, digest(own)),)
-            return {"norm": digest(self.weights[name]), "applied": len(passes)}
-        elif kind == "delete":
-            del self.weights[name], self.pending[name]
-        return {"digest": digest(self.weights.get(name), kind, own)}
-
-
-class World:
-    """A server that does as it should, and everything written down. Tests then change what was written."""
-
-    def __init__(self) -> None:
-        self.engine = Engine()
-        self.versions: dict[str, int] = {}
-        self.created: dict[str, float] = {}
-        self.ops: list[Op] = []
-        self.now = 0.0
-        self.epoch = 0
-
-    def do(
-        self, kind: str, name: str = "", *, tenant: str = "red", session: str = "s1", code: str = OK,
-        happens: bool = True, **args: Any,
-    ) -> Op:  # fmt: skip
-        """An operation that is answered with `code`; `happens` says whether it has its effect."""
-        self.now += 1.0
-        own = {"name": name, **args} if name else args
-        known = f"0.0.{len(self.ops)}"
-        op = Op(known, kind, 0, tenant, session, known if kind in ("create", "delete", "pass", "step") else "", own)
-        answer = self._answer(kind, f"{tenant}/{name}", own, tenant) if happens else {}
-        op.attempts.append(Attempt(self.epoch, self.now, self.now + 0.5, code, "", answer if code == OK else {}))
-        self.ops.append(op)
-        return op
-
-    def _answer(self, kind: str, key: str, args: dict[str, Any], tenant: str) -> dict[str, Any]:
-        if "init_from" in args:
-            args = {**args, "init_from": f"{tenant}/{args['init_from']}"}
-        found = self.engine.do(kind, key, args)
-        if kind == "create":
-            self.versions[key], self.created[key] = self.versions.get(key, -1) + 1, CLOCK + self.now + 0.2
-        if kind == "step":
-            self.versions[key] += 1
-        if kind == "pass":
-            found["pending"] = len(self.engine.pending[key])
-        if kind == "delete":
-            return {"raw": "x"}
-        answer = {**found, "version": self.versions.get(key, 0), "raw": digest(found)}
-        if kind in ("create", "get"):
-            answer["created"] = self.created[key]
-        if kind in ("open", "session", "active"):
-            answer = {"session": "s1", "active": args.get("name", ""), "ttl": 60.0, "raw": "x"}
-        return answer
-
-    def train(self, name: str, rows: int, **named: Any) -> Op:
-        """A pass and a step."""
-        self.do("pass", name, rows=[rows], loss="cross_entropy", **named)
-        return self.do("step", name, rate=0.1, **named)
-
-    def violations(self, tmp_path: Path) -> set[str]:
-        """The names of the rules that are broken."""
-        epochs = {number: Epoch(number, 0.0, self.now + 10, "kill") for number in range(self.epoch + 1)}
-        found = model.build(History(self.ops, epochs, CLOCK))
-        return {one.rule for one in [*checks.check(found), *Quiet(tmp_path).check(found)]}
-
-
-class Quiet(Replayer):
-    """Replays on the engine above."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(None, folder)  # type: ignore[arg-type]
-
-    def __post_init__(self) -> None:
-        self.engine = Engine()
-
-    def _send(self, kind: str, args: dict[str, Any], data: bytes = b"") -> dict[str, Any]:
-        found = self.engine.do(kind, args["name"], args)
-        return {"pending": 0, **found}
-
-
-@pytest.fixture
-def world() -> World:
-    """Two tenants with an adapter each of one name, trained and read."""
-    world = World()
-    for tenant, seed in (("red", 1), ("blue", 2)):
-        world.do("create", "p", tenant=tenant, session=tenant, rank=2, seed=seed)
-        for rows in (1, 2):
-            world.train("p", rows, tenant=tenant, session=tenant)
-            world.do("logprob", "p", tenant=tenant, rows=[0])
-        world.do("get", "p", tenant=tenant)
-    return world
-
-
-def last(world: World, kind: str, tenant: str = "red") -> Op:
-    return next(op for op in reversed(world.ops) if (op.kind, op.tenant) == (kind, tenant))
+from onebase.v1 import adapters_pb2
 
 
 def test_an_honest_history_passes(world: World, tmp_path: Path) -> None:
@@ -186,9 +72,63 @@ def test_a_delete_that_nobody_heard_of_may_have_happened(world: World, tmp_path:
 
 
 def test_an_adapter_that_nobody_made(world: World, tmp_path: Path) -> None:
-    found = world.do("list").attempts[0]
-    found.answer = {"adapters": [["other", CLOCK + 3.0, 0]], "raw": "x"}
+    world.do("list").attempts[0].answer["adapters"] += [["other", CLOCK + 3.0, 0]]
     assert world.violations(tmp_path) == {"an adapter that nobody made"}
+
+
+def test_a_name_that_was_taken(world: World, tmp_path: Path) -> None:
+    world.do("create", "p", session="red", rank=2, seed=7)
+    assert world.violations(tmp_path) == {"a name that was taken"}
+
+
+def test_a_name_that_may_have_been_free_again(world: World, tmp_path: Path) -> None:
+    world.do("delete", "p", session="red", code="UNAVAILABLE")
+    world.do("create", "p", session="red", rank=2, seed=7)
+    assert world.violations(tmp_path) == set()
+
+
+def test_an_adapter_that_no_list_shows(world: World, tmp_path: Path) -> None:
+    world.do("list").attempts[0].answer["adapters"] = []
+    assert world.violations(tmp_path) == {"an adapter that no list shows"}
+
+
+@pytest.mark.parametrize("code", [OK, "UNAVAILABLE"])
+def test_an_adapter_that_no_list_needs_to_show(world: World, tmp_path: Path, code: str) -> None:
+    world.do("create", "copy", init_from="p", seed=0)
+    world.do("list")
+    world.do("delete", "copy", code=code)
+    world.do("list")
+    assert world.violations(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("told", "rules"),
+    [
+        (("UNAVAILABLE", "LOADING"), {"a last look that failed"}),
+        (("NOT_FOUND", "ADAPTER_NOT_FOUND"), {"an adapter that no list shows", "an adapter that disappeared"}),
+    ],
+)
+def test_the_last_look_asks_for_what_no_list_shows(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: tuple[str, str], rules: set[str]
+) -> None:
+    """A server that has lost everything in its last restart, and lists nothing."""
+
+    def send(_stubs: Any, kind: str, *_: Any) -> list[Any]:
+        if kind == "download" or told[1] == "LOADING":
+            raise grpc.RpcError
+        return [adapters_pb2.ListAdaptersResponse()]
+
+    world.write(tmp_path)
+    monkeypatch.setattr("history.audit.send", send)
+    monkeypatch.setattr("history.audit.refusal", lambda _: told)
+    audit(tmp_path, "127.0.0.1:1", {"red": "", "blue": ""}, 0)
+    looks = [op for op in gather(tmp_path).ops if op.client >= LAST_LOOK]
+    assert [(op.tenant, op.kind, op.name) for op in looks if op.kind == "download"] == [
+        ("red", "download", "p"), ("blue", "download", "p"),
+    ]  # fmt: skip
+    found = checks.check(model.build(gather(tmp_path)))
+    assert {one.rule for one in found} == rules
+    assert {op.tenant for one in found for op in one.ops if op in looks} == {"red", "blue"}
 
 
 def test_a_foreign_adapter_seen(world: World, tmp_path: Path) -> None:
@@ -207,6 +147,14 @@ def test_a_foreign_name_answered(world: World, tmp_path: Path) -> None:
 def test_a_number_that_changed(world: World, tmp_path: Path, kind: str) -> None:
     answer = last(world, kind).attempts[0].answer
     answer["norm" if kind == "step" else "digest"] = "other"
+    assert world.violations(tmp_path) == {"other numbers"}
+
+
+def test_a_reward_that_changed(world: World, tmp_path: Path) -> None:
+    world.do("reward", rows=[0])
+    world.do("reward", tenant="blue", rows=[0])
+    assert world.violations(tmp_path) == set()
+    world.do("reward", rows=[0]).attempts[0].answer["digest"] = "other"
     assert world.violations(tmp_path) == {"other numbers"}
 
 
