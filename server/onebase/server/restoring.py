@@ -78,7 +78,7 @@ async def restore(durable: Durable, rooms: Rooms, told: Told, *, frozen: Collect
     for row in rows:
         if row.name in anew:
             _check_kind(row, anew[row.name])
-            await durable.remove(row.name, rooms.registry.least_version(row.name), None)
+            await _give_way(durable, rooms, row)
         else:
             await _bring_back(durable, rooms, told, row, chosen.get(row.name))
             if row.name not in leased and durable.is_durable(row.uid):  # or more than the device holds may come back
@@ -96,6 +96,14 @@ def check_trained(entry: Entry | None, name: str, kind: AdapterKind) -> None:
     """
     if entry is not None and entry.kind is not kind:
         raise _wrong_kind(name, entry.kind.value, kind)
+
+
+async def _give_way(durable: Durable, rooms: Rooms, row: AdapterRow) -> None:
+    """Forgets an adapter whose name the settings give to another, which goes on after its versions."""
+    checkpoints = await durable.on_thread(lambda: durable.store.checkpoints(row.uid))
+    least = max(rooms.registry.least_version(row.name), row.reserved + 1, checkpoints[0].version + 1)
+    rooms.registry.end(row.name, least)
+    await durable.remove(row.name, least, None)
 
 
 async def _bring_back(durable: Durable, rooms: Rooms, told: Told, row: AdapterRow, version: int | None) -> None:
