@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -179,6 +180,15 @@ def test_adapters_made_and_read_at_once_are_what_each_is_alone(
     assert torch.nn.Linear(2, 2).weight.device.type == "cpu"
 
 
+@pytest.fixture(params=["exchanged", "in two renames"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How a directory takes the place of another; in two renames where the system cannot exchange them."""
+    if request.param != "exchanged":
+        monkeypatch.setattr("onebase.server.directories._renameat2", None)
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("way")
 def test_several_writes_to_one_path_leave_one_whole_directory(tmp_path: Path) -> None:
     def write(number: int) -> object:
         def fill(folder: Path) -> None:
@@ -195,6 +205,29 @@ def test_several_writes_to_one_path_leave_one_whole_directory(tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
     manifest = SavedFiles(tmp_path / "one").manifest()
     assert (tmp_path / "one" / "adapter_config.json").read_text() == str(manifest["version"])
+
+
+def test_what_is_overwritten_is_there_until_the_new_one_is(tmp_path: Path, way: str) -> None:
+    """Looked at between any two calls that an overwrite makes: a kill can come at each."""
+    path, seen = tmp_path / "one", list[str]()
+
+    def write(text: str, *, overwrite: bool) -> None:
+        write_directory(path, lambda folder: (folder / "adapter_config.json").write_text(text), {}, overwrite=overwrite)
+
+    def look(*_: object) -> None:
+        try:
+            seen.append((path / "adapter_config.json").read_text())
+        except FileNotFoundError:
+            seen.append("nothing")
+
+    write("old", overwrite=False)
+    sys.setprofile(look)
+    try:
+        write("new", overwrite=True)
+    finally:
+        sys.setprofile(None)
+    assert list(dict.fromkeys(seen)) == (["old", "new"] if way == "exchanged" else ["old", "nothing", "new"])
+    assert [one.name for one in tmp_path.iterdir()] == ["one"]
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,33 @@ def test_a_crash_of_the_engine_is_a_clean_restart(start: Start, state: Path, how
         assert client.train(number=1, request_id="two").adapter.version == 2
 
 
+def test_a_restore_is_not_done_again_by_a_server_that_starts_again_with_its_command_line(start: Start) -> None:
+    """By itself after a crash, then by whoever watches it: what was answered since the restore stays."""
+    with start(*STEP, "--keep-checkpoints", "4") as server, Plain(server.address) as client:
+        session = client.open()
+        client.create()
+        for number in range(3):
+            client.train(number=number)
+        server.process.kill()
+        server.process.wait()
+    flags = (*STEP, "--keep-checkpoints", "2", "--restore", "p=2")
+    with start(*flags, failpoints="worker:bug@100") as server, Plain(server.address) as client:
+        client.session = session
+        assert client.version() == 4  # the numbers of 2, as 3 was given
+        for number in range(3):  # so many that the checkpoint of 2 has had its time
+            assert client.train(number=7 + number).adapter.version == 5 + number
+        before = client.weights()
+        assert told_of_the_crash(client) == (Code.UNAVAILABLE, "WORKER_CRASHED")
+        wait_for(client)
+        assert server.process.poll() is None
+        assert (client.version(), client.weights()) == (7, before)
+        assert "restore p=2 was done at" in server.text()
+        server.process.kill()
+        server.process.wait()
+    with start(*flags) as server, Plain(server.address) as client:
+        assert (client.version(), client.weights()) == (7, before)
+
+
 def test_two_runs_whose_engine_crashes_end_bit_for_bit_as_undisturbed_ones(
     config: Path, tmp_path: Path, start: Start, state: Path
 ) -> None:

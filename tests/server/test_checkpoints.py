@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import re
 import stat
 import subprocess
 import sys
@@ -11,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from onebase.server import checkpoints, directories
 from onebase.server.checkpoints import StateDirectory, StateInUseError
-from onebase.server.errors import DataLoss
+from onebase.server.errors import DataLoss, Unavailable
 from onebase.server.store import AdapterRow
 
 
@@ -56,6 +60,35 @@ def test_damage_is_noticed_in_every_file(state, file, harm):
         state.verify(row)
     assert caught.value.reason == "CHECKPOINT_DAMAGED"
     assert file in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.EACCES, errno.ENOMEM])
+@pytest.mark.parametrize("file", ["weights", "onebase.json"])
+def test_a_file_that_cannot_be_read_now_is_not_called_damaged(state, monkeypatch, number, file):
+    row, read = written(state), checkpoints._sha256
+
+    def reads(path):
+        if path.name == file:
+            raise OSError(number, os.strerror(number), str(path))
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "_sha256", reads)
+        with pytest.raises(Unavailable, match=re.escape(os.strerror(number))) as caught:
+            state.verify(row)
+    assert caught.value.reason == "CHECKPOINT_UNREADABLE"
+    assert caught.value.retry_after
+    assert file in str(caught.value)
+    state.verify(row)
+
+
+def test_a_directory_that_is_made_outlives_a_power_cut(tmp_path, monkeypatch):
+    """Each name that leads to it is synced, and the names in it."""
+    synced, sync = [], directories.sync
+    for module in (directories, checkpoints):
+        monkeypatch.setattr(module, "sync", lambda path: synced.append(path) or sync(path))
+    StateDirectory(tmp_path / "a/state").close()
+    assert synced == [tmp_path, tmp_path / "a", tmp_path / "a/state"]
 
 
 def test_what_the_store_does_not_name_is_swept(state):

@@ -94,6 +94,32 @@ def test_a_bucket_belongs_to_one_state(serve, tmp_path):
         pass
 
 
+def test_a_url_that_another_state_adopted_is_not_taken_back(serve):
+    """A server that starts again with its command line has --adopt in it, and may have no adapters just then."""
+    with serve() as live:
+        create(live)
+    with serve("other", adopt=True) as live:
+        live.adapters.DeleteAdapter(adapters_pb2.DeleteAdapterRequest(session_id="", name="p"))
+    with serve("third", adopt=True):
+        pass
+    with pytest.raises(ConfigError, match="it is not taken back"), serve("other", adopt=True):
+        pass
+    with serve("third", adopt=True):
+        pass
+
+
+def test_what_was_adopted_goes_on_where_the_command_line_stays(serve, tmp_path):
+    with serve() as live:
+        create(live)
+        step(live)
+    lost(tmp_path)
+    for number in (1, 2, 3):
+        with serve(adopt=True, keep=1) as live:
+            assert version(live) == number
+            assert step(live).adapter.version == number + 1
+            live.sessions.CloseSession(sessions_pb2.CloseSessionRequest(session_id=live.session))
+
+
 def test_a_state_whose_checkpoints_lie_elsewhere_is_refused(serve):
     with serve() as live:
         create(live)

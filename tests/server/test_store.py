@@ -113,6 +113,19 @@ class StoreMachine(RuleBasedStateMachine):
             self.store.reserve(self.adapters[name].uid, version)
             self.adapters[name] = replace(self.adapters[name], reserved=version)
 
+    @precondition(lambda self: self.adapters)
+    @rule(data=st.data(), reserved=st.integers(0, 9))
+    def go_back(self, data, reserved):
+        name = data.draw(st.sampled_from(sorted(self.adapters)))
+        uid = self.adapters[name].uid
+        chosen = data.draw(st.integers(0, len(self.checkpoints[uid]) - 1))
+        newer = [one.folder for one in self.checkpoints[uid][:chosen]]
+        del self.checkpoints[uid][:chosen]
+        self.made += 1
+        self.store.go_back(uid, reserved, newer, {"restores": str(self.made)})
+        self.adapters[name] = replace(self.adapters[name], reserved=reserved)
+        assert self.store.meta("restores") == str(self.made)
+
     @rule(session=SESSIONS, active=NAMES, leases=st.lists(NAMES, unique=True))
     def put_session(self, session, active, leases):
         self.sessions[session] = SessionRow(session, "q", "label", 1.5, active, tuple(leases), "red")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 
 import grpc
@@ -220,6 +221,31 @@ def test_a_save_overwrites_adapters_alone_and_only_when_told(guarded, root):
     save(red, "mine", overwrite=True)
     assert (root / "red/mine/adapter_model.safetensors").read_bytes() == b"weights"
     assert sorted(path.name for path in (root / "red").iterdir()) == ["mine", "thesis"]
+
+
+@pytest.mark.parametrize("way", ["exchanged", "in two renames"])
+def test_what_a_save_overwrites_is_there_until_the_new_one_is(root, tmp_path, monkeypatch, way):
+    """Looked at between any two calls that it makes: a kill can come at each."""
+    if way != "exchanged":
+        monkeypatch.setattr("onebase.server.directories._renameat2", None)
+    place, seen = Roots([root]).own("mine", "red"), []
+    made = adapter(tmp_path / "made", b"new")
+
+    def look(*_):
+        try:
+            seen.append((root / "red/mine/adapter_model.safetensors").read_bytes())
+        except FileNotFoundError:
+            seen.append(b"nothing")
+
+    sys.setprofile(look)
+    try:
+        place.take(made, overwrite=True)
+    finally:
+        sys.setprofile(None)
+    between = [] if way == "exchanged" else [b"nothing"]
+    assert list(dict.fromkeys(seen)) == [b"red/mine", *between, b"new"]
+    assert [path.name for path in (root / "red").iterdir()] == ["mine"]
+    assert not made.exists()
 
 
 def test_the_directory_itself_is_not_written(guarded):

@@ -13,6 +13,7 @@ network.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -23,11 +24,15 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from onebase.server.errors import DataLoss
+from onebase.server.directories import make, sync
+from onebase.server.errors import DataLoss, Unavailable
 from onebase.server.storage import Bucket, Disk
 from onebase.server.store import AdapterRow, CheckpointRow
 
 MANIFEST = "onebase.json"
+
+_GONE = (errno.ENOENT, errno.ENOTDIR)
+"""A file that is not there is damage. Whatever else keeps one from being read may pass, as too many open files do."""
 
 
 class StateInUseError(Exception):
@@ -48,7 +53,7 @@ class StateDirectory:
     """
 
     def __init__(self, path: Path, url: str = "") -> None:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make(path, 0o700)
         self.path = path.resolve()
         self.store_path = self.path / "registry.sqlite"
         self.store_path.touch(mode=0o600)  # also where somebody has made the directory for all to read
@@ -65,6 +70,7 @@ class StateDirectory:
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
         try:
             self.storage = Bucket(url, self.path / "transit") if url else Disk(self.path / "checkpoints")
+            sync(self.path)
         except BaseException:
             self.close()
             raise
@@ -104,8 +110,8 @@ class StateDirectory:
         """A checkpoint's directory on this machine's disk, every file of it what was written.
 
         Raises:
-            DataLoss: CHECKPOINT_DAMAGED, naming the file.
-            OnebaseError: Unavailable.
+            DataLoss: CHECKPOINT_DAMAGED, naming the file: it is not there, or not what was written.
+            OnebaseError: Unavailable (CHECKPOINT_UNREADABLE, STORE_AWAY, STORE_DENIED): nothing is known of it now.
         """
         with self.opened(row.folder) as path:
             try:
@@ -116,9 +122,10 @@ class StateDirectory:
                     if _sha256(path / name) != digest:
                         raise _damaged(row, f"{self._shown(row)}/{name} is not what was written")
             except OSError as error:
-                raise _damaged(
-                    row, f"{self._shown(row)}/{Path(error.filename or '').name}: {error.strerror}"
-                ) from error
+                file = f"{self._shown(row)}/{Path(error.filename or '').name}"
+                if error.errno in _GONE:
+                    raise _damaged(row, f"{file}: {error.strerror}") from error
+                raise _unreadable(row, f"{file}: {error.strerror}") from error
             yield path
 
     def verify(self, row: CheckpointRow) -> None:
@@ -151,6 +158,15 @@ class StateDirectory:
 
 def _damaged(row: CheckpointRow, what: str) -> DataLoss:
     return DataLoss("CHECKPOINT_DAMAGED", f"the checkpoint of version {row.version} is damaged: {what}")
+
+
+def _unreadable(row: CheckpointRow, what: str) -> Unavailable:
+    return Unavailable(
+        "CHECKPOINT_UNREADABLE",
+        f"the checkpoint of version {row.version} cannot be read now ({what}): nothing is lost that was durable; see "
+        "to that on the server's machine, and try again",
+        retry_after=5.0,
+    )
 
 
 def _sha256(path: Path) -> str:

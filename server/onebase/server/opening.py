@@ -106,6 +106,11 @@ def _check_may_adopt(
             f"checkpoints is {storage.url!r}: it belongs to {whose}, and {str(config.path)!r} has adapters of its own "
             "already: give an empty directory as --state to adopt what lies there"
         )
+    if store.meta("checkpoints") == storage.url:
+        raise ConfigError(
+            f"checkpoints is {storage.url!r}: it belongs to {whose} now, and did to {str(config.path)!r} before: it is "
+            "not taken back; give an empty directory as --state to adopt what lies there"
+        )
     theirs = owner.get("base", facts.fingerprint)
     if theirs != facts.fingerprint:
         raise ConfigError(

@@ -176,7 +176,8 @@ Restore = Annotated[
     typer.Option(
         "--restore",
         metavar="NAME=VERSION",
-        help="Go back to an older checkpoint of an adapter. May be repeated.",
+        help="Go back to an older checkpoint of an adapter; done once, also where the server starts again with this. "
+        "May be repeated.",
         rich_help_panel=_STATE,
     ),
 ]

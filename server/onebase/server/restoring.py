@@ -3,26 +3,28 @@
 An adapter comes back under its name, with its newest checkpoint and its version. Where versions may have been made that
 are lost, it gets a version that was never given. One whose checkpoint is damaged keeps its name, and every call that
 names it is told DATA_LOSS and which checkpoint is whole; unless the registry itself was lost, and made again from the
-checkpoints: then the newest that is whole is taken.
+checkpoints: then the newest that is whole is taken. Where an adapter goes back, to one that the settings want or to the
+one that is whole, the newer checkpoints are forgotten only when the engine has the older one.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from onebase.server.calls import settle
 from onebase.server.config import ConfigError
 from onebase.server.durability import Durable
-from onebase.server.errors import DataLoss
+from onebase.server.errors import DataLoss, Unavailable
 from onebase.server.idempotency import Idempotency
 from onebase.server.jobs import AdapterFacts, AdapterKind, Job, LoadAdapterJob
 from onebase.server.leases import Sessions
 from onebase.server.names import name_of
 from onebase.server.ports import WorkerLike
 from onebase.server.registry import Entry, Registry, owner_of
+from onebase.server.restores import KEY, Restores
 from onebase.server.store import AdapterRow, CheckpointRow
 
 log = logging.getLogger(__name__)
@@ -59,7 +61,8 @@ async def restore(durable: Durable, rooms: Rooms, told: Told, *, frozen: Collect
         frozen: names and kinds of the adapters that the server's settings read anew: the state's give way to them.
 
     Raises:
-        ConfigError: the state has an adapter of another kind under such a name, or not the version that is asked for.
+        ConfigError: the state has an adapter of another kind under such a name, or not the version that is asked for,
+            or that is damaged.
         OnebaseError: an adapter cannot be loaded.
     """
     store, directory = durable.store, durable.directory
@@ -70,17 +73,15 @@ async def restore(durable: Durable, rooms: Rooms, told: Told, *, frozen: Collect
         rooms.registry.end(end.name, end.least_version)
     anew = dict(frozen)
     rows = await durable.on_thread(store.adapters)
-    chosen = dict(durable.config.restore)
+    restores = await _restores(durable, rows, anew)
     sessions = await durable.on_thread(store.sessions)
     leased = {key for session in sessions for key in session.leases}
-    if unknown := sorted(set(chosen) - {row.name for row in rows}):
-        raise ConfigError(f"restore is {unknown[0]!r}: the state has no such adapter")
     for row in rows:
         if row.name in anew:
             _check_kind(row, anew[row.name])
-            await durable.remove(row.name, rooms.registry.least_version(row.name), None)
+            await _give_way(durable, rooms, row)
         else:
-            await _bring_back(durable, rooms, told, row, chosen.get(row.name))
+            await _bring_back(durable, rooms, told, row, restores)
             if row.name not in leased and durable.is_durable(row.uid):  # or more than the device holds may come back
                 await durable.residency.rest(row.uid)
     for response in await durable.on_thread(store.responses):
@@ -98,62 +99,126 @@ def check_trained(entry: Entry | None, name: str, kind: AdapterKind) -> None:
         raise _wrong_kind(name, entry.kind.value, kind)
 
 
-async def _bring_back(durable: Durable, rooms: Rooms, told: Told, row: AdapterRow, version: int | None) -> None:
+async def _restores(durable: Durable, rows: list[AdapterRow], anew: Collection[str]) -> Restores:
+    """What the settings want restored and was not yet; all of it can be, as far as the store knows."""
+    store, asked = durable.store, durable.config.restore
+    noted = await durable.on_thread(lambda: store.meta(KEY))
+    restores = Restores(asked, noted)
+    if noted and noted != restores.noted:
+        await durable.on_thread(lambda: store.set_meta(KEY, restores.noted))
+    restores.tell()
+    uids = {row.name: row.uid for row in rows}
+    for name, version in restores.due.items():
+        if name not in uids:
+            raise ConfigError(f"restore is {name!r}: the state has no such adapter")
+        if name in anew:
+            raise ConfigError(f"restore is '{name}={version}': the settings read it anew at each start: leave one out")
+        _named(name, await durable.on_thread(lambda name=name: store.checkpoints(uids[name])), version)  # type: ignore[misc]
+    return restores
+
+
+async def _give_way(durable: Durable, rooms: Rooms, row: AdapterRow) -> None:
+    """Forgets an adapter whose name the settings give to another, which goes on after its versions."""
     checkpoints = await durable.on_thread(lambda: durable.store.checkpoints(row.uid))
-    reserved = row.reserved
-    checkpoint = checkpoints[0] if version is None else _named(row.name, checkpoints, version)
-    if version is not None:
-        reserved = await _go_back(durable, row, checkpoints, checkpoint)
-    older = [one for one in checkpoints if one is not checkpoint][:_FAR]
+    least = max(rooms.registry.least_version(row.name), row.reserved + 1, checkpoints[0].version + 1)
+    rooms.registry.end(row.name, least)
+    await durable.remove(row.name, least, None)
+
+
+async def _bring_back(durable: Durable, rooms: Rooms, told: Told, row: AdapterRow, restores: Restores) -> None:
+    checkpoints = await durable.on_thread(lambda: durable.store.checkpoints(row.uid))
+    began = time.monotonic()
+    if row.name in restores.due:
+        entry = await _restore_one(durable, rooms, row, checkpoints, restores)
+    else:
+        found = await _newest(durable, rooms, row, checkpoints)
+        if isinstance(found, DataLoss):
+            rooms.registry.damage(row.name, found)
+            rooms.registry.end(row.name, max(row.reserved, checkpoints[0].version) + 1)
+            told.damaged(row.name, found)
+            return
+        entry = found
+    rooms.registry.restore(entry)
+    told.restored(entry, time.monotonic() - began)
+
+
+async def _newest(
+    durable: Durable, rooms: Rooms, row: AdapterRow, checkpoints: list[CheckpointRow]
+) -> Entry | DataLoss:
+    """An adapter from its newest checkpoint; or why that cannot be had, for as long as this server runs."""
+    newest, older = checkpoints[0], checkpoints[1 : 1 + _FAR]
     try:
-        await _load(durable, rooms, told, row, checkpoint, reserved)
+        entry = await _load(durable, rooms, row, newest, row.reserved)
     except DataLoss as error:
         whole = await _whole(durable, older)
-        if durable.adopted and whole is not None:
-            log.warning("adapter %s: %s; it goes on from version %d", row.name, error, whole.version)
-            reserved = await _go_back(durable, row, checkpoints, whole)
-            await _load(durable, rooms, told, row, whole, reserved)
-            return
-        damage = _offer(row.name, error, whole)
-        rooms.registry.damage(row.name, damage)
-        rooms.registry.end(row.name, max(reserved, checkpoints[0].version) + 1)
-        told.damaged(row.name, damage)
+        if not durable.adopted or whole is None:
+            return _offer(row.name, error, whole)
+        log.warning("adapter %s: %s; it goes on from version %d", row.name, error, whole.version)
+        return await _go_back(durable, rooms, row, checkpoints, whole, {})
+    durable.track(entry, newest.version, row.reserved)  # a version that is new here is in no checkpoint yet
+    return entry
 
 
-async def _load(
-    durable: Durable, rooms: Rooms, told: Told, row: AdapterRow, checkpoint: CheckpointRow, reserved: int
-) -> None:
+async def _restore_one(
+    durable: Durable, rooms: Rooms, row: AdapterRow, checkpoints: list[CheckpointRow], restores: Restores
+) -> Entry:
+    """An adapter from the checkpoint that the settings want.
+
+    Raises:
+        ConfigError: it is damaged; nothing has changed.
+    """
+    chosen = _named(row.name, checkpoints, restores.due[row.name])
+    try:
+        return await _go_back(durable, rooms, row, checkpoints, chosen, {KEY: restores.done(row.name)})
+    except DataLoss as error:
+        whole = await _whole(durable, [one for one in checkpoints if one is not chosen][:_FAR])
+        raise _cannot(row.name, chosen, error, whole, checkpoints[0]) from error
+
+
+async def _go_back(
+    durable: Durable,
+    rooms: Rooms,
+    row: AdapterRow,
+    checkpoints: list[CheckpointRow],
+    chosen: CheckpointRow,
+    meta: Mapping[str, str],
+) -> Entry:
+    """An adapter from one of its checkpoints; the newer ones are forgotten as soon as the engine has it.
+
+    Raises:
+        OnebaseError: as `_load`; then nothing has changed.
+    """
+    newer = [one.folder for one in checkpoints[: checkpoints.index(chosen)]]
+    reserved = max(row.reserved, checkpoints[0].version if newer else 0)
+    entry = await _load(durable, rooms, row, chosen, reserved)
+    await durable.on_thread(lambda: durable.store.go_back(row.uid, reserved, newer, meta))
+    durable.track(entry, chosen.version, reserved)
+    await durable.on_storage(lambda: durable.directory.remove(newer))
+    return entry
+
+
+async def _load(durable: Durable, rooms: Rooms, row: AdapterRow, checkpoint: CheckpointRow, reserved: int) -> Entry:
     """Has the engine read a checkpoint, if it is whole.
 
     Raises:
         DataLoss: it is not.
         OnebaseError: it cannot be read now, or not by this engine.
     """
-    began, kind = time.monotonic(), AdapterKind(row.kind)
-    async with durable.verified(checkpoint) as path:
-        job: Job[AdapterFacts] = LoadAdapterJob(
-            uid=row.uid,
-            name=row.name,
-            kind=kind,
-            path=path,
-            with_optimizer=kind.trained,
-            least_version=reserved + 1 if reserved > checkpoint.version else 0,
-        )
-        facts = await settle(rooms.worker, job)
-    entry = Entry(name_of(row.name), facts, row.create_time, row.source, owner_of(row.name))
-    rooms.registry.restore(entry)
-    durable.track(entry, checkpoint.version, reserved)  # a version that is new here is in no checkpoint yet
-    told.restored(entry, time.monotonic() - began)
-
-
-async def _go_back(durable: Durable, row: AdapterRow, checkpoints: list[CheckpointRow], chosen: CheckpointRow) -> int:
-    """Forgets the checkpoints that are newer than the chosen one; returns the highest version ever given."""
-    reserved = max(row.reserved, checkpoints[0].version if checkpoints[0] is not chosen else 0)
-    await durable.on_thread(lambda: durable.store.reserve(row.uid, reserved))
-    for newer in checkpoints[: checkpoints.index(chosen)]:
-        await durable.on_thread(lambda folder=newer.folder: durable.store.forget(folder))  # type: ignore[misc]
-        await durable.on_storage(lambda folder=newer.folder: durable.directory.remove([folder]))  # type: ignore[misc]
-    return reserved
+    kind = AdapterKind(row.kind)
+    try:
+        async with durable.verified(checkpoint) as path:
+            job: Job[AdapterFacts] = LoadAdapterJob(
+                uid=row.uid,
+                name=row.name,
+                kind=kind,
+                path=path,
+                with_optimizer=kind.trained,
+                least_version=reserved + 1 if reserved > checkpoint.version else 0,
+            )
+            facts = await settle(rooms.worker, job)
+    except Unavailable as error:
+        raise Unavailable(error.reason, f"adapter {row.name!r}: {error}", retry_after=error.retry_after) from error
+    return Entry(name_of(row.name), facts, row.create_time, row.source, owner_of(row.name))
 
 
 async def _whole(durable: Durable, older: list[CheckpointRow]) -> CheckpointRow | None:
@@ -175,6 +240,19 @@ def _offer(name: str, error: DataLoss, whole: CheckpointRow | None) -> DataLoss:
         )
     way_out = f"version {whole.version} is whole: start the server with --restore {name}={whole.version} to go on there"
     return DataLoss(error.reason, f"adapter {name!r}: {error}; {way_out}, or delete or replace the adapter")
+
+
+def _cannot(
+    name: str, chosen: CheckpointRow, error: DataLoss, whole: CheckpointRow | None, newest: CheckpointRow
+) -> ConfigError:
+    """Why a checkpoint is not gone back to, and which one may be."""
+    if whole is None:
+        way_out = "no other one is whole: leave it out, and delete or replace the adapter"
+    elif whole is newest:
+        way_out = f"version {whole.version}, the newest, is whole: leave it out to go on there"
+    else:
+        way_out = f"version {whole.version} is whole: give {name}={whole.version} to go on there"
+    return ConfigError(f"restore is '{name}={chosen.version}': {error}; nothing was changed; {way_out}")
 
 
 def _named(name: str, checkpoints: list[CheckpointRow], version: int) -> CheckpointRow:

@@ -273,10 +273,16 @@ class Store:
             for key, value in meta.items():
                 self._set_meta(key, value)
 
-    def forget(self, folder: str) -> None:
-        """Forgets one checkpoint."""
+    def go_back(self, uid: int, reserved: int, newer: Sequence[str], meta: Mapping[str, str]) -> None:
+        """Forgets checkpoints of an adapter that may have had versions up to this one, and sets facts about the state.
+
+        All of that or nothing: what is not forgotten is what the adapter goes on from.
+        """
         with self._transaction():
-            self._db.execute("DELETE FROM checkpoints WHERE folder = ?", (folder,))
+            self._db.execute("UPDATE adapters SET reserved = ? WHERE uid = ?", (reserved, uid))
+            self._db.executemany("DELETE FROM checkpoints WHERE folder = ?", [(folder,) for folder in newer])
+            for key, value in meta.items():
+                self._set_meta(key, value)
 
     def reserve(self, uid: int, version: int) -> None:
         """Notes that an adapter may have had versions up to this one."""

@@ -2,7 +2,7 @@
 
 Whoever owns a directory may change it at any moment: between a look at it and its use a directory becomes a symlink, a
 file grows, shrinks or is swapped. So what is read is copied first, from files that are held open, to where the server
-alone writes; and what is written is made where the server alone writes, and moved by a rename into a directory that is
+alone writes; and what is written is made where the server alone writes, and moved in one step into a directory that is
 held open. ROOT itself must be the server's own.
 
 Everything here may wait for the disk.
@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from onebase.server.directories import exchange
 from onebase.server.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -113,22 +114,29 @@ class Place:
             OnebaseError: as `check_free`.
         """
         name = self.parts[-1]
-        old = f".{name}.{uuid.uuid4().hex}.old"
         with _told(), self._opened(self.parts[:-1], make=True) as parent:
-            replaced = self._check_free(parent, overwrite=overwrite)
-            if replaced:
-                os.rename(name, old, src_dir_fd=parent, dst_dir_fd=parent)
-            try:
+            if not self._check_free(parent, overwrite=overwrite):
                 os.rename(made, name, dst_dir_fd=parent)
-            except OSError:
-                if replaced:
-                    os.rename(old, name, src_dir_fd=parent, dst_dir_fd=parent)
-                raise
-            os.fsync(parent)
-            if replaced:  # deleted where nobody else can put anything in its way
-                gone = made.with_name("old")
-                os.rename(old, gone, src_dir_fd=parent)
-                shutil.rmtree(gone, ignore_errors=True)
+                os.fsync(parent)
+                return
+            if exchange(str(made), name, other_in=parent):
+                os.fsync(parent)
+            else:
+                self._take_in_turns(made, parent)
+            shutil.rmtree(made, ignore_errors=True)  # where nobody else can put anything in its way
+
+    def _take_in_turns(self, made: Path, parent: int) -> None:
+        """Moves a directory here, and what was here to where that was: where two cannot be exchanged in one step."""
+        name = self.parts[-1]
+        old = f".{name}.{uuid.uuid4().hex}.old"
+        os.rename(name, old, src_dir_fd=parent, dst_dir_fd=parent)
+        try:
+            os.rename(made, name, dst_dir_fd=parent)
+        except OSError:
+            os.rename(old, name, src_dir_fd=parent, dst_dir_fd=parent)
+            raise
+        os.fsync(parent)
+        os.rename(old, made, src_dir_fd=parent)
 
     def _check_free(self, parent: int, *, overwrite: bool) -> bool:
         """Whether an adapter is there that may be overwritten."""
@@ -162,6 +170,7 @@ class Place:
                 if make or not depth:
                     with contextlib.suppress(FileExistsError):
                         os.mkdir(name, 0o777 if depth else 0o700, dir_fd=here)
+                        os.fsync(here)
                 try:
                     here = held.enter_context(_opened(name, here))
                 except FileNotFoundError:

@@ -265,6 +265,7 @@ class Adapter:
             )
         copied = self.weights.copy() if self.weights.readers or self.window else None
         moments = self.moments or Moments.zeros(self.weights.parameters())
+        steps = [torch.tensor(float(moments.step), device=norm.device) for _ in self.weights.parameters()]
         failpoints.hit("optimizer")
         self.drop_gradients()
         if max_grad_norm > 0:
@@ -273,15 +274,20 @@ class Adapter:
             self.old.append(self.weights)
             self.weights = copied
         self.moments = moments
-        self._adamw(settings, gradients, moments)
+        self._adamw(settings, gradients, moments, steps)
         self.weights.version += 1
         self._forget_old()
         return norm.item(), applied
 
-    def _adamw(self, settings: AdamW, gradients: Mapping[str, torch.Tensor], moments: Moments) -> None:
-        """The step in place; torch's fused one takes no memory, so it cannot be half made."""
+    def _adamw(
+        self, settings: AdamW, gradients: Mapping[str, torch.Tensor], moments: Moments, steps: list[torch.Tensor]
+    ) -> None:
+        """The step in place; torch's fused one takes no memory, so it cannot be half made.
+
+        `steps` is for each parameter the number of steps before this one, which torch counts up.
+        """
         parameters = self.weights.parameters()
-        names, device = list(parameters), next(iter(parameters.values())).device
+        names = list(parameters)
         with torch.no_grad():
             adamw(
                 [parameters[name] for name in names],
@@ -289,7 +295,7 @@ class Adapter:
                 [moments.exp_avg[name] for name in names],
                 [moments.exp_avg_sq[name] for name in names],
                 [],
-                [torch.tensor(float(moments.step), device=device) for _ in names],
+                steps,
                 fused=True,
                 amsgrad=False,
                 beta1=settings.beta1,

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from onebase.server import failpoints
+from onebase.server.directories import exchange, make, sync
 from onebase.server.errors import AlreadyExists, DataLoss, InvalidArgument, NotFound, disk_full
 from onebase.server.jobs import MAX_CLIENT_STATE
 
@@ -162,7 +163,7 @@ _SWAP = threading.Lock()
 
 
 def write_directory(path: Path, fill: Callable[[Path], object], manifest: Mapping[str, Any], *, overwrite: bool) -> int:
-    """Writes a directory beside its place, makes it durable, and puts it there in one rename.
+    """Writes a directory beside its place, makes it durable, and puts it there in one step.
 
     Args:
         path: where it shall be.
@@ -179,7 +180,7 @@ def write_directory(path: Path, fill: Callable[[Path], object], manifest: Mappin
     """
     with _SWAP:  # or the moment between another write's two renames looks like somebody else's directory
         _check_free(path, overwrite=overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make(path.parent)
     token = uuid.uuid4().hex
     fresh, old = path.with_name(f".{path.name}.{token}.new"), path.with_name(f".{path.name}.{token}.old")
     try:
@@ -189,14 +190,12 @@ def write_directory(path: Path, fill: Callable[[Path], object], manifest: Mappin
         (fresh / MANIFEST).write_text(json.dumps({**manifest, "sha256": hashes}, indent=2) + "\n", encoding="utf-8")
         size = sum(file.stat().st_size for file in _files_below(fresh))
         for one in (*fresh.rglob("*"), fresh):
-            _sync(one)
+            sync(one)
         with _SWAP:
             _check_free(path, overwrite=overwrite)
             failpoints.hit("before_rename")
-            if path.exists():
-                path.rename(old)
-            fresh.rename(path)
-        _sync(path.parent)
+            _take_place(fresh, path, old)
+        sync(path.parent)
     except BaseException as error:
         shutil.rmtree(fresh, ignore_errors=True)
         if old.exists() and not path.exists():
@@ -206,8 +205,18 @@ def write_directory(path: Path, fill: Callable[[Path], object], manifest: Mappin
         if isinstance(error, OSError):
             raise disk_full(error) from error
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    for replaced in (fresh, old):
+        shutil.rmtree(replaced, ignore_errors=True)
     return size
+
+
+def _take_place(fresh: Path, path: Path, old: Path) -> None:
+    """Puts a directory at a path. What was there is at `fresh` then, or at `old` where two cannot be exchanged."""
+    if not path.exists():
+        fresh.rename(path)
+    elif not exchange(str(fresh), str(path)):
+        path.rename(old)
+        fresh.rename(path)
 
 
 def _check_free(path: Path, *, overwrite: bool) -> None:
@@ -221,11 +230,3 @@ def _check_free(path: Path, *, overwrite: bool) -> None:
 
 def _files_below(path: Path) -> list[Path]:
     return sorted(one for one in path.rglob("*") if one.is_file())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
