@@ -308,3 +308,18 @@ def test_tenants_differ_in_more_than_capitals(tmp_path):
     for name in ("red", "RED", "Operator"):
         with pytest.raises(TokenFileError, match="differs"):
             file.add(name, (), (), None)
+
+
+def test_what_a_call_has_saved_is_known_by_its_stamp_and_nothing_else_there_is_believed(root, tmp_path):
+    place = Roots((root,), ()).own("mine", "red")
+    manifest = root / "red/mine/onebase.json"
+    for wrong in ("[]", "{", '{"stamp": "mine"}', '{"stamp": "mine", "version": "7"}', '{"stamp": "", "version": 7}'):
+        manifest.write_text(wrong)
+        assert place.saved("mine") is None
+    manifest.write_text('{"stamp": "mine", "version": 7}')
+    assert place.saved("mine") == (7, sum(file.stat().st_size for file in (root / "red/mine").iterdir()))
+    assert place.saved("another's") is None
+    (tmp_path / "elsewhere").write_text(manifest.read_text())
+    manifest.unlink()
+    manifest.symlink_to(tmp_path / "elsewhere")
+    assert place.saved("mine") is None

@@ -88,6 +88,8 @@ class SavedAdapter:
     with_optimizer: bool = False
     overwrite: bool = False
     merged: bool = False
+    stamp: str = ""
+    """Of the call that asks for it, see `idempotency.stamp`."""
 
 
 class Catalog:
@@ -227,6 +229,7 @@ class Catalog:
             with_optimizer=saved.with_optimizer,
             overwrite=saved.overwrite,
             merged=saved.merged,
+            stamp=saved.stamp,
             # What a trainer has left there is nobody else's: who may not change the adapter may not read it either.
             with_client_state=saved.with_optimizer and caller().may_change(entry.owner, entry.name),
         )

@@ -17,6 +17,7 @@ from onebase.server.identity import OPERATOR, caller
 from onebase.server.paths import Roots
 from onebase.server.scratch import Scratch, of_this_user
 from onebase.server.spool import Spool, elsewhere, shown_as
+from onebase.server.walls import saved_at
 
 _IN_ROOT = ".onebase"
 """Where scratch directories lie in a root. No tenant's name begins with a dot."""
@@ -70,6 +71,21 @@ class Disks:
             with Spool(self.scratch).used() as folder, shown_as(folder, path):
                 await elsewhere(lambda: place.copy_to(folder, self._limit))
                 yield folder, str(place.path)
+
+    async def saved(self, path: str, stamp: str) -> tuple[Path, int, int] | None:
+        """What a call of this stamp has saved at a path: where, its version and its bytes; None if it is not there.
+
+        Raises:
+            OnebaseError: the caller may not write there.
+        """
+        who = caller()
+        if who.tenant == OPERATOR:
+            final = self.roots.writable(path)
+            found = await elsewhere(lambda: saved_at(final, stamp))
+        else:
+            place = self.roots.own(path, who.tenant)
+            final, found = place.path, await elsewhere(lambda: place.saved(stamp))
+        return None if found is None else (final, *found)
 
     @contextlib.asynccontextmanager
     async def writing(self, path: str, *, overwrite: bool) -> AsyncIterator[tuple[Path, Path]]:

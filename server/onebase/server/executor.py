@@ -234,8 +234,10 @@ class Executor:
 
         def write() -> SaveResult:
             if job.merged:
-                return engine.merger.save(adapter, job.path, overwrite=job.overwrite)
-            saved = engine.formats.save(adapter, job.path, with_optimizer=job.with_optimizer, overwrite=job.overwrite)
+                return engine.merger.save(adapter, job.path, overwrite=job.overwrite, stamp=job.stamp)
+            saved = engine.formats.save(
+                adapter, job.path, with_optimizer=job.with_optimizer, overwrite=job.overwrite, stamp=job.stamp
+            )
             return replace(saved, snapshot=number)
 
         return Aside(write, release=lambda: engine.release(adapter.weights))

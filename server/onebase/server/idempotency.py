@@ -179,6 +179,15 @@ def record(method: str, request: Message, response: Message) -> ResponseRow | No
     return ResponseRow(session, of_tenant(method), request_id, digest_of(request), response.SerializeToString())
 
 
+def stamp(method: str, request: Message) -> str:
+    """Tells a call from all others, also where it leaves its effect on a disk; "" for one without a request_id."""
+    request_id = _request_id(request)
+    if not request_id:
+        return ""
+    key = (of_tenant(method), request.session_id, request_id, digest_of(request).hex())  # type: ignore[attr-defined]
+    return hashlib.sha256("\n".join(key).encode()).hexdigest()
+
+
 def of_tenant(method: str) -> str:
     """A method's name for the caller: what another tenant was answered under the same request_id is not its to see."""
     tenant = caller().tenant

@@ -500,6 +500,7 @@ class SaveAdapterJob(Job[SaveResult]):
     with_client_state: bool = False
     overwrite: bool = False
     merged: bool = False
+    stamp: str = ""  # of the call that asked for it, for the manifest; "" where nobody would ask for it again
     client_state: bytes | None = None  # replaces, before it is written, what is kept with the adapter
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import stat
@@ -31,7 +32,11 @@ from onebase.server.errors import (
     disk_full,
 )
 
-OURS = ("adapter_config.json", "onebase.json")
+MANIFEST = "onebase.json"
+STAMP = "stamp"
+"""In a manifest: of the call that saved the directory. Who may write the directory may write this too, for itself."""
+
+OURS = ("adapter_config.json", MANIFEST)
 """Only a directory that has one of these is ever overwritten."""
 _READ = (".json", ".safetensors", ".jinja")
 _REFUSED_BY_NAME = (".bin", ".pt", ".pth")  # pickles: their names are copied, so that they are refused by name
@@ -95,6 +100,15 @@ class Place:
                     )
                 out.write(piece)
         return done
+
+    def saved(self, stamp: str) -> tuple[int, int] | None:
+        """What a call of this stamp has saved here: its version and its bytes; None if it is not here.
+
+        Raises:
+            OnebaseError: as `check_free`.
+        """
+        with _told(), self._opened(self.parts, make=False) as here:
+            return saved_in(here, stamp)
 
     def check_free(self, *, overwrite: bool) -> None:
         """Refuses a place that nothing may be written to.
@@ -190,6 +204,33 @@ class Place:
             "here; copy what they lead to",
             field="path",
         )
+
+
+def saved_at(path: Path, stamp: str) -> tuple[int, int] | None:
+    """`saved_in` for a directory of the operator's."""
+    try:
+        with _opened(str(path), None) as folder:
+            return saved_in(folder, stamp)
+    except OSError:
+        return None
+
+
+def saved_in(folder: int, stamp: str) -> tuple[int, int] | None:
+    """What a call of this stamp has saved in an open directory: its version and its bytes; None if it is another's."""
+    try:
+        with os.fdopen(os.open(MANIFEST, _FILE, dir_fd=folder), "rb") as file:
+            manifest = json.loads(file.read(_MAX_TEXT))
+    except (OSError, ValueError):
+        return None
+    version = manifest.get("version") if isinstance(manifest, dict) and manifest.get(STAMP) == stamp else None
+    if not isinstance(version, int):
+        return None
+    sizes = (
+        os.stat(name, dir_fd=below, follow_symlinks=False).st_size
+        for _, _, names, below in os.fwalk(dir_fd=folder)
+        for name in names
+    )
+    return version, sum(sizes)
 
 
 @contextlib.contextmanager

@@ -50,6 +50,7 @@ from onebase.server.jobs import (
     precision,
 )
 from onebase.server.patterns import PatternError, assigned, matching
+from onebase.server.walls import STAMP
 
 log = logging.getLogger(__name__)
 
@@ -378,7 +379,9 @@ class Formats:
 
     # -------------------------------------------------------------------------------------------------- write
 
-    def save(self, adapter: Adapter, path: Path, *, with_optimizer: bool, overwrite: bool) -> SaveResult:
+    def save(
+        self, adapter: Adapter, path: Path, *, with_optimizer: bool, overwrite: bool, stamp: str = ""
+    ) -> SaveResult:
         """Writes a PEFT directory, whole or not at all.
 
         Raises:
@@ -417,6 +420,8 @@ class Formats:
             manifest |= {"append_eos": adapter.append_eos, "pooling": adapter.pooling.value}
         if kept.data:
             manifest["client_state"] = kept.version
+        if stamp:
+            manifest[STAMP] = stamp
 
         def fill(folder: Path) -> None:
             config.save_pretrained(str(folder))

@@ -24,6 +24,7 @@ from onebase.server.engine.formats import base_entry
 from onebase.server.engine.lora import LoraPair, MultiLoraLinear
 from onebase.server.errors import FailedPrecondition
 from onebase.server.jobs import AdapterKind, BaseFacts, SaveResult
+from onebase.server.walls import STAMP
 
 _WRAPPED = ".base"  # where a MultiLoraLinear keeps the layer of the base
 
@@ -53,7 +54,7 @@ class Merger:
         self._tokenizer = tokenizer
         self._facts = facts
 
-    def save(self, adapter: Adapter, path: Path, *, overwrite: bool) -> SaveResult:
+    def save(self, adapter: Adapter, path: Path, *, overwrite: bool, stamp: str = "") -> SaveResult:
         """Writes configuration, weights in the base's dtype and tokenizer, whole or not at all.
 
         Raises:
@@ -77,6 +78,7 @@ class Merger:
                 ) from error
 
         manifest = {"format": 1, "merged": adapter.name, "version": weights.version, "base": base_entry(self._facts)}
+        manifest |= {STAMP: stamp} if stamp else {}
         return SaveResult(path, weights.version, write_directory(path, fill, manifest, overwrite=overwrite))
 
     def _check(self, adapter: Adapter) -> None:

@@ -20,8 +20,9 @@ from onebase.server.codec import adapters as codec
 from onebase.server.codec import files
 from onebase.server.codec.training import read_client_state
 from onebase.server.edge import Edge
-from onebase.server.idempotency import record
-from onebase.server.jobs import ClientStateJob
+from onebase.server.errors import AlreadyExists
+from onebase.server.idempotency import record, stamp
+from onebase.server.jobs import ClientStateJob, SaveResult
 from onebase.server.leases import Session
 from onebase.server.registry import Entry
 from onebase.server.spool import Spool, described, pieces, receive, shown_as
@@ -93,11 +94,9 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         @looks_again
         async def work(session: Session | None, deadline: float | None) -> adapters_pb2.SaveAdapterResponse:
             entry = edge.registry.get(request.name, "name")
-            saved = codec.read_save(request)
-            async with edge.disks.writing(request.path, overwrite=request.overwrite) as (folder, final):
-                result = await edge.catalog.save(replace(saved, path=folder), entry, session, deadline)
-                await settled(edge.keeper.seen({entry.uid: result.version}))
-            response = codec.save_response(entry.name, replace(result, path=final))
+            asked = replace(codec.read_save(request), stamp=stamp("SaveAdapter", request))
+            result = await self._save(request, asked, entry, session, deadline)
+            response = codec.save_response(entry.name, result)
             answered = record("SaveAdapter", request, response)
             finish = partial(edge.keeper.answered, answered)  # it is there now: a repeated call must not save it again
             edge.idempotency.applied("SaveAdapter", request, response, finish)
@@ -105,6 +104,27 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             return response
 
         return await edge.once("SaveAdapter", request, context, work)
+
+    async def _save(
+        self,
+        request: adapters_pb2.SaveAdapterRequest,
+        asked: SavedAdapter,
+        entry: Entry,
+        session: Session | None,
+        deadline: float | None,
+    ) -> SaveResult:
+        """Saves an adapter, unless this very call has done so before, and a kill came between that and its answer."""
+        edge = self._edge
+        try:
+            async with edge.disks.writing(request.path, overwrite=request.overwrite) as (folder, final):
+                result = await edge.catalog.save(replace(asked, path=folder), entry, session, deadline)
+                await settled(edge.keeper.seen({entry.uid: result.version}))
+        except AlreadyExists:
+            made = await edge.disks.saved(request.path, asked.stamp) if asked.stamp else None
+            if made is None:
+                raise
+            return SaveResult(*made)
+        return replace(result, path=final)
 
     async def CheckpointAdapter(
         self, request: adapters_pb2.CheckpointAdapterRequest, context: Context
