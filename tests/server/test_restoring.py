@@ -8,8 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 from server.harness import refused
-from server.test_durability import StateWorker, committed, create, step, version
-from server.test_durability import serve as serve  # a fixture
+from server.stateful import StateWorker, committed, create, step, version
 
 from onebase.server import checkpoints
 from onebase.server.config import AdapterSource, ConfigError
