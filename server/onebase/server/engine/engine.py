@@ -80,7 +80,7 @@ class Decoding:
 class Drawn:
     """A token, its logprob at temperature 1 with nothing banned, and the value before it (nan if not asked for).
 
-    Not finite logits give a nan logprob; then the token means nothing.
+    Logits that are not finite, and bans that leave no token, give a logprob that is not; then the token means nothing.
     """
 
     token: int
@@ -335,7 +335,9 @@ class Engine:
                 allowed[i, list(one.banned)] = -torch.inf
         tokens = draw(allowed, [one.sampling for one in draws], [one.place for one in draws])
         chosen = torch.tensor(tokens, device=self._device)
-        logprobs = (logits[owners, chosen] - totals[owners]).tolist()
+        logprobs = (
+            allowed[torch.arange(len(draws), device=self._device), chosen] - totals[owners]
+        ).tolist()  # -inf where all are banned
         values = _values_by_adapter(drawing, states)
         drawn: list[list[Drawn]] = [[] for _ in drawing]
         for owner, token, logprob in zip(owners, tokens, logprobs, strict=True):

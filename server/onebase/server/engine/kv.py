@@ -2,7 +2,9 @@
 
 Layout per layer: keys and values of shape [slots, kv_heads, capacity, head_dim]. A slot's row holds its sequence from
 position 0, so that a step reads neighbouring slots in place. Slots and capacity both grow as completions need them;
-slots times capacity never exceeds the budget. What lies past a sequence's length is old and is masked by the reader.
+slots times capacity never exceeds the budget. What lies past a sequence's length is masked by the reader, and is zero:
+a masked position still weighs zero times what is there, and zero times the infinity or NaN that a broken adapter left
+would be NaN. So a slot that is taken is zeroed first, but for what it keeps.
 
 A slot that was given back keeps its tokens until it is used again: a prompt that begins like one of them, under the
 same version of the same adapter, copies what they share.
@@ -87,10 +89,18 @@ class KVCache:
         """Whether a sequence of `length` tokens could ever be held, alone."""
         return self._rounded(length) <= self._tokens
 
-    def take(self) -> int:
-        """The lowest free slot; IndexError if there is none."""
+    def take(self, source: int = -1, shared: int = 0) -> int:
+        """The lowest free slot, zeroed; IndexError if there is none.
+
+        If it is `source`, its first `shared` tokens stay. It may be taken for another sequence than the one that
+        copies them, and be written over later.
+        """
         slot = self._free.pop()
         self._contents.pop(slot, None)
+        kept = shared if slot == source else 0
+        for pair in self._layers.values():
+            for t in pair:
+                t[slot : slot + 1, :, kept:].zero_()  # a slot beyond the tensor's end is zeros when it grows
         return slot
 
     def give_back(self, slot: int, key: Hashable = None, tokens: Sequence[int] = ()) -> None:
