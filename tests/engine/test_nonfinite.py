@@ -13,6 +13,7 @@ from engine.test_mixed import row, train_rows
 from engine.test_worker import block
 
 from onebase.server.completions import GenerateTask
+from onebase.server.config import Budget, Limits
 from onebase.server.engine import Engine, overflow
 from onebase.server.engine.kv import KVCache
 from onebase.server.engine.sampling import draw
@@ -92,6 +93,24 @@ def test_a_slot_is_taken_without_what_it_held_but_for_what_is_shared() -> None:
         assert not t[slots[2]].any()
         assert not t[slots[1], :, 20:].any()
         assert not torch.isfinite(t[slots[1], :, :20]).any()
+
+
+@pytest.mark.parametrize("step_tokens", [16, 256])
+def test_free_slots_hold_nothing_beyond_what_the_cache_knows_of(engine: Engine, step_tokens: int) -> None:
+    worker = Worker(engine, Limits(), Budget(step_tokens, step_tokens))
+    worker.start()
+    try:
+        for length, n in ((60, 5), (7, 3), (33, 8), (5, 1)):
+            job, _ = generation(BASE, texts(2, shortest=length, longest=length + 1), n=n, max_new_tokens=30)
+            worker.submit(job)
+            job.done.result(60)
+    finally:
+        worker.stop(0.0)
+    taken = [engine.kv.take() for _ in range(8)]
+    for layer in range(2):
+        for t in engine.kv.layer(layer):
+            assert t.shape[0] == len(taken)
+            assert not t.any()
 
 
 def test_slots_are_given_back_when_what_is_shared_cannot_be_copied(

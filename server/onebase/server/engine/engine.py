@@ -255,6 +255,9 @@ class Engine:
     def showing(self, rows: Sequence[Row]) -> Iterator[Batch]:
         """Shows the base's layers a batch; as long as layers may be run again for it (recomputed in a backward)."""
         batch = flatten(rows, self._device, self._multiple)
+        for row in rows:
+            if row.slot is not None:
+                self.kv.reach(row.slot, row.past + len(row.tokens))
         if self._segmented is None or torch.is_grad_enabled():
             self._route.begin(batch, self.kv, self._stacks.group(batch.segments))
         else:
