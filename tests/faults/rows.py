@@ -118,8 +118,9 @@ ROWS: dict[int, Row] = {
         "NaN loss or gradient",
         "old logprobs so small that the ratio overflows",
         ("FAILED_PRECONDITION",),
-        "the pass is skipped, weights are bit-identical, and the gradients of good passes are still there",
-        "the bad pass",
+        "the pass is skipped, weights are bit-identical, and the gradients of good passes are still there; where their "
+        "sum or its square overflows, the step is skipped",
+        "the bad pass; gradients whose sum overflows",
     ),
     17: Row(
         "shape, dtype or byte length wrong",

@@ -239,6 +239,8 @@ def test_training_needs_a_session(live):
         ({}, "REQUIRED", "adamw"),
         ({"adamw": {"learning_rate": -1e-3}}, "OUT_OF_RANGE", "adamw.learning_rate"),
         ({"adamw": {"learning_rate": NAN}}, "NOT_FINITE", "adamw.learning_rate"),
+        ({"adamw": {"learning_rate": 1e5}}, "OUT_OF_RANGE", "adamw.learning_rate"),
+        ({"adamw": {"learning_rate": 1e25, "eps": 1e4}}, "OUT_OF_RANGE", "adamw.learning_rate"),
         ({"adamw": {"learning_rate": 1, "beta1": 1.0}}, "OUT_OF_RANGE", "adamw.beta1"),
         ({"adamw": {"learning_rate": 1, "beta2": -0.1}}, "OUT_OF_RANGE", "adamw.beta2"),
         ({"adamw": {"learning_rate": 1, "beta2": NAN}}, "NOT_FINITE", "adamw.beta2"),

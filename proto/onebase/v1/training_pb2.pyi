@@ -439,7 +439,7 @@ class AdamW(google.protobuf.message.Message):
     EPS_FIELD_NUMBER: builtins.int
     WEIGHT_DECAY_FIELD_NUMBER: builtins.int
     learning_rate: builtins.float
-    """Learning rate; required, at least 0."""
+    """Learning rate; required, from 0 to 1000, or to 1000 · eps where eps is above 1."""
     beta1: builtins.float
     """Decay of the first moment; unset is 0.9."""
     beta2: builtins.float

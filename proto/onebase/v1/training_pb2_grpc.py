@@ -76,7 +76,10 @@ class TrainingServiceServicer(object):
     def OptimStep(self, request, context):
         """One AdamW step (Loshchilov and Hutter 2019) with the pending gradients, which are then gone.
 
-        FAILED_PRECONDITION without pending gradients.
+        FAILED_PRECONDITION without pending gradients. With reason NONFINITE_GRADIENT if the norm of the pending gradients,
+        or its square, is not finite: they are dropped, since no step could be made of them. With reason NONFINITE_WEIGHTS
+        if a new weight or moment would not be finite: the gradients still wait, for a step with other settings. Either way
+        weights and moments are what they were.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

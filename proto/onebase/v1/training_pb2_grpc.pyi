@@ -101,7 +101,10 @@ class TrainingServiceStub(typing.Generic[_TrainingServiceForwardBackwardType, _T
     OptimStep: _TrainingServiceOptimStepType
     """One AdamW step (Loshchilov and Hutter 2019) with the pending gradients, which are then gone.
 
-    FAILED_PRECONDITION without pending gradients.
+    FAILED_PRECONDITION without pending gradients. With reason NONFINITE_GRADIENT if the norm of the pending gradients,
+    or its square, is not finite: they are dropped, since no step could be made of them. With reason NONFINITE_WEIGHTS
+    if a new weight or moment would not be finite: the gradients still wait, for a step with other settings. Either way
+    weights and moments are what they were.
     """
 
 TrainingServiceAsyncStub: typing_extensions.TypeAlias = TrainingServiceStub[
@@ -145,7 +148,10 @@ class TrainingServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[onebase.v1.training_pb2.OptimStepResponse, collections.abc.Awaitable[onebase.v1.training_pb2.OptimStepResponse]]:
         """One AdamW step (Loshchilov and Hutter 2019) with the pending gradients, which are then gone.
 
-        FAILED_PRECONDITION without pending gradients.
+        FAILED_PRECONDITION without pending gradients. With reason NONFINITE_GRADIENT if the norm of the pending gradients,
+        or its square, is not finite: they are dropped, since no step could be made of them. With reason NONFINITE_WEIGHTS
+        if a new weight or moment would not be finite: the gradients still wait, for a step with other settings. Either way
+        weights and moments are what they were.
         """
 
 def add_TrainingServiceServicer_to_server(servicer: TrainingServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

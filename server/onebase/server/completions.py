@@ -79,7 +79,11 @@ class Completion:
             FailedPrecondition: the logits were not finite.
         """
         if not math.isfinite(drawn.logprob):
-            raise FailedPrecondition("NONFINITE_LOGITS", "the policy's logits are not finite: load an earlier version")
+            raise FailedPrecondition(
+                "NONFINITE_LOGITS",
+                "the policy's logits are not finite, or every token that could come is banned: load an earlier "
+                "version, or ask for fewer stop_token_ids",
+            )
         sampling = self.task.job.sampling
         self.tokens.append(drawn.token)
         self.logprobs.append(drawn.logprob)
@@ -250,20 +254,21 @@ class GenerateTask(Task[GenerateJob]):
         first = self._waiting[-1]
         tokens = first.all_tokens
         source, shared = engine.kv.shared(self._key, tokens)  # looked up before a slot is taken: it may be that one
+        shared = max(0, min(shared, len(tokens) - 1))  # the last token is run, for what comes after it
         places = engine.kv.free(self._wanted_length(first))
         begun: list[Completion] = []
         while self._waiting and len(begun) < places and (not begun or self._waiting[-1].like(first)):
             completion = self._waiting.pop()
-            completion.slot = engine.kv.take()
+            completion.slot = engine.kv.take(source, shared)
             begun.append(completion)
         if not begun:
             return None
-        shared = max(0, min(shared, len(tokens) - 1))  # the last token is run, for what comes after it
         if shared and source != first.slot:
             try:
                 engine.kv.copy(source, [first.slot], shared)
             except Exception as error:
                 if not is_out_of_memory(error):
+                    self._leave_slots(engine, begun)
                     raise
                 shared = 0  # to copy is only quicker than to run it
         return Prefill(begun, tokens, shared, shared)
@@ -316,6 +321,12 @@ class GenerateTask(Task[GenerateJob]):
         held = completion.all_tokens[:-1] if completion.tokens else []
         engine.kv.give_back(completion.slot, self._key, held)
         completion.slot = -1
+
+    def _leave_slots(self, engine: Engine, completions: Sequence[Completion]) -> None:
+        """Gives slots back that hold nothing worth keeping."""
+        for completion in completions:
+            engine.kv.give_back(completion.slot)
+            completion.slot = -1
 
     def _leave_filling(self, engine: Engine, filling: Prefill) -> None:
         """Gives the slots of a prompt on its way back, saying how far it is in the cache."""

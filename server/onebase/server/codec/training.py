@@ -25,6 +25,10 @@ from onebase.v1 import adapters_pb2, training_pb2, types_pb2
 
 _ADAMW = AdamW(learning_rate=0.0)
 
+_MOST_RATE = 1e3
+"""Largest learning rate. AdamW moves every weight by about so much, and an adapter's weights are below one: more is a
+slip, as 1e5 for 1e-5. Where eps is above one it divides the steps, and the rate may be as much larger."""
+
 
 async def read_forward_backward(
     request: training_pb2.ForwardBackwardRequest, entry: Entry, reader: SequenceReader
@@ -63,11 +67,12 @@ def read_optim_step(request: training_pb2.OptimStepRequest, entry: Entry) -> Opt
     if not request.HasField("adamw"):
         raise required("adamw", "give at least its learning_rate")
     given = request.adamw
+    eps = number(optional(given, "eps", _ADAMW.eps), "adamw.eps", above=0)
     adamw = AdamW(
-        learning_rate=number(given.learning_rate, "adamw.learning_rate", least=0),
+        learning_rate=_rate(given.learning_rate, eps),
         beta1=_beta(given, "beta1", _ADAMW.beta1),
         beta2=_beta(given, "beta2", _ADAMW.beta2),
-        eps=number(optional(given, "eps", _ADAMW.eps), "adamw.eps", above=0),
+        eps=eps,
         weight_decay=number(given.weight_decay, "adamw.weight_decay", least=0),
     )
     return OptimStepJob(
@@ -142,6 +147,13 @@ def read_client_state(
     if length > MAX_CLIENT_STATE:
         raise out_of_range("client_state", f"{length} bytes", f"at most {MAX_CLIENT_STATE}")
     return request.client_state
+
+
+def _rate(rate: float, eps: float) -> float:
+    most = _MOST_RATE * max(1.0, eps)
+    if number(rate, "adamw.learning_rate", least=0) > most:
+        raise out_of_range("adamw.learning_rate", f"{rate:g}", f"at most {most:g}, as 1e-4")
+    return rate
 
 
 def _beta(adamw: training_pb2.AdamW, name: str, default: float) -> float:

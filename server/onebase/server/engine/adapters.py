@@ -18,6 +18,7 @@ from peft import LoraConfig
 from torch.optim.adamw import adamw
 
 from onebase.server import failpoints
+from onebase.server.engine import overflow
 from onebase.server.engine.lora import LoraPair
 from onebase.server.errors import Aborted, FailedPrecondition
 from onebase.server.jobs import (
@@ -247,8 +248,9 @@ class Adapter:
         All memory that it needs is taken before anything is changed: without it, nothing is, and the gradients wait.
 
         Raises:
-            FailedPrecondition: without gradients, or if their norm, or its square, is not finite; then they are
-                dropped, and weights and moments stay as they were, bit for bit.
+            FailedPrecondition: without gradients; if their norm, or its square, is not finite; or if a new weight or
+                moment would not be. Weights and moments stay as they were, bit for bit; the gradients wait for a step
+                with other settings, unless they are what is not finite: then they are dropped.
         """
         if not self.pending:
             raise FailedPrecondition("NO_GRADIENTS", f"adapter {self.name!r} has no gradients: call ForwardBackward")
@@ -265,7 +267,10 @@ class Adapter:
             )
         copied = self.weights.copy() if self.weights.readers or self.window else None
         moments = self.moments or Moments.zeros(self.weights.parameters())
-        steps = [torch.tensor(float(moments.step), device=norm.device) for _ in self.weights.parameters()]
+        parameters = self.weights.parameters()
+        steps = [torch.tensor(float(moments.step), device=norm.device) for _ in parameters]
+        clip = scale if max_grad_norm > 0 else None
+        overflow.refuse(self.name, parameters, gradients, moments, settings, clipped, clip)
         failpoints.hit("optimizer")
         self.drop_gradients()
         if max_grad_norm > 0:

@@ -80,7 +80,7 @@ class Decoding:
 class Drawn:
     """A token, its logprob at temperature 1 with nothing banned, and the value before it (nan if not asked for).
 
-    Not finite logits give a nan logprob; then the token means nothing.
+    Logits that are not finite, and bans that leave no token, give a logprob that is not; then the token means nothing.
     """
 
     token: int
@@ -255,6 +255,9 @@ class Engine:
     def showing(self, rows: Sequence[Row]) -> Iterator[Batch]:
         """Shows the base's layers a batch; as long as layers may be run again for it (recomputed in a backward)."""
         batch = flatten(rows, self._device, self._multiple)
+        for row in rows:
+            if row.slot is not None:
+                self.kv.reach(row.slot, row.past + len(row.tokens))
         if self._segmented is None or torch.is_grad_enabled():
             self._route.begin(batch, self.kv, self._stacks.group(batch.segments))
         else:
@@ -335,7 +338,9 @@ class Engine:
                 allowed[i, list(one.banned)] = -torch.inf
         tokens = draw(allowed, [one.sampling for one in draws], [one.place for one in draws])
         chosen = torch.tensor(tokens, device=self._device)
-        logprobs = (logits[owners, chosen] - totals[owners]).tolist()
+        logprobs = (
+            allowed[torch.arange(len(draws), device=self._device), chosen] - totals[owners]
+        ).tolist()  # -inf where all are banned
         values = _values_by_adapter(drawing, states)
         drawn: list[list[Drawn]] = [[] for _ in drawing]
         for owner, token, logprob in zip(owners, tokens, logprobs, strict=True):

@@ -2,7 +2,9 @@
 
 Layout per layer: keys and values of shape [slots, kv_heads, capacity, head_dim]. A slot's row holds its sequence from
 position 0, so that a step reads neighbouring slots in place. Slots and capacity both grow as completions need them;
-slots times capacity never exceeds the budget. What lies past a sequence's length is old and is masked by the reader.
+slots times capacity never exceeds the budget. What lies past a sequence's length is masked by the reader, and is zero:
+a masked position still weighs zero times what is there, and zero times the infinity or NaN that a broken adapter left
+would be NaN. So a slot that is taken is zeroed first, as far as it was ever written, but for what it keeps.
 
 A slot that was given back keeps its tokens until it is used again: a prompt that begins like one of them, under the
 same version of the same adapter, copies what they share.
@@ -42,6 +44,7 @@ class KVCache:
         self._free = list(range(slots - 1, -1, -1))  # lowest last: slots in use stay neighbours
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._contents: dict[int, tuple[Hashable, Sequence[int]]] = {}
+        self._reach: dict[int, int] = {}  # tokens from which a slot is zeros
         self._capacity = 0
 
     @property
@@ -87,11 +90,24 @@ class KVCache:
         """Whether a sequence of `length` tokens could ever be held, alone."""
         return self._rounded(length) <= self._tokens
 
-    def take(self) -> int:
-        """The lowest free slot; IndexError if there is none."""
+    def take(self, source: int = -1, shared: int = 0) -> int:
+        """The lowest free slot, zeroed; IndexError if there is none.
+
+        If it is `source`, its first `shared` tokens stay. It may be taken for another sequence than the one that
+        copies them, and be written over later.
+        """
         slot = self._free.pop()
         self._contents.pop(slot, None)
+        kept, stop = shared if slot == source else 0, self._reach.get(slot, 0)
+        for pair in self._layers.values() if kept < stop else ():
+            for t in pair:
+                t[slot : slot + 1, :, kept:stop].zero_()  # a slot beyond the tensor's end is zeros when it grows
+        self._reach[slot] = kept
         return slot
+
+    def reach(self, slot: int, stop: int) -> None:
+        """Says that a slot will be written, up to a position; to be said before its tokens are."""
+        self._reach[slot] = max(stop, self._reach.get(slot, 0))
 
     def give_back(self, slot: int, key: Hashable = None, tokens: Sequence[int] = ()) -> None:
         """Frees a slot; `tokens` are what it holds under `key`, for prompts that begin alike."""
@@ -124,6 +140,7 @@ class KVCache:
         if not self.used:
             self._layers.clear()
             self._contents.clear()
+            self._reach.clear()
             self._capacity = 0
 
     # ---------------------------------------------------------------------------------------------------- tensors
@@ -132,6 +149,7 @@ class KVCache:
         """Stores [kv_heads, t, head_dim] of one sequence from position `past` on."""
         stop = past + keys.shape[1]
         k, v = self._room(layer, slot + 1, stop, keys, values)
+        self.reach(slot, stop)
         k[slot, :, past:stop] = keys
         v[slot, :, past:stop] = values
 
@@ -144,7 +162,7 @@ class KVCache:
         keys: torch.Tensor,
         values: torch.Tensor,
     ) -> None:
-        """Stores one token each, [kv_heads, B, head_dim], at positions [B] of slots [B]."""
+        """Stores one token each, [kv_heads, B, head_dim], at positions [B] of slots [B], which `reach` was told."""
         k, v = self._room(layer, 0, span, keys, values)
         k[slots, :, positions] = keys.transpose(0, 1)
         v[slots, :, positions] = values.transpose(0, 1)
@@ -166,6 +184,8 @@ class KVCache:
         """Gives other slots a copy of the first `length` tokens of one."""
         if not targets:
             return
+        for target in targets:
+            self.reach(target, length)
         for layer, (k, v) in list(self._layers.items()):
             grown_k, grown_v = self._room(layer, max(targets) + 1, length, k[source], v[source])
             for target in targets:

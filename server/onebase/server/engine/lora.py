@@ -131,11 +131,12 @@ class MultiLoraLinear(nn.Module):
         start, stop = group.start, group.stop
         first, last = window(start, stop, x.shape[0])
         low = torch.mm(x[first:last], pair.a.t())
-        own = group.own(pair)
+        own, foreign = group.own(pair)
+        # filled, not only multiplied by 0: another adapter's A may be so large that the product is infinite
+        low[start - first : stop - first].mul_(own).masked_fill_(foreign, 0.0)
         if last - first == stop - start:
-            y[start:stop].addmm_(low.mul_(own), pair.b.t())
+            y[start:stop].addmm_(low, pair.b.t())
         else:
-            low[start - first : stop - first].mul_(own)
             y[start:stop] = torch.addmm(y[first:last], low, pair.b.t())[start - first : stop - first]
 
     def _train(self, x: torch.Tensor, y: torch.Tensor, groups: Sequence[SegmentGroup]) -> torch.Tensor:

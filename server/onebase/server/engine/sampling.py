@@ -30,7 +30,8 @@ def draw(logits: torch.Tensor, samplings: Sequence[Sampling], places: Sequence[t
         places: B times (prompt index, completion index, position in the completion).
 
     Returns:
-        B token ids; each depends on its own row, parameters and place alone.
+        B token ids; each depends on its own row, parameters and place alone. Of a row that is not finite, or in which
+        no token may come, some token: an index past the end would end a GPU for everybody.
     """
     greedy = torch.argmax(logits, dim=-1).tolist()
     sampled = [i for i, sampling in enumerate(samplings) if sampling.temperature > 0]
@@ -46,7 +47,8 @@ def draw(logits: torch.Tensor, samplings: Sequence[Sampling], places: Sequence[t
     numbers = torch.tensor([uniform(samplings[i].seed, *places[i]) for i in sampled], dtype=torch.float64)
     chosen = torch.searchsorted(mass, numbers.to(logits.device)[:, None] * total, right=True)
     last = torch.searchsorted(mass, total)  # the last token with any mass: rounding must not go past it
-    for i, token in zip(sampled, torch.minimum(chosen, last)[:, 0].tolist(), strict=True):
+    found = torch.minimum(chosen, last).clamp_(max=logits.shape[1] - 1)  # nothing is found among NaNs
+    for i, token in zip(sampled, found[:, 0].tolist(), strict=True):
         greedy[i] = token
     return greedy
 

@@ -2,11 +2,12 @@
 
 Decoding, eight policies have a row or two each: sixteen small products a layer cost more than the base itself. So the
 A of all of them are stacked to one matrix [R, in] and the B to one [out, R]; a row's low-rank numbers that belong to
-other adapters are multiplied by zero:
+other adapters are made zero:
 
     y += ((x · A_allᵀ) ∘ own) · B_allᵀ        own[i, j] = scaling of row i's adapter if column j is its, else 0
 
-Zeros add nothing, so a row's numbers are, bit for bit, those it gets alone. A stack is a copy; it is kept while the
+Zeros add nothing, so a row's numbers are, bit for bit, those it gets alone; unless they meet an infinity or a NaN in
+another's B, so an adapter that has one there goes through the layers alone. A stack is a copy; it is kept while the
 same versions go on decoding, and dropped with them.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -88,10 +90,12 @@ class SegmentGroup:
     stop: int
     segments: tuple[Segment, ...]
     stack: Stack | None
-    _owns: dict[tuple[tuple[int, ...], tuple[float, ...]], torch.Tensor] = field(default_factory=dict)
+    _owns: dict[tuple[tuple[int, ...], tuple[float, ...]], tuple[torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict
+    )
 
-    def own(self, pair: StackedPair) -> torch.Tensor:
-        """[stop - start, R]: each row's scaling in the columns of its adapter, 0 elsewhere."""
+    def own(self, pair: StackedPair) -> tuple[torch.Tensor, torch.Tensor]:
+        """[stop - start, R]: each row's scaling in the columns of its adapter, 0 elsewhere; and where it is 0."""
         key = (pair.ranks, pair.scalings)
         if key not in self._owns:
             own = pair.a.new_zeros(self.stop - self.start, sum(pair.ranks))
@@ -99,7 +103,7 @@ class SegmentGroup:
             for segment, rank, scaling in zip(self.segments, pair.ranks, pair.scalings, strict=True):
                 own[segment.start - self.start : segment.stop - self.start, at : at + rank] = scaling
                 at += rank
-            self._owns[key] = own
+            self._owns[key] = own, own == 0
         return self._owns[key]
 
 
@@ -108,12 +112,13 @@ class Stacks:
 
     def __init__(self) -> None:
         self._kept: dict[tuple[tuple[int, int], ...], Stack] = {}
+        self._finite: WeakKeyDictionary[Weights, tuple[int, bool]] = WeakKeyDictionary()  # by version
 
     def group(self, segments: Sequence[Segment]) -> tuple[SegmentGroup, ...]:
         """Segments in their order; few-rowed neighbours together. Stacks that this batch does not use are dropped."""
         runs: list[list[Segment]] = []
         for segment in segments:
-            if runs and _fits(runs[-1], segment):
+            if runs and _fits(runs[-1], segment) and self._harmless(runs[-1][-1]) and self._harmless(segment):
                 runs[-1].append(segment)
             else:
                 runs.append([segment])
@@ -131,6 +136,20 @@ class Stacks:
     def drop(self) -> None:
         """Forgets all stacks: nothing decodes any more."""
         self._kept = {}
+
+    def _harmless(self, segment: Segment) -> bool:
+        """Whether this adapter's numbers do nothing to others in a stack; looked at once per version."""
+        weights = segment.weights
+        version, finite = self._finite.get(weights, (-1, False))
+        if version != weights.version:
+            finite = _finite([pair.compute_b for pair in weights.lora.values()])
+            self._finite[weights] = weights.version, finite
+        return finite
+
+
+def _finite(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether all numbers are finite, in one answer of the device."""
+    return not tensors or bool(torch.isfinite(torch.stack([t.abs().amax() for t in tensors])).all())
 
 
 def _padded_anew(segment: Segment) -> bool:
