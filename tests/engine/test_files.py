@@ -253,6 +253,16 @@ def test_tensors_of_another_dtype_are_refused_in_words(run: Run, tmp_path: Path,
         {"rank_pattern": {"q_proj": 0}},
         {"rank_pattern": {"q_proj": -4}},
         {"lora_alpha": float("nan")},
+        {"lora_alpha": 10**400},
+        {"alpha_pattern": {"q_proj": 10**400}},
+        {"rank_pattern": {"q_proj": 10**400}},
+        {"r": 10**400},
+        {"lora_dropout": 10**400},
+        {"layers_to_transform": [10**400]},
+        {"peft_type": "X" * 2**20},
+        {"task_type": "X" * 2**20},
+        {"X" * 2**20: 1},
+        {"target_modules": [f"z{i}{'y' * 900}" for i in range(1000)]},
         {"alpha_pattern": {"q_proj": float("inf")}},
         {"target_modules": ""},
         {"target_modules": r".*nothing_so_called"},
@@ -266,3 +276,4 @@ def test_a_config_of_another_form_is_refused_in_words(run: Run, tmp_path: Path, 
     with pytest.raises((InvalidArgument, FailedPrecondition)) as refused:
         run(LoadAdapterJob(uid=9, name="nine", kind=AdapterKind.POLICY, path=tmp_path / "saved"))
     assert refused.value.reason != "INTERNAL"
+    assert len(refused.value.message) < 1500

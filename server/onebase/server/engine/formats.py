@@ -36,7 +36,14 @@ from onebase.server.engine.adapters import Adapter, Head, Moments, Weights
 from onebase.server.engine.files import CLIENT_STATE, SavedFiles, write_directory
 from onebase.server.engine.lora import LoraPair
 from onebase.server.engine.precision import widens
-from onebase.server.engine.settings import HEAD_NAMES, check_config, lora_config, read_config, trainable_config
+from onebase.server.engine.settings import (
+    HEAD_NAMES,
+    check_config,
+    known_names,
+    lora_config,
+    read_config,
+    trainable_config,
+)
 from onebase.server.engine.tokenizer_check import TokenizerCheck
 from onebase.server.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from onebase.server.jobs import (
@@ -49,12 +56,14 @@ from onebase.server.jobs import (
     SaveResult,
     precision,
 )
-from onebase.server.patterns import PatternError, assigned, matching
+from onebase.server.patterns import Budget, PatternError, assigned, matching
 
 log = logging.getLogger(__name__)
 
 PREFIX = "base_model.model."
 
+_MAX_TOLD = 512
+"""Characters of what PEFT says: it spells out all of a client's lists."""
 _TRAINED_COPIES = 4
 """What training keeps of each parameter: weights, gradients, two moments."""
 
@@ -170,20 +179,21 @@ class Formats:
         plain.modules_to_save = None
         plain.inference_mode = False
         plain.rank_pattern, plain.alpha_pattern = {}, {}
+        budget = Budget()
         try:
-            ranks = assigned(config.rank_pattern or {}, self._layers)
-            alphas = assigned(config.alpha_pattern or {}, self._layers)
-            plain.target_modules = self._spelled(config.target_modules)
-            plain.exclude_modules = self._spelled(config.exclude_modules)
+            ranks = assigned(config.rank_pattern or {}, self._layers, budget)
+            alphas = assigned(config.alpha_pattern or {}, self._layers, budget)
+            plain.target_modules = self._spelled(config.target_modules, budget)
+            plain.exclude_modules = self._spelled(config.exclude_modules, budget)
         except PatternError as error:
             raise InvalidArgument("BAD_PATTERN", f"a pattern of the adapter's modules: {error}", field=field) from None
         try:
             with self._placing:
                 model = inject_adapter_in_model(plain, copy.deepcopy(self._skeleton), low_cpu_mem_usage=True)
-        except (ValueError, TypeError, AttributeError, LookupError, re.error) as error:
+        except (ValueError, TypeError, AttributeError, LookupError, OverflowError, re.error) as error:
             raise FailedPrecondition(
                 "TARGET_MODULES_NOT_FOUND",
-                f"PEFT cannot place this adapter on {self._facts.architecture}: {error}",
+                f"PEFT cannot place this adapter on {self._facts.architecture}: {str(error)[:_MAX_TOLD]}",
                 field=field,
             ) from error
         found: dict[str, Target] = {}
@@ -202,12 +212,15 @@ class Formats:
             found[name] = Target(rank, scaling, int(module.in_features), int(module.out_features))
         return found
 
-    def _spelled(self, modules: str | Collection[str] | None) -> str | Collection[str] | None:
-        """A regular expression as the names that it matches, in one that is no more than these; others as they are."""
-        if not isinstance(modules, str) or modules.lower() == "all-linear":
+    def _spelled(self, modules: str | Collection[str] | None, budget: Budget) -> str | Collection[str] | None:
+        """A regular expression as the names that it matches, in one that is no more than these; a list shortened."""
+        if modules is None or (isinstance(modules, str) and modules.lower() == "all-linear"):
             return modules
-        names = matching(modules, (name for name, _ in self._skeleton.named_modules() if name))
-        return "|".join(map(re.escape, names)) if names else ()
+        names = [name for name, _ in self._skeleton.named_modules() if name]
+        if isinstance(modules, str):
+            names = matching(modules, names, budget)
+            return "|".join(map(re.escape, names)) if names else ()
+        return known_names(set(modules), names)
 
     # --------------------------------------------------------------------------------------------------- read
 
