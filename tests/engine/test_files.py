@@ -270,7 +270,7 @@ def test_tensors_of_another_dtype_are_refused_in_words(run: Run, tmp_path: Path,
         {"target_modules": ""},
         {"target_modules": r".*nothing_so_called"},
     ],
-    ids=str,
+    ids=lambda change: str(change)[:60],
 )
 def test_a_config_of_another_form_is_refused_in_words(run: Run, tmp_path: Path, change: dict[str, Any]) -> None:
     run(SaveAdapterJob(adapter=1, path=tmp_path / "saved"))

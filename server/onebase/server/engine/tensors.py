@@ -7,6 +7,7 @@ one. So a header may be no longer than its adapter's own would be, and only what
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -43,7 +44,7 @@ class StoredTensors:
                     "such an adapter has",
                     field="path",
                 )
-            self._file = safe_open(path, framework="pt")
+            self._file = cast(Any, safe_open(path, framework="pt"))
             self._left = set(self._file.keys())
         except (SafetensorError, OSError, ValueError) as error:
             raise self._bad(error) from error
