@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import struct
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from onebase.server.engine import Engine
 from onebase.server.engine.files import SavedFiles, write_directory
+from onebase.server.engine.tensors import StoredTensors
 from onebase.server.errors import AlreadyExists, FailedPrecondition, InvalidArgument, Unavailable
 from onebase.server.jobs import (
     AdamW,
@@ -286,11 +289,21 @@ def test_tensors_of_another_dtype_are_refused_in_words(run: Run, tmp_path: Path,
         {"rank_pattern": {"q_proj": 0}},
         {"rank_pattern": {"q_proj": -4}},
         {"lora_alpha": float("nan")},
+        {"lora_alpha": 10**400},
+        {"alpha_pattern": {"q_proj": 10**400}},
+        {"rank_pattern": {"q_proj": 10**400}},
+        {"r": 10**400},
+        {"lora_dropout": 10**400},
+        {"layers_to_transform": [10**400]},
+        {"peft_type": "X" * 2**20},
+        {"task_type": "X" * 2**20},
+        {"X" * 2**20: 1},
+        {"target_modules": [f"z{i}{'y' * 900}" for i in range(1000)]},
         {"alpha_pattern": {"q_proj": float("inf")}},
         {"target_modules": ""},
         {"target_modules": r".*nothing_so_called"},
     ],
-    ids=str,
+    ids=lambda change: str(change)[:60],
 )
 def test_a_config_of_another_form_is_refused_in_words(run: Run, tmp_path: Path, change: dict[str, Any]) -> None:
     run(SaveAdapterJob(adapter=1, path=tmp_path / "saved"))
@@ -299,3 +312,112 @@ def test_a_config_of_another_form_is_refused_in_words(run: Run, tmp_path: Path, 
     with pytest.raises((InvalidArgument, FailedPrecondition)) as refused:
         run(LoadAdapterJob(uid=9, name="nine", kind=AdapterKind.POLICY, path=tmp_path / "saved"))
     assert refused.value.reason != "INTERNAL"
+    assert len(refused.value.message) < 1500
+
+
+def refused_tensors(run: Run, path: Path, **more: Any) -> InvalidArgument | FailedPrecondition:
+    (path / "onebase.json").unlink(missing_ok=True)  # as PEFT writes it: without hashes
+    with pytest.raises((InvalidArgument, FailedPrecondition)) as refused:
+        run(LoadAdapterJob(uid=9, name="nine", kind=AdapterKind.POLICY, path=path, **more))
+    assert refused.value.field == "path"
+    return refused.value
+
+
+@pytest.mark.parametrize(
+    ("file", "dtype", "number"),
+    [
+        ("adapter_model", torch.float64, 1e300),
+        ("adapter_model", torch.float64, float("nan")),
+        ("value_head", torch.float64, 1e39),
+        ("optimizer", torch.float64, -1e300),
+    ],
+)
+def test_numbers_that_are_infinite_here_are_refused(
+    run: Run, tmp_path: Path, file: str, dtype: torch.dtype, number: float
+) -> None:
+    run(SaveAdapterJob(adapter=1, path=tmp_path / "saved", with_optimizer=True))
+    path = tmp_path / "saved" / f"{file}.safetensors"
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
+    tensors[max(tensors, key=lambda name: tensors[name].numel())].view(-1)[0] = number
+    save_file(tensors, path)
+    assert refused_tensors(run, tmp_path / "saved", with_optimizer=True).reason == "NONFINITE_TENSOR"
+
+
+def test_numbers_that_are_infinite_in_what_the_base_computes_in_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.tensor([65504.0, 70000.0]), "step": torch.tensor(2**52)}, path)
+    assert StoredTensors(path, 2).take("a", (2,)).tolist() == [65504, 70000]
+    assert int(StoredTensors(path, 2).take("step", ())) == 2**52
+    with pytest.raises(InvalidArgument, match="infinite in float16"):
+        StoredTensors(path, 2).take("a", (2,), torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("step", torch.tensor(-1)),
+        ("step", torch.tensor(2**53)),
+        ("step", torch.tensor(-0.7 - 1)),
+        ("step", torch.tensor(float("inf"))),
+        ("exp_avg_sq", -1e-3),
+        ("exp_avg", float("inf")),
+        ("exp_avg_sq", float("nan")),
+    ],
+    ids=str,
+)
+def test_moments_that_no_optimizer_has_are_refused(run: Run, tmp_path: Path, key: str, value: Any) -> None:
+    step(run, 1)
+    run(SaveAdapterJob(adapter=1, path=tmp_path / "saved", with_optimizer=True))
+    path = tmp_path / "saved" / "optimizer.safetensors"
+    tensors = load_file(path)
+    if key == "step":
+        tensors["step"] = value
+    else:
+        tensors[next(name for name in tensors if name.startswith(f"{key}."))].view(-1)[1] = value
+    save_file(tensors, path)
+    found = refused_tensors(run, tmp_path / "saved", with_optimizer=True)
+    assert found.reason in ("BAD_OPTIMIZER_STATE", "NONFINITE_TENSOR")
+    assert key in found.message
+
+
+@pytest.mark.parametrize("alpha", [1e300, 3.5e38])
+def test_a_scaling_that_is_infinite_here_is_refused(run: Run, tmp_path: Path, alpha: float) -> None:
+    run(SaveAdapterJob(adapter=1, path=tmp_path / "saved"))
+    path = tmp_path / "saved" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": alpha, "r": 1, "use_rslora": True}))
+    assert "infinite" in refused_tensors(run, tmp_path / "saved").message
+
+
+@pytest.mark.parametrize("file", ["adapter_model", "value_head", "optimizer"])
+def test_a_header_of_very_many_tensors_is_not_read(run: Run, tmp_path: Path, file: str) -> None:
+    run(SaveAdapterJob(adapter=1, path=tmp_path / "saved", with_optimizer=True))
+    one = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({f"t{i}": one for i in range(30_000)}).encode()
+    (tmp_path / "saved" / f"{file}.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    began = time.process_time()
+    found = refused_tensors(run, tmp_path / "saved", with_optimizer=True)
+    assert found.reason == "BAD_SAFETENSORS"
+    assert f"a header of {len(header)} bytes" in found.message
+    assert time.process_time() - began < 1
+
+
+def test_tensors_that_belong_to_nothing_are_not_made(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(SaveAdapterJob(adapter=1, path=tmp_path / "saved"))
+    path = tmp_path / "saved" / "adapter_model.safetensors"
+    save_file({**load_file(path), "strange\nthing": torch.zeros(1), "z" * 5000: torch.zeros(1)}, path)
+    found = refused_tensors(run, tmp_path / "saved")
+    assert found.reason == "UNKNOWN_TENSORS"
+    assert "\n" not in found.message
+    assert len(found.message) < 1500
+
+
+def test_a_manifests_words_make_no_line_of_the_log(run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(SaveAdapterJob(adapter=1, path=tmp_path / "saved"))
+    path = tmp_path / "saved" / "onebase.json"
+    manifest = json.loads(path.read_text())
+    manifest["base"]["dtype"] = "x\nERROR onebase: forged \x1b[31m" + "y" * 100_000
+    path.write_text(json.dumps(manifest))
+    run(LoadAdapterJob(uid=9, name="nine", kind=AdapterKind.POLICY, path=tmp_path / "saved"))
+    said = [record.getMessage() for record in caplog.records if "was trained on the base in" in record.getMessage()]
+    assert said
+    assert not [one for one in said if "\n" in one or "\x1b" in one or len(one) > 1500]

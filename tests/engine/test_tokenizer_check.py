@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import re
+import resource
 import shutil
 
+import psutil
 import pytest
 from engine import tokenizers_made
 from engine.conftest import BASE
@@ -99,7 +101,110 @@ def test_another_reading_of_the_same_vocabulary_is_named(check, make, tmp_path):
     settings["normalizer"] = {"type": "Lowercase"}
     path.write_text(json.dumps(settings))
 
-    assert "it reads 'The film was good, w'… as the ids" in refusal(check, tmp_path)
+    said = refusal(check, tmp_path)
+    assert 'its normalizer is {"type": "Lowercase"}, and the base' in said
+    assert "in another writing, take them away" in said
+
+
+def changed(make, tmp_path, change):
+    make().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    settings = json.loads(path.read_text())
+    change(settings)
+    path.write_text(json.dumps(settings))
+    return tmp_path
+
+
+def test_merges_in_the_older_writing_and_defaults_left_out_make_no_difference(check, make, tmp_path):
+    def older(settings):
+        settings["model"]["merges"] = [" ".join(pair) for pair in settings["model"]["merges"]]
+        del settings["model"]["ignore_merges"], settings["padding"], settings["decoder"]
+
+    check.check(changed(make, tmp_path, older), {})
+
+
+def test_an_end_of_sequence_behind_a_text_makes_no_difference(check, make, tmp_path):
+    def ending(settings):
+        after = settings["post_processor"]
+        after["single"].append({"SpecialToken": {"id": "</s>", "type_id": 0}})
+        after["special_tokens"]["</s>"] = {"id": "</s>", "ids": [1], "tokens": ["</s>"]}
+
+    check.check(changed(make, tmp_path, ending), {})
+
+
+@pytest.mark.parametrize("part", ["merges", "post_processor", "pre_tokenizer", "added_tokens", "dropout"])
+def test_each_part_counts(check, make, tmp_path, part):
+    def other(settings):
+        if part == "merges":
+            settings["model"]["merges"].reverse()
+        elif part == "dropout":
+            settings["model"]["dropout"] = 0.5
+        elif part == "added_tokens":
+            settings["added_tokens"].append({**settings["added_tokens"][0], "content": "a"})
+            settings["added_tokens"][-1]["id"] = settings["model"]["vocab"]["a"]
+        else:
+            settings[part] = None if part == "post_processor" else {"type": "Whitespace"}
+
+    refusal(check, changed(make, tmp_path, other))
+
+
+def test_a_foreign_tokenizer_is_never_run(check, make, tmp_path):
+    """Two steps that make 8 GB of a sentence: the library in Rust would end the process."""
+
+    def growing(settings):
+        steps = [("T", "e" * 2**17), ("e", "z" * 2**16)]
+        settings["normalizer"] = {
+            "type": "Sequence",
+            "normalizers": [{"type": "Replace", "pattern": {"String": a}, "content": b} for a, b in steps],
+        }
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    now = psutil.Process().memory_info().vms
+    resource.setrlimit(resource.RLIMIT_AS, (now + 2**30, limit[1]))  # or a failure would take the machine with it
+    try:
+        said = refusal(check, changed(make, tmp_path, growing))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limit)
+    assert "its normalizer is " in said
+    assert len(said) < 2000
+
+
+@pytest.mark.parametrize("large", ["vocab", "brackets", "tokenizer_config.json", "chat_template.jinja"])
+def test_what_is_too_large_to_be_the_bases_is_not_parsed(check, make, tmp_path, large):
+    make().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    settings = json.loads(path.read_text())
+    if large == "vocab":
+        settings["model"]["vocab"] |= {f"zz{i}": 1000 + i for i in range(100_000)}
+        path.write_text(json.dumps(settings))
+    elif large == "brackets":
+        path.write_text(json.dumps(settings)[:-1] + ', "x": [' + "[]," * 100_000 + "0]}")
+    else:
+        (tmp_path / large).write_text('{"x": "' + "x" * 2**21 + '"}')
+
+    assert "than" in refusal(check, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{}",
+        '{"model": 5}',
+        '{"model": {"vocab": {"a": "b"}}}',
+        '{"model": {"vocab": [[1, 2]]}}',
+        "[" * 50_000,
+        '{"model": {"vocab": {"a": 1}}, "added_tokens": [{"content": [], "id": 1}]}',
+        '{"model": {"vocab": {"a": 1}}, "added_tokens": {"content": 5}}',
+    ],
+    ids=lambda text: text[:60],
+)
+def test_a_file_of_another_form_is_refused_in_words(check, tmp_path, text):
+    (tmp_path / "tokenizer.json").write_text(text)
+
+    with pytest.raises(InvalidArgument) as caught:
+        check.check(tmp_path, {})
+    assert caught.value.reason == "BAD_TOKENIZER"
 
 
 def test_a_manifest_is_enough(check, tmp_path):

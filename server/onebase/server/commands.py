@@ -107,8 +107,11 @@ def serve(
     from onebase.server.config import ConfigError, EngineConfig, Limits, Security, ServerConfig
     from onebase.server.errors import OnebaseError
     from onebase.server.flags import quota, reward_sources, sources, state_config
+    from onebase.server.log_lines import OneLine
 
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(OneLine("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     if verbose:
         logging.getLogger("onebase").setLevel(logging.DEBUG)
     try:

@@ -16,12 +16,18 @@ from typing import NamedTuple, TypeVar
 
 V = TypeVar("V")
 
+MAX_NAMES = 1024
+"""Modules or patterns in one list or map: what PEFT does with them takes the square of their number."""
 MAX_LENGTH = 2048
 """Characters of a pattern."""
 MAX_STATES = 4000
 """Places in a pattern, with each repeat of {m,n} counted."""
 MAX_STEPS = 1_000_000
 """Of one resolution, over all of its patterns and names: about a second."""
+_CHECK_STEPS = MAX_STEPS // 4
+"""Of reading all patterns of a config for the first time."""
+_PER_PATTERN, _PER_CHARACTER = 100, 6
+"""Steps for `re` to read a pattern, and for each character that is read once more here."""
 _MAX_DEPTH = 20
 
 _REPEATS: Mapping[str, tuple[int, int | None]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
@@ -64,13 +70,13 @@ class Pattern:
     def __init__(self, text: str, budget: Budget) -> None:
         self._budget = budget
         self._plain: re.Pattern[str] | None = None
-        check(text)
         body = text.removeprefix(BELOW)
         if body != text and _PLAIN.fullmatch(body):  # one repeat and no choice: quadratic at worst
+            _check_length(text)
+            budget.spend(_PER_PATTERN + len(text))
             self._plain = re.compile(text)
             return
-        self._nfa = _Nfa()
-        self._start, self._end = self._nfa.build(_Parser(text).parse())
+        self._nfa, self._start, self._end = _read(text, budget)
         self._known: dict[tuple[frozenset[int], str, str], frozenset[int]] = {}
 
     def fullmatch(self, name: str) -> bool:
@@ -117,38 +123,59 @@ BELOW = r"(?:.*\.)?"
 """In front of a pattern: what PEFT puts in front of the keys of rank_pattern and alpha_pattern."""
 
 
-def check(text: str) -> None:
+def checking() -> Budget:
+    """Steps for reading all patterns of a config or request for the first time."""
+    return Budget(_CHECK_STEPS)
+
+
+def check(text: str, budget: Budget | None = None) -> None:
     """Sees to it that a pattern is one that is matched here.
 
     Raises:
-        PatternError: it is not.
+        PatternError: it is not, or the budget is spent.
     """
+    budget = budget or checking()
+    budget.spend(1)
+    if not _PLAIN.fullmatch(text) or len(text) > MAX_LENGTH:
+        _read(text, budget)
+
+
+def _check_length(text: str) -> None:
     if len(text) > MAX_LENGTH + len(BELOW):
         raise PatternError(f"it has {len(text)} characters, and {MAX_LENGTH} are the most: {_WAY_OUT}")
+
+
+def _read(text: str, budget: Budget) -> tuple[_Nfa, int, int]:
+    """A pattern's states, the first of them, and the last."""
+    _check_length(text)
+    budget.spend(_PER_PATTERN + _PER_CHARACTER * len(text))
     try:
         re.compile(text)
     except (re.error, OverflowError, RecursionError) as error:
         raise PatternError(f"it is no regular expression ({error})") from None
-    _Nfa().build(_Parser(text).parse())
+    nfa = _Nfa()
+    start, end = nfa.build(_Parser(text).parse())
+    budget.spend(2 * len(nfa.jumps))
+    return nfa, start, end
 
 
-def matching(text: str, names: Iterable[str]) -> list[str]:
+def matching(text: str, names: Iterable[str], budget: Budget | None = None) -> list[str]:
     """The names that a pattern matches, as `re.fullmatch` would.
 
     Raises:
         PatternError: it is not matched here.
     """
-    pattern = Pattern(text, Budget())
+    pattern = Pattern(text, budget or Budget())
     return [name for name in names if pattern.fullmatch(name)]
 
 
-def assigned(values: Mapping[str, V], names: Iterable[str]) -> dict[str, V]:
+def assigned(values: Mapping[str, V], names: Iterable[str], budget: Budget | None = None) -> dict[str, V]:
     """What each name has by PEFT's rule (`get_pattern_key`): the first key that matches it, or its end after a dot.
 
     Raises:
         PatternError: a key is not matched here.
     """
-    budget = Budget()
+    budget = budget or Budget()
     patterns = [
         (Pattern(f"{BELOW}{key}" if _PLAIN.fullmatch(key) else f"{BELOW}(?:{key})", budget), value)
         for key, value in values.items()

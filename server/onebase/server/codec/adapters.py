@@ -33,7 +33,6 @@ _KIND_NAMES = "policy, reward, reference or critic"
 
 _Load = adapters_pb2.LoadAdapterRequest | adapters_pb2.UploadAdapterHeader
 
-_MAX_MODULES = 4096
 _MODULE = re.compile(r"[A-Za-z0-9_.-]{1,256}", re.ASCII)
 
 
@@ -229,10 +228,11 @@ def client_state_response(name: str, state: ClientState) -> adapters_pb2.GetClie
 def _read_lora(lora: types_pb2.LoraSpec, limits: Limits) -> LoraSpec:
     _check_modules(lora)
     for field, keys in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
-        if len(keys) > _MAX_MODULES:
-            raise out_of_range(f"lora.{field}", f"a map of {len(keys)}", f"at most {_MAX_MODULES}")
+        if len(keys) > patterns.MAX_NAMES:
+            raise out_of_range(f"lora.{field}", f"a map of {len(keys)}", f"at most {patterns.MAX_NAMES}")
+    budget = patterns.checking()
     for pattern in (*lora.rank_pattern, *lora.alpha_pattern):
-        _check_pattern(pattern, "lora.rank_pattern" if pattern in lora.rank_pattern else "lora.alpha_pattern")
+        _check_pattern(pattern, "lora.rank_pattern" if pattern in lora.rank_pattern else "lora.alpha_pattern", budget)
     ranks = {
         pattern: _rank(rank, f"lora.rank_pattern[{pattern}]", limits) for pattern, rank in lora.rank_pattern.items()
     }
@@ -262,8 +262,10 @@ def _rank(rank: int, field: str, limits: Limits) -> int:
 def _check_modules(lora: types_pb2.LoraSpec) -> None:
     if not lora.target_modules:
         raise required("lora.target_modules", 'name linear layers such as "q_proj", or "all-linear"')
-    if len(lora.target_modules) > _MAX_MODULES:
-        raise out_of_range("lora.target_modules", f"a list of {len(lora.target_modules)}", f"at most {_MAX_MODULES}")
+    if len(lora.target_modules) > patterns.MAX_NAMES:
+        raise out_of_range(
+            "lora.target_modules", f"a list of {len(lora.target_modules)}", f"at most {patterns.MAX_NAMES}"
+        )
     for index, module in enumerate(lora.target_modules):
         if not _MODULE.fullmatch(module):
             field = f"lora.target_modules[{index}]"
@@ -274,8 +276,8 @@ def _check_modules(lora: types_pb2.LoraSpec) -> None:
             )
 
 
-def _check_pattern(pattern: str, field: str) -> None:
+def _check_pattern(pattern: str, field: str, budget: patterns.Budget) -> None:
     try:
-        patterns.check(pattern)
+        patterns.check(pattern, budget)
     except patterns.PatternError as error:
         raise InvalidArgument("BAD_PATTERN", f"{field} has the key {pattern[:256]!r}: {error}", field=field) from None

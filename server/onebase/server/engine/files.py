@@ -14,12 +14,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from onebase.server import failpoints
 from onebase.server.directories import exchange, make, sync
+from onebase.server.engine.tensors import StoredTensors
 from onebase.server.errors import AlreadyExists, DataLoss, InvalidArgument, NotFound, disk_full
 from onebase.server.jobs import MAX_CLIENT_STATE
 
@@ -94,19 +93,19 @@ class SavedFiles:
             )
         raise NotFound("WEIGHTS_NOT_FOUND", f"{self.path} has no {ADAPTER}", field="path")
 
-    def tensors(self, path: Path) -> dict[str, torch.Tensor]:
+    def tensors(self, path: Path, expected: int) -> StoredTensors:
         """A safetensors file's tensors, after its hash was compared with the manifest's.
+
+        Args:
+            path: the file.
+            expected: how many there are of such an adapter.
 
         Raises:
             DataLoss: the hash does not match.
-            InvalidArgument: it is not a whole safetensors file.
+            InvalidArgument: it is not a whole safetensors file, or names far more.
         """
         self._check_hash(path)
-        try:
-            found: dict[str, torch.Tensor] = load_file(path)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise InvalidArgument("BAD_SAFETENSORS", f"{path} cannot be read: {error}", field="path") from error
-        return found
+        return StoredTensors(path, expected)
 
     def client_state(self) -> bytes:
         """What its trainer kept with the adapter; empty where it kept nothing.

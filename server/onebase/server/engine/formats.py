@@ -36,7 +36,16 @@ from onebase.server.engine.adapters import Adapter, Head, Moments, Weights
 from onebase.server.engine.files import CLIENT_STATE, SavedFiles, write_directory
 from onebase.server.engine.lora import LoraPair
 from onebase.server.engine.precision import widens
-from onebase.server.engine.settings import HEAD_NAMES, check_config, lora_config, read_config, trainable_config
+from onebase.server.engine.settings import (
+    HEAD_NAMES,
+    check_config,
+    known_names,
+    lora_config,
+    read_config,
+    told,
+    trainable_config,
+)
+from onebase.server.engine.tensors import StoredTensors
 from onebase.server.engine.tokenizer_check import TokenizerCheck
 from onebase.server.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from onebase.server.jobs import (
@@ -49,18 +58,20 @@ from onebase.server.jobs import (
     SaveResult,
     precision,
 )
-from onebase.server.patterns import PatternError, assigned, matching
+from onebase.server.patterns import Budget, PatternError, assigned, matching
 from onebase.server.walls import STAMP
 
 log = logging.getLogger(__name__)
 
 PREFIX = "base_model.model."
 
+_MAX_TOLD = 512
+"""Characters of what PEFT says: it spells out all of a client's lists."""
 _TRAINED_COPIES = 4
 """What training keeps of each parameter: weights, gradients, two moments."""
-
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
-"""What tensors may be saved in; int64 is the number of an optimizer's steps."""
+_HEAD_TENSORS = 2
+"""A head's weight and bias."""
+_MAX_STEP = 2**53
 
 
 @dataclass(frozen=True)
@@ -171,20 +182,21 @@ class Formats:
         plain.modules_to_save = None
         plain.inference_mode = False
         plain.rank_pattern, plain.alpha_pattern = {}, {}
+        budget = Budget()
         try:
-            ranks = assigned(config.rank_pattern or {}, self._layers)
-            alphas = assigned(config.alpha_pattern or {}, self._layers)
-            plain.target_modules = self._spelled(config.target_modules)
-            plain.exclude_modules = self._spelled(config.exclude_modules)
+            ranks = assigned(config.rank_pattern or {}, self._layers, budget)
+            alphas = assigned(config.alpha_pattern or {}, self._layers, budget)
+            plain.target_modules = self._spelled(config.target_modules, budget)
+            plain.exclude_modules = self._spelled(config.exclude_modules, budget)
         except PatternError as error:
             raise InvalidArgument("BAD_PATTERN", f"a pattern of the adapter's modules: {error}", field=field) from None
         try:
             with self._placing:
                 model = inject_adapter_in_model(plain, copy.deepcopy(self._skeleton), low_cpu_mem_usage=True)
-        except (ValueError, TypeError, AttributeError, LookupError, re.error) as error:
+        except (ValueError, TypeError, AttributeError, LookupError, OverflowError, re.error) as error:
             raise FailedPrecondition(
                 "TARGET_MODULES_NOT_FOUND",
-                f"PEFT cannot place this adapter on {self._facts.architecture}: {error}",
+                f"PEFT cannot place this adapter on {self._facts.architecture}: {str(error)[:_MAX_TOLD]}",
                 field=field,
             ) from error
         found: dict[str, Target] = {}
@@ -200,15 +212,22 @@ class Formats:
                 )
             rank, alpha = ranks.get(name, config.r), alphas.get(name, config.lora_alpha)
             scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+            if not abs(scaling) <= torch.finfo(self._dtype).max:
+                raise InvalidArgument(
+                    "BAD_CONFIG", f"an alpha of {alpha} is infinite in {self._dtype}: use a smaller one", field=field
+                )
             found[name] = Target(rank, scaling, int(module.in_features), int(module.out_features))
         return found
 
-    def _spelled(self, modules: str | Collection[str] | None) -> str | Collection[str] | None:
-        """A regular expression as the names that it matches, in one that is no more than these; others as they are."""
-        if not isinstance(modules, str) or modules.lower() == "all-linear":
+    def _spelled(self, modules: str | Collection[str] | None, budget: Budget) -> str | Collection[str] | None:
+        """A regular expression as the names that it matches, in one that is no more than these; a list shortened."""
+        if modules is None or (isinstance(modules, str) and modules.lower() == "all-linear"):
             return modules
-        names = matching(modules, (name for name, _ in self._skeleton.named_modules() if name))
-        return "|".join(map(re.escape, names)) if names else ()
+        names = [name for name, _ in self._skeleton.named_modules() if name]
+        if isinstance(modules, str):
+            names = matching(modules, names, budget)
+            return "|".join(map(re.escape, names)) if names else ()
+        return known_names(set(modules), names)
 
     # --------------------------------------------------------------------------------------------------- read
 
@@ -239,13 +258,14 @@ class Formats:
         if targets is None:
             targets = self.targets(config, "path")
         check_room(targets, job, self._device, "path")
-        tensors = files.tensors(files.adapter())
+        tensors = files.tensors(files.adapter(), 2 * len(targets) + _HEAD_TENSORS)
         lora = {name: self._read_pair(name, target, tensors, job.kind.trained) for name, target in targets.items()}
         value_head, score_head = self._heads(job, files, tensors)
-        if tensors:
+        strange = tensors.left()
+        if strange:
             raise FailedPrecondition(
                 "UNKNOWN_TENSORS",
-                f"{job.path} holds tensors that belong to nothing here: {', '.join(sorted(tensors)[:3])}; "
+                f"{job.path} holds tensors that belong to nothing here: {', '.join(map(told, strange[:3]))}; "
                 "was it trained on another architecture?",
                 field="path",
             )
@@ -266,8 +286,9 @@ class Formats:
         if theirs is not None and theirs != self._facts.fingerprint:
             raise FailedPrecondition(
                 "WRONG_BASE",
-                f"{path} was saved from the base {manifest['base'].get('model')!r} ({theirs[:12]}), and this server "
-                f"has {self._facts.model!r} ({self._facts.fingerprint[:12]}): serve that base, or train a new adapter",
+                f"{path} was saved from the base {told(manifest['base'].get('model'))} ({told(theirs[:12])}), and this "
+                f"server has {self._facts.model!r} ({self._facts.fingerprint[:12]}): serve that base, or train a new "
+                "adapter",
                 field="path",
             )
 
@@ -283,19 +304,17 @@ class Formats:
                 "rounding, so its logprobs, values and rewards shift, and a policy that goes on training may not "
                 "converge. Serve the base as it was then (--dtype, --quantization), or watch the first rewards and KL",
                 name,
-                theirs,
+                told(theirs),
                 self._facts.precision,
             )
 
-    def _read_pair(self, name: str, target: Target, tensors: dict[str, torch.Tensor], trainable: bool) -> LoraPair:
-        a = _take(tensors, f"{PREFIX}{name}.lora_A.weight", (target.rank, target.in_features))
-        b = _take(tensors, f"{PREFIX}{name}.lora_B.weight", (target.out_features, target.rank))
+    def _read_pair(self, name: str, target: Target, tensors: StoredTensors, trainable: bool) -> LoraPair:
+        a = tensors.take(f"{PREFIX}{name}.lora_A.weight", (target.rank, target.in_features), self._dtype)
+        b = tensors.take(f"{PREFIX}{name}.lora_B.weight", (target.out_features, target.rank), self._dtype)
         a, b = (self._parameter(tensor, trainable=trainable) for tensor in (a, b))
         return LoraPair.of(a, b, target.scaling, self._dtype)
 
-    def _heads(
-        self, job: LoadAdapterJob, files: SavedFiles, tensors: dict[str, torch.Tensor]
-    ) -> tuple[Head | None, Head | None]:
+    def _heads(self, job: LoadAdapterJob, files: SavedFiles, tensors: StoredTensors) -> tuple[Head | None, Head | None]:
         """The value head and the score head that an adapter of this kind has, one of them at most."""
         score = self._read_score(tensors) if job.kind in (AdapterKind.REWARD, AdapterKind.CRITIC) else None
         if job.kind is AdapterKind.REWARD:
@@ -325,23 +344,23 @@ class Formats:
             )
         return None, None
 
-    def _read_score(self, tensors: dict[str, torch.Tensor]) -> Head | None:
+    def _read_score(self, tensors: StoredTensors) -> Head | None:
         for head in HEAD_NAMES:
             key = f"{PREFIX}{head}.weight"
             if key in tensors:
-                labels = int(tensors[key].shape[0])
-                weight = _take(tensors, key, (labels, self._facts.hidden_size))
+                labels = int((*tensors.shape(key), 1)[0])
+                weight = tensors.take(key, (labels, self._facts.hidden_size))
                 bias = f"{PREFIX}{head}.bias"
-                return Head(weight, _take(tensors, bias, (labels,)) if bias in tensors else None)
+                return Head(weight, tensors.take(bias, (labels,)) if bias in tensors else None)
         return None
 
     def _read_value_head(self, files: SavedFiles) -> Head | None:
         path = files.path / "value_head.safetensors"
         if not path.exists():
             return None
-        tensors = files.tensors(path)
-        weight = _take(tensors, "v_head.summary.weight", (1, self._facts.hidden_size))
-        return Head(weight, _take(tensors, "v_head.summary.bias", (1,)))
+        tensors = files.tensors(path, _HEAD_TENSORS)
+        weight = tensors.take("v_head.summary.weight", (1, self._facts.hidden_size))
+        return Head(weight, tensors.take("v_head.summary.bias", (1,)))
 
     def _declare(self, adapter: Adapter, job: LoadAdapterJob, manifest: dict[str, Any]) -> None:
         """Says how a reward reads: as the job does, or else the manifest."""
@@ -369,12 +388,17 @@ class Formats:
                 f"{files.path} holds no optimizer state: load it without with_optimizer",
                 field="with_optimizer",
             )
-        tensors = files.tensors(path)
         moments = Moments.zeros(weights.parameters())
-        moments.step = int(_take(tensors, "step", ()))
+        tensors = files.tensors(path, 1 + 2 * len(moments.exp_avg))
+        moments.step = int(tensors.take("step", ()))
+        if not 0 <= moments.step < _MAX_STEP:
+            raise _bad_moments("step", f"is {moments.step}", f"0 to {_MAX_STEP - 1}")
         for part, store in (("exp_avg", moments.exp_avg), ("exp_avg_sq", moments.exp_avg_sq)):
             for name, like in store.items():
-                like.copy_(_take(tensors, f"{part}.{name}", tuple(like.shape)))
+                read = tensors.take(f"{part}.{name}", tuple(like.shape))
+                if part == "exp_avg_sq" and bool((read < 0).any()):
+                    raise _bad_moments(f"{part}.{name}", "holds negative numbers", "a mean of squares")
+                like.copy_(read)
         return moments
 
     # -------------------------------------------------------------------------------------------------- write
@@ -452,10 +476,18 @@ def _read_client_state(files: SavedFiles, manifest: dict[str, Any], version: int
         DataLoss, InvalidArgument: it is not what was written, or too long.
     """
     written = manifest.get("client_state", 0)
-    if not isinstance(written, int):
+    if not isinstance(written, int) or not 0 <= written <= _MAX_STEP:
         raise _bad_manifest("client_state", written, "a version")
     data = files.client_state()
     return ClientState(data, version if written == manifest.get("version", 0) else written) if data else ClientState()
+
+
+def _bad_moments(key: str, what: str, wanted: str) -> InvalidArgument:
+    return InvalidArgument(
+        "BAD_OPTIMIZER_STATE",
+        f"tensor {key!r} of the optimizer's state {what}: use {wanted}, or load it without with_optimizer",
+        field="path",
+    )
 
 
 def _moments_state(moments: Moments) -> dict[str, torch.Tensor]:
@@ -482,7 +514,7 @@ def _as_value_head(score: Head, what: str, field: str) -> Head:
 
 
 def _bad_manifest(key: str, value: object, wanted: str) -> InvalidArgument:
-    return InvalidArgument("BAD_MANIFEST", f"onebase.json says {key} is {value!r}: use {wanted}", field="path")
+    return InvalidArgument("BAD_MANIFEST", f"onebase.json says {key} is {told(value)}: use {wanted}", field="path")
 
 
 def check_room(
@@ -510,30 +542,3 @@ def check_room(
             f"{there} left: use a smaller rank or fewer target modules",
             field=field,
         )
-
-
-def _take(tensors: dict[str, torch.Tensor], key: str, shape: tuple[int, ...]) -> torch.Tensor:
-    tensor = tensors.pop(key, None)
-    if tensor is None:
-        raise FailedPrecondition(
-            "MISSING_TENSOR",
-            f"the adapter has no tensor {key!r}: was it trained on another architecture?",
-            field="path",
-        )
-    if tuple(tensor.shape) != shape:
-        raise FailedPrecondition(
-            "WRONG_BASE",
-            f"tensor {key!r} has shape {tuple(tensor.shape)}, and this base needs {shape}: the adapter belongs to "
-            "another base model",
-            field="path",
-        )
-    if tensor.dtype not in _DTYPES:
-        raise InvalidArgument(
-            "BAD_DTYPE",
-            f"tensor {key!r} is of dtype {str(tensor.dtype).removeprefix('torch.')}: save it as float32, bfloat16 or "
-            "float16",
-            field="path",
-        )
-    if not bool(torch.isfinite(tensor).all()):
-        raise InvalidArgument("NONFINITE_TENSOR", f"tensor {key!r} holds NaN or infinity", field="path")
-    return tensor

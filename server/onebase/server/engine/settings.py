@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
+from typing import Any
 
 from peft import LoraConfig
 
@@ -33,8 +34,15 @@ _UNDERSTOOD = {
     *("layers_to_transform", "layers_pattern", "fan_in_fan_out", "lora_dropout", "modules_to_save", "runtime_config"),
     *("init_lora_weights", "eva_config", "loftq_config", "corda_config", "lora_ga_config", "ensure_weight_tying"),
 }
-_MAX_MODULES = 65_536
-"""Modules in a list; PEFT compares each with each of the model's."""
+_MAX_LAYER_LISTS = 16
+"""Names in layers_pattern; PEFT makes a regular expression of each, for each of the model's modules."""
+_MAX_TOLD = 256
+"""Characters of a value in a message."""
+_MAX_NUMBER = 2**31
+_CONDENSED = 20
+"""From so many names on, PEFT makes a list of modules shorter before it looks at layers_to_transform."""
+_OF_EXPERTS = {"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"}
+"""Ends of names that PEFT takes for experts' parameters where a model has no such module any more."""
 _LAYERS = re.compile(r"[A-Za-z0-9_.]{1,256}", re.ASCII)
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 """Ways to begin that leave the base's weights as they are."""
@@ -79,22 +87,50 @@ def read_config(files: SavedFiles) -> LoraConfig:
     kind = raw.get("peft_type")
     if kind != "LORA":
         raise FailedPrecondition(
-            "NOT_LORA", f"peft_type is {kind!r}: only LORA adapters can share a base here", field="path"
+            "NOT_LORA", f"peft_type is {told(kind)}: only LORA adapters can share a base here", field="path"
         )
+    _check_sizes(raw)
     known = {name: value for name, value in raw.items() if name in LoraConfig.__dataclass_fields__}
     strange = sorted(name for name, value in raw.items() if name not in known and name not in _UNDERSTOOD and value)
     if strange:
         raise FailedPrecondition(
-            "SETTING_NOT_SUPPORTED", f"adapter_config.json sets {strange[0]!r}, which is not known here", field="path"
+            "SETTING_NOT_SUPPORTED",
+            f"adapter_config.json sets {told(strange[0])}, which is not known here",
+            field="path",
         )
     known.pop("peft_type", None)
     try:
         config = LoraConfig(**known)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise InvalidArgument("BAD_CONFIG", f"adapter_config.json of {files.path}: {error}", field="path") from error
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise InvalidArgument(
+            "BAD_CONFIG", f"adapter_config.json of {files.path}: {str(error)[:_MAX_TOLD]}", field="path"
+        ) from error
     _check_form(config)
     _check_patterns(config)
     return config
+
+
+def told(value: object) -> str:
+    """A client's value in a message: not all of it where it is long."""
+    text = repr(value)
+    return text if len(text) <= _MAX_TOLD else f"{text[:_MAX_TOLD]}…"
+
+
+def _check_sizes(raw: dict[str, Any]) -> None:
+    """Refuses lists and maps that would take PEFT long.
+
+    Raises:
+        InvalidArgument: naming the first.
+    """
+    for name, value in raw.items():
+        most = _MAX_LAYER_LISTS if name == "layers_pattern" else patterns.MAX_NAMES
+        if isinstance(value, list | dict) and len(value) > most:
+            raise InvalidArgument(
+                "BAD_CONFIG",
+                f"adapter_config.json has {len(value)} entries in {told(name)}, and {most} are the most: use a "
+                "regular expression, or names without the layer's number",
+                field="path",
+            )
 
 
 def _check_form(config: LoraConfig) -> None:
@@ -110,26 +146,33 @@ def _check_form(config: LoraConfig) -> None:
         "layers_to_transform": layers is None
         or type(layers) is int
         or (isinstance(layers, list) and all(type(one) is int for one in layers)),
-        "r": type(config.r) is int,
-        "lora_alpha": type(config.lora_alpha) in (int, float) and math.isfinite(config.lora_alpha),
-        "rank_pattern": isinstance(ranks, dict) and all(type(rank) is int and rank > 0 for rank in ranks.values()),
-        "alpha_pattern": isinstance(alphas, dict)
-        and all(type(alpha) in (int, float) and math.isfinite(alpha) for alpha in alphas.values()),
+        "r": type(config.r) is int and abs(config.r) < _MAX_NUMBER,
+        "lora_alpha": _number(config.lora_alpha),
+        "rank_pattern": isinstance(ranks, dict)
+        and all(type(rank) is int and 0 < rank < _MAX_NUMBER for rank in ranks.values()),
+        "alpha_pattern": isinstance(alphas, dict) and all(map(_number, alphas.values())),
         "modules_to_save": isinstance(saved, list | tuple | set) and all(isinstance(name, str) for name in saved),
     }
     for name, as_it_should in fine.items():
         if not as_it_should:
             raise InvalidArgument(
                 "BAD_CONFIG",
-                f"adapter_config.json has {name}={getattr(config, name)!r}, which PEFT's LoraConfig does not take",
+                f"adapter_config.json has {name}={told(getattr(config, name))}, which PEFT's LoraConfig does not take",
                 field="path",
             )
+
+
+def _number(value: object) -> bool:
+    """Whether a setting is a number; an integer of JSON may be larger than any float."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) < _MAX_NUMBER if isinstance(value, int) else math.isfinite(value)
 
 
 def _names(value: object) -> bool:
     """Whether a setting names modules as PEFT's do: not at all, by a text, or by a list."""
     if isinstance(value, list | tuple | set):
-        return len(value) <= _MAX_MODULES and all(isinstance(name, str) for name in value)
+        return all(isinstance(name, str) for name in value)
     return value is None or isinstance(value, str)
 
 
@@ -145,10 +188,11 @@ def _check_patterns(config: LoraConfig) -> None:
         "target_modules": [config.target_modules] if isinstance(config.target_modules, str) else (),
         "exclude_modules": [config.exclude_modules] if isinstance(config.exclude_modules, str) else (),
     }
+    budget = patterns.checking()
     for setting, texts in given.items():
         for text in texts:
             try:
-                patterns.check(text)
+                patterns.check(text, budget)
             except patterns.PatternError as error:
                 raise _bad_pattern(setting, text, error) from None
     layers = config.layers_pattern or ()
@@ -162,6 +206,22 @@ def _bad_pattern(setting: str, text: str, why: object) -> InvalidArgument:
     return InvalidArgument("BAD_PATTERN", f"adapter_config.json has {text[:256]!r} in {setting}: {why}", field="path")
 
 
+def known_names(modules: Set[str], names: Iterable[str]) -> Set[str]:
+    """A list of modules without those that name none, as PEFT reads lists: whole, or an end after a dot.
+
+    What it means to PEFT does not change: it is told of names of old experts, a long list stays long, and some names
+    are left for it to complain of where none is known.
+    """
+    parts = [name.split(".") for name in names]
+    ends = {".".join(part[start:]) for part in parts for start in range(len(part))}
+    found = modules & ends
+    old = {f"\0.{end}" for end in _OF_EXPERTS & {name.rpartition(".")[2] for name in modules - ends}}
+    if not found and not old:
+        return set(sorted(modules)[:3])
+    short = min(len(modules), _CONDENSED) - len(found | old)
+    return found | old | {f"\0{number}" for number in range(short)}
+
+
 def check_config(config: LoraConfig, kind: AdapterKind) -> None:
     """Refuses, by name, every setting that would change numbers in a way we do not compute.
 
@@ -171,7 +231,7 @@ def check_config(config: LoraConfig, kind: AdapterKind) -> None:
 
     def refuse(setting: str, value: object, way_out: str) -> OnebaseError:
         return FailedPrecondition(
-            "SETTING_NOT_SUPPORTED", f"{setting}={value!r} is not supported: {way_out}", field="path"
+            "SETTING_NOT_SUPPORTED", f"{setting}={told(value)} is not supported: {way_out}", field="path"
         )
 
     if config.use_dora:
@@ -201,12 +261,12 @@ def check_config(config: LoraConfig, kind: AdapterKind) -> None:
     if kind is AdapterKind.REWARD and task not in ("SEQ_CLS", ""):
         raise FailedPrecondition(
             "WRONG_TASK_TYPE",
-            f"task_type is {task!r}: a reward adapter needs SEQ_CLS, which keeps its score head",
+            f"task_type is {told(task)}: a reward adapter needs SEQ_CLS, which keeps its score head",
             field="path",
         )
     if kind is not AdapterKind.REWARD and task not in ("CAUSAL_LM", ""):
         raise FailedPrecondition(
             "WRONG_TASK_TYPE",
-            f"task_type is {task!r}: a {kind.value} needs CAUSAL_LM; load this one as a reward",
+            f"task_type is {told(task)}: a {kind.value} needs CAUSAL_LM; load this one as a reward",
             field="path",
         )
