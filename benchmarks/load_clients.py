@@ -2,9 +2,11 @@
 
     python load_clients.py SETTINGS.json
 
-Each call that ends is a line in the settings' `out`: [when it ended, tenant, method, seconds, tokens, refusals, error].
-Times are CLOCK_MONOTONIC's, which all processes share. A refusal that says when to come again (RESOURCE_EXHAUSTED with
-RetryInfo) is obeyed, and its wait is part of the call's seconds; everything else that is no answer is an error.
+Each call is a line in the settings' `out`: [when it ended, tenant, method, seconds, tokens, refusals, error]. One that
+is still open when nobody waits any more (PATIENCE after the end; of a flood, the end of its window) is a line too, with
+the time until then and UNFINISHED. Times are CLOCK_MONOTONIC's, which all processes share. A refusal that says when to
+come again (RESOURCE_EXHAUSTED with RetryInfo) is obeyed, and its wait is part of the call's seconds; everything else
+that is no answer is an error.
 """
 
 from __future__ import annotations
@@ -46,6 +48,10 @@ DECK = {
 """How often each operation comes among a hundred; `train` is ForwardBackward and OptimStep, `adapter` is CreateAdapter
 and DeleteAdapter, `session` is OpenSession and CloseSession."""
 DEADLINE = 60.0
+PATIENCE = 30.0
+"""Seconds after the end in which what was begun before may still be answered."""
+REFUSED, UNFINISHED = "refused", "unfinished"
+"""What is recorded as the error of a call that was refused and not tried again, and of one that nobody waited for."""
 NEW_TOKENS = 12
 VOCABULARY = range(5, 110)
 BASE = "base"
@@ -143,20 +149,22 @@ class Client:
     async def act(self, operation: str, *, obey: bool = True) -> None:
         """Does an operation's calls, one after the other, and records them; of a flood, which obeys nothing, one."""
         for name, tokens, method, request in self._calls(operation):
-            began, refusals, error = time.monotonic(), 0, ""
-            while True:
-                try:
-                    await self._send(method, request)
-                except Refused as refused:
-                    refusals += 1
-                    if obey:
-                        await asyncio.sleep(refused.seconds)
-                        continue
-                    error = "refused"
-                except grpc.RpcError as failed:
-                    error = f"{failed.code().name}: {failed.details()}"
-                break
-            self.record(self.tenant, name, time.monotonic() - began, 0 if error else tokens, refusals, error)
+            began, refusals, error = time.monotonic(), 0, UNFINISHED
+            try:
+                while error == UNFINISHED:
+                    try:
+                        await self._send(method, request)
+                        error = ""
+                    except Refused as refused:
+                        refusals += 1
+                        if obey:
+                            await asyncio.sleep(refused.seconds)
+                        else:
+                            error = REFUSED
+                    except grpc.RpcError as failed:
+                        error = f"{failed.code().name}: {failed.details()}"
+            finally:  # also where it is cut off: what was held back to the end must not be lost
+                self.record(self.tenant, name, time.monotonic() - began, 0 if error else tokens, refusals, error)
             if error or not obey:
                 return
 
@@ -340,7 +348,9 @@ async def run(settings: Settings, out: TextIO) -> None:
         if settings.flood:
             await open_loop(clients, settings)
         else:
-            await asyncio.gather(*(closed_loop(client, settings) for client in clients))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(settings.end + PATIENCE - time.monotonic()):
+                    await asyncio.gather(*(closed_loop(client, settings) for client in clients))
 
 
 def main() -> None:

@@ -36,7 +36,8 @@ def place(make_place: Callable[..., Place]) -> Place:
 @pytest.fixture(scope="module")
 def session(place: Place) -> str:
     fuzz = place.as_("fuzz")
-    fuzz.adapters.CreateAdapter(adapters_pb2.CreateAdapterRequest(name="x", value_head=True))
+    for name in calls.NAMED:
+        fuzz.adapters.CreateAdapter(adapters_pb2.CreateAdapterRequest(name=name, value_head=True))
     opened = fuzz.sessions.OpenSession(sessions_pb2.OpenSessionRequest(ppo_adapter_name="x", ttl_seconds=3600))
     return opened.session_id
 
@@ -44,11 +45,12 @@ def session(place: Place) -> str:
 def problems(place: Place, some: list[calls.Call]) -> list[tuple[str, calls.Call]]:
     """What is wrong with these calls, sent all at once."""
 
-    async def send() -> list[str | None]:
+    async def send() -> list[calls.Told]:
         async with grpc.aio.insecure_channel(place.server.address) as channel:
             return list(await asyncio.gather(*(calls.send(channel, call) for call in some)))
 
-    return [(problem, call) for problem, call in zip(asyncio.run(send()), some, strict=True) if problem is not None]
+    told = asyncio.run(send())
+    return [(one.problem, call) for one, call in zip(told, some, strict=True) if one.problem is not None]
 
 
 @pytest.mark.parametrize("method", [*grammar.METHODS, *calls.OTHERS], ids=lambda method: method.name)
@@ -63,7 +65,7 @@ def test_random_files(place: Place) -> None:
     some = []
     for number in range(COUNT):
         _, files = reading.drawn(0, number, WHOLES)
-        messages = tuple(one.SerializeToString() for one in upload("x", files))
+        messages = tuple(one.SerializeToString() for one in upload(f"x{number}", files))
         some.append(calls.Call("/onebase.v1.AdapterService/UploadAdapter", messages, True, False, token))
     assert problems(place, some) == []
 

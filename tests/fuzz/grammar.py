@@ -192,6 +192,8 @@ def spoiled(random: Random, raw: bytes) -> bytes:
 def request(random: Random, method: MethodDescriptor, session: str, valid: list[bytes]) -> bytes:
     """An input of a method: a random message, a valid or random one with faults, or bytes that are none.
 
+    One valid request in five stays as it is: the others are to meet a server in which something happens.
+
     Args:
         random: draws.
         method: whose request it is like.
@@ -202,6 +204,7 @@ def request(random: Random, method: MethodDescriptor, session: str, valid: list[
     if kind < 0.1:
         return random.randbytes(random.randint(0, 64))
     if valid and kind < 0.5:
-        return spoiled(random, random.choice(valid))
+        whole = random.choice(valid)
+        return whole if kind < 0.18 else spoiled(random, whole)
     raw = message(random, method.input_type, session).SerializeToString()
     return raw if kind < 0.85 else spoiled(random, raw)

@@ -1,6 +1,7 @@
 """Reads spoiled adapters with the engine's own code, one after the other, in a process that somebody else watches.
 
-Before each input its number is written to the progress file; each finding is a line of JSON on standard output.
+Before each input its number is written to the progress file; each finding is a line of JSON on standard output, and the
+last line counts how the inputs ended: OK, or the code that a client would be told.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import os
 import shutil
 import traceback
+from collections import Counter
 from pathlib import Path
 from random import Random
 
@@ -24,6 +26,7 @@ from onebase.server.engine import Engine, open_engine
 from onebase.server.engine.formats import Target
 from onebase.server.errors import Internal, OnebaseError
 from onebase.server.jobs import AdapterKind, LoadAdapterJob
+from onebase.server.status import code_of
 
 MAX_RANK = 512
 
@@ -78,6 +81,7 @@ def main() -> None:
     for place in sorted(asked.wholes.iterdir()):  # what is imported and resolved once is not the first input's
         kind = AdapterKind.REWARD if b"SEQ_CLS" in (place / "adapter_config.json").read_bytes() else AdapterKind.POLICY
         engine.formats.load(LoadAdapterJob(uid=1, name="x", kind=kind, path=place), MAX_RANK)
+    codes: Counter[str] = Counter()
     for number in range(asked.first, asked.first + asked.count):
         os.pwrite(progress, b"%020d" % number, 0)
         random, files = drawn(asked.seed, number, wholes)
@@ -96,15 +100,17 @@ def main() -> None:
         )
         try:
             engine.formats.load(job, MAX_RANK)
+            codes["OK"] += 1
         except Internal as error:
             print(json.dumps({"number": number, "problem": f"Internal: {error}"}), flush=True)
-        except OnebaseError:
-            pass
+        except OnebaseError as error:
+            codes[code_of(error).name] += 1
         except BaseException as error:
             story = "".join(traceback.format_exception(error))[-4000:]
             found = {"number": number, "problem": f"{type(error).__name__}: {error}"[:500], "log": story}
             print(json.dumps(found), flush=True)
     os.pwrite(progress, b"%020d" % (asked.first + asked.count), 0)
+    print(json.dumps({"codes": codes}), flush=True)
 
 
 if __name__ == "__main__":
