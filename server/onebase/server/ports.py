@@ -61,6 +61,10 @@ class WorkerLike(Protocol):
         """Refuses new jobs, except to save adapters, and lets those in flight finish for up to so long."""
         ...
 
+    def cut_off(self) -> None:
+        """Ends with Unavailable what is under way, and takes only adapters to save; returns when that is so."""
+        ...
+
     def stop(self, drain_seconds: float) -> None:
         """Refuses new jobs, lets those in flight finish for up to `drain_seconds`, cancels the rest, and returns."""
         ...

@@ -234,6 +234,10 @@ class QuotaWorker:
         """The worker's."""
         self._worker.drain(seconds)
 
+    def cut_off(self) -> None:
+        """As the worker does."""
+        self._worker.cut_off()
+
     def stop(self, drain_seconds: float) -> None:
         """As the worker does."""
         self._worker.stop(drain_seconds)

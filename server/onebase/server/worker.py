@@ -52,8 +52,13 @@ from onebase.server.turns import Owner
 
 log = logging.getLogger(__name__)
 
+_LOOK_SECONDS = 0.05
+
 FILE_THREADS = 4
 """So many adapters are read or written at once; the others wait."""
+
+JOIN_SECONDS = 30.0
+"""So long the worker's thread, and those of the files, may take to end; then they are given up."""
 
 RESTART_SECONDS = 2.0
 """What clients are told to wait at least after a crash."""
@@ -81,6 +86,8 @@ class Worker:
         self._jobs: set[Job[Any]] = set()  # that were not answered yet
         self._refused: Counter[Owner] = Counter()  # requests, since the last turn
         self._draining = False
+        self._cut = False  # what is under way ends, and only saves are taken
+        self._was_cut = threading.Event()
         self._stop = False
         self._lost = ""  # the ticket under which the log says why the engine cannot be trusted any more
         self._train_tokens = budget.train_tokens  # passes are cut by this, whatever memory there is
@@ -218,14 +225,28 @@ class Worker:
         while self._counts and time.monotonic() < until:
             time.sleep(0.02)
 
+    def cut_off(self) -> None:
+        """Ends with Unavailable what is under way, but for adapters that are saved; returns when that is so.
+
+        The step under way is waited for, unless the worker is given up meanwhile.
+        """
+        with self._wake:
+            self._draining = self._cut = True
+            self._wake.notify()
+        while self._thread.is_alive() and not (self._lost or self._was_cut.wait(_LOOK_SECONDS)):
+            pass
+
     def stop(self, drain_seconds: float) -> None:
-        """Drains, ends the rest with Unavailable, and returns."""
+        """Drains, ends the rest with Unavailable, and returns; a thread that does not end is given up."""
         self.drain(drain_seconds)
         with self._wake:
             self._stop = True
             self._wake.notify()
-        if self._thread.is_alive() and not self._lost:  # a lost one may never end
-            self._thread.join()
+        until = time.monotonic() + JOIN_SECONDS
+        while self._thread.is_alive() and not self._lost:  # a lost one may never end
+            self._thread.join(_LOOK_SECONDS)
+            if time.monotonic() > until:
+                self.abandon(f"its threads did not end within {JOIN_SECONDS:g} s")
 
     # ------------------------------------------------------------------------------------- the worker's thread
 
@@ -258,7 +279,7 @@ class Worker:
         """Waits until there is something to do, and sorts new jobs into their queues; False to stop."""
         with self._wake:
             self._turn = None
-            while not (self._inbox or self._tasks or self._admin or self._back or self._stop or self._lost):
+            while not (self._inbox or self._tasks or self._admin or self._back or self._must_look()):
                 if not self._wake.wait(self._parking.patience):
                     break
             if self._stop or self._lost:
@@ -267,6 +288,8 @@ class Worker:
             jobs, refused = list(self._inbox), self._refused
             self._inbox.clear()
             self._refused = Counter()
+        if self._cut:
+            jobs = self._end_all_but_saves(jobs)
         for owner, count in refused.items():
             self._scheduler.refused(owner, count)
         for job in jobs:
@@ -277,6 +300,22 @@ class Worker:
             else:
                 self._admit(job)
         return True
+
+    def _must_look(self) -> bool:
+        return self._stop or bool(self._lost) or (self._cut and not self._was_cut.is_set())
+
+    def _end_all_but_saves(self, jobs: list[Job[Any]]) -> list[Job[Any]]:
+        """Fails what is under way and has come, once the server is cut off; the saves that have come."""
+        saves: list[Job[Any]] = [job for job in jobs if isinstance(job, SaveAdapterJob)]
+        ended = [job for job in jobs if job not in saves]
+        if not self._was_cut.is_set():
+            self._fail_all(drained())
+            ended += [job for job in self._admin if not isinstance(job, SaveAdapterJob | EvictAdapterJob)]
+            self._admin = deque(job for job in self._admin if job not in ended)
+        for job in ended:
+            self._fail(job, drained())
+        self._was_cut.set()
+        return saves
 
     def _admit(self, job: Job[Any]) -> None:
         if self._parking.keep(job):
