@@ -62,12 +62,18 @@ class Forecast:
         self._changes += 1
         return number
 
-    def end(self, number: int) -> None:
-        """Work has ended, one way or another."""
+    def end(self, number: int, *, counts: bool = True) -> None:
+        """Work has ended, one way or another.
+
+        Args:
+            number: of the work.
+            counts: whether it says how long such work takes.
+        """
         began, units = self._running.pop(number)
         self._units -= units
         self._changes += 1
-        self._durations.append(self._clock() - began)
+        if counts:
+            self._durations.append(self._clock() - began)
 
     def wait(self, units: int = 1) -> float:
         """Seconds until so many units more are free, behind those who were told before; notes that it was told.

@@ -8,6 +8,18 @@ from typing import Any, Protocol
 from onebase.server.jobs import BaseFacts, Job, Message, Tokens, WorkerStatus
 
 
+class Takes(Protocol):
+    """Takes in jobs."""
+
+    def submit(self, job: Job[Any]) -> None:
+        """Queues a job.
+
+        Raises:
+            OnebaseError: there is no room, or the server drains.
+        """
+        ...
+
+
 class WorkerLike(Protocol):
     """The owner of the device: takes jobs from any thread and resolves their `done` on its own."""
 
