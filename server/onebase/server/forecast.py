@@ -95,6 +95,9 @@ class Forecast:
         """Notes that somebody came: one who was told to, if any was, or else unasked."""
         self._unasked *= math.exp((self._last - now) / self._window())
         self._last = now
+        late = now - self._window()
+        while self._told and self._told[0][0] < late:  # they have given up, or went elsewhere: nobody waits behind them
+            self._awaited -= self._told.popleft()[1]
         if self._told and self._told[0][0] <= now:
             self._awaited -= self._told.popleft()[1]
         else:
