@@ -120,7 +120,7 @@ class FakeWorker:
         self._held: tuple[type, ...] = ()
         self._pending: list[jobs.Job] = []
         self._wake = threading.Condition()
-        self._draining = self._stopped = False
+        self._draining = self._cut = self._stopped = False
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     # ---- the worker's shape
@@ -166,6 +166,13 @@ class FakeWorker:
             self._draining = True
             self._wake.notify_all()
             self._wake.wait_for(lambda: not self._pending, timeout=max(0.0, until - time.monotonic()))
+
+    def cut_off(self):
+        with self._wake:
+            self._draining = self._cut = True
+            self._wake.notify_all()
+            only_saves = lambda: all(isinstance(job, jobs.SaveAdapterJob) for job in self._pending)  # noqa: E731
+            self._wake.wait_for(lambda: only_saves() or self.ticket or not self._thread.is_alive())
 
     def stop(self, drain_seconds):
         until = time.monotonic() + drain_seconds
@@ -222,12 +229,17 @@ class FakeWorker:
             while not self._stopped:
                 for job in self._pending:
                     late = job.deadline is not None and time.monotonic() > job.deadline
-                    if job.cancelled or late or not isinstance(job, self._held):
+                    if job.cancelled or late or self._is_cut(job) or not isinstance(job, self._held):
                         return job
                 self._wake.wait(0.005)
             return None
 
+    def _is_cut(self, job):
+        return self._cut and not isinstance(job, jobs.SaveAdapterJob)
+
     def _check(self, job):
+        if self._is_cut(job):
+            raise Unavailable("DRAINED", "the server has stopped")
         if job.cancelled:
             raise Cancelled("CANCELLED", "the client cancelled")
         if job.deadline is not None and time.monotonic() > job.deadline:

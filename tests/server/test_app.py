@@ -16,10 +16,11 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from server.fakes import FakeWorker
 from server.harness import Live, pair, refused
 
-from onebase.server.app import SERVICES, check_address, server_options
+from onebase.server.app import SERVICES
 from onebase.server.config import AdapterSource, ConfigError, EngineConfig, Limits, ServerConfig
 from onebase.server.errors import FailedPrecondition
 from onebase.server.jobs import AdapterKind, CreateAdapterJob, LoadAdapterJob, LoraSpec, Pooling, ScoreJob
+from onebase.server.listening import check_address, server_options
 from onebase.v1 import adapters_pb2, inference_pb2, server_pb2, types_pb2
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING

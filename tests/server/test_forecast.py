@@ -6,6 +6,7 @@ import heapq
 import itertools
 import random
 import time
+from collections import deque
 
 import pytest
 from server.harness import Clock
@@ -163,3 +164,29 @@ def test_it_takes_little_time_whatever_is_under_way():
     for _ in range(100):
         forecast.wait(5)
     assert (time.process_time() - began) / 100 < 0.02
+
+
+def test_who_was_told_to_come_and_never_does_is_waited_for_no_longer():
+    forecast = Forecast(clock := Clock())
+    running = deque()
+
+    def steady(times):
+        """Sixteen pieces of work under way, each of which takes ten seconds."""
+        for _ in range(times):
+            began, number = running.popleft()
+            clock.now = max(clock.now, began + 10)
+            forecast.end(number)
+            running.append((clock.now, forecast.begin()))
+
+    for _ in range(16):
+        running.append((clock.now, forecast.begin()))
+        clock.pass_(10 / 16)
+    steady(600)
+    before = forecast.wait()
+    steady(20)
+    for _ in range(5000):
+        forecast.wait()
+        clock.pass_(1e-4)
+    steady(16 * 30)
+    assert len(forecast._told) < 20
+    assert forecast.wait() <= before + 0.5

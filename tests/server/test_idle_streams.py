@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 
@@ -11,6 +12,7 @@ from server.harness import Live, refusal_of, text_of
 
 from onebase.server.config import EngineConfig, Security, ServerConfig
 from onebase.server.jobs import GenerateJob
+from onebase.server.unread import MOST
 from onebase.v1 import adapters_pb2, inference_pb2, inference_pb2_grpc, types_pb2
 
 
@@ -80,3 +82,34 @@ def test_an_upload_that_stops_is_ended():
             refusal = refusal_of(error)
         assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "SLOW_PRODUCER")
         assert time.monotonic() - began < 5
+
+
+@pytest.mark.fault(31)
+def test_streams_that_nobody_ever_reads_are_dropped():
+    def tasks():
+        return [task for task in live.on_loop(asyncio.all_tasks) if "_handle_rpc" in str(task.get_coro())]
+
+    with served() as live:
+        live.worker.endless = True
+        request = inference_pb2.GenerateRequest(
+            adapter="base", prompts=[text_of("a")], sampling={"max_new_tokens": 20}, stream_tokens=True
+        )
+        small = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 4096)]
+        channel = grpc.insecure_channel(f"127.0.0.1:{live.port}", options=small)
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        before, held = len(tasks()), []
+        for number in range(MOST + 4):
+            held.append(stub.Generate(request))
+            next(held[-1])
+            (job,) = live.worker.wait_submitted(GenerateJob, number + 1)[number:]
+            live.worker.wait_done(job)
+        time.sleep(1)
+        assert len(tasks()) - before <= MOST  # those that came first have given way
+        with pytest.raises(grpc.RpcError) as told:
+            list(held[-1])
+        assert refusal_of(told.value).reason == "SLOW_CONSUMER"  # who reads in time is told so
+        time.sleep(6)
+        assert len(tasks()) - before == 0
+        with pytest.raises(grpc.RpcError):
+            list(held[-2])  # and who reads later does not wait for ever
+        channel.close()

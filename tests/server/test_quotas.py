@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+import threading
 import time
+from collections import Counter
 
 import grpc
+import numpy as np
 import pytest
 from server.fakes import FakeWorker
-from server.harness import pair, refused, text_of
+from server.harness import eventually, pair, refusal_of, refused, text_of
 from server.tenants import Guarded
 
+from onebase.server.accounts import Bucket
 from onebase.server.config import ConfigError, Limits, Quota
+from onebase.server.errors import FailedPrecondition, ResourceExhausted, not_there
 from onebase.server.flags import quota
-from onebase.server.jobs import CreateAdapterJob, GenerateJob, ScoreJob
-from onebase.server.quotas import Bucket
+from onebase.server.jobs import CreateAdapterJob, GenerateJob, SaveAdapterJob, ScoreJob, ScoreRow
+from onebase.server.quotas import QuotaWorker
 from onebase.v1 import adapters_pb2, inference_pb2
 
 ONE = [pair((9,), (7,))]
@@ -179,3 +184,130 @@ def test_a_quota_is_read_from_the_command_line():
     for wrong in ("adapters", "adapters=x", "adapter=1", "adapters=1,adapters=2", "adapters=-1", "adapters=1KK"):
         with pytest.raises(ConfigError, match="--quota is"):
             quota("--quota", wrong)
+
+
+@pytest.mark.fault(11)
+def test_what_is_being_read_has_a_place_and_holds_up_its_own_tenant_alone(tmp_path):
+    live = served(tmp_path, limits=Limits(max_queued_requests=16), tenant_quota=Quota(requests=2))
+    encode = live.parts.text.encode_prompt
+
+    def slowly(text):
+        time.sleep(0.05 if text.startswith("long") else 0)
+        return encode(text)
+
+    live.parts.text.encode_prompt = slowly
+
+    def ask(client, text):
+        sampling = inference_pb2.SamplingParams(max_new_tokens=2)
+        request = inference_pb2.GenerateRequest(adapter="base", prompts=[text_of(text)] * 20, sampling=sampling)
+        return client.inference.Generate(request)
+
+    with live:
+        red, blue = live.as_("red"), live.as_("blue")
+        flood = [ask(red, "long") for _ in range(20)]
+        time.sleep(0.2)
+        began = time.monotonic()
+        list(ask(blue, "short"))
+        assert time.monotonic() - began < 2.5  # twenty texts, each behind one of red's at the most
+        told = Counter(reason_of(one) for one in flood)
+        assert set(told) == {"", "QUOTA_REQUESTS"}
+        assert told["QUOTA_REQUESTS"] >= 16
+        assert list(ask(red, "short"))  # the places were given back
+        assert live.edge.worker._reading.total() == live.edge.worker._parties.total() == 0
+
+
+def reason_of(answers):
+    try:
+        list(answers)
+    except grpc.RpcError as error:
+        return refusal_of(error).reason
+    return ""
+
+
+def test_a_request_that_cannot_be_read_gives_its_place_back(tmp_path):
+    with served(tmp_path, tenant_quota=Quota(requests=1)) as live:
+        red = live.as_("red")
+        wrong = inference_pb2.LogprobRequest(adapter="base", sequences=[pair((9, 10**6), (7,))])
+        for _ in range(3):
+            assert refused(red.inference.Logprob, wrong).code is grpc.StatusCode.INVALID_ARGUMENT
+        assert logprob(red).result(timeout=20)
+
+
+@pytest.mark.fault(10)
+def test_adapters_that_are_made_and_written_count_as_requests_of_their_tenant(tmp_path):
+    with served(tmp_path, tenant_quota=Quota(requests=4)) as live:
+        red, blue = live.as_("red"), live.as_("blue")
+        red.adapters.CreateAdapter(Create(name="p"))
+        live.worker.hold(SaveAdapterJob)
+        download = adapters_pb2.DownloadAdapterRequest(name="p", with_optimizer=True)
+        calls = [red.adapters.DownloadAdapter(download) for _ in range(4)]
+        live.worker.wait_submitted(SaveAdapterJob, 4)
+        refusal = refused(red.adapters.DownloadAdapter, download)
+        assert (refusal.reason, refusal.retry_after > 0) == ("QUOTA_REQUESTS", True)
+        assert logprob(blue).result(timeout=20)
+        live.worker.release()
+        assert [len(list(one)) > 0 for one in calls] == [True] * 4
+        assert list(red.adapters.DownloadAdapter(download))
+
+
+def test_who_is_refused_for_others_floods_does_not_pay_for_that(tmp_path):
+    with served(tmp_path, quota=Quota(requests=3), tenant_quota=Quota(requests=3)) as live:
+        red, blue = live.as_("red"), live.as_("blue")
+        live.worker.hold(ScoreJob)
+        flood = [logprob(red) for _ in range(3)]
+        live.worker.wait_submitted(ScoreJob, 3)
+        request = inference_pb2.LogprobRequest(adapter="base", sequences=ONE)
+        assert refused(blue.inference.Logprob, request).reason == "QUOTA_REQUESTS"
+        assert live.worker.refusals == []
+        assert refused(red.inference.Logprob, request).reason == "QUOTA_REQUESTS"
+        assert live.worker.refusals == [("red", "")]
+        live.worker.release()
+        assert [one.result(timeout=20) for one in flood]
+
+
+def test_a_slow_creation_of_one_tenant_keeps_no_other_waiting(tmp_path):
+    quotas = {"tenant_quota": Quota(adapters=2, adapter_bytes=100_000), "quota": Quota(adapter_bytes=7_000)}
+    with served(tmp_path, **quotas) as live:
+        red, blue = live.as_("red"), live.as_("blue")
+        live.worker.before = lambda job: job.tenant == "red" and isinstance(job, CreateAdapterJob) and go.wait(20)
+        go = threading.Event()
+        live.worker.hold(CreateAdapterJob)
+        slow = red.adapters.CreateAdapter.future(Create(name="a"))
+        live.worker.wait_submitted(CreateAdapterJob)
+        quick = blue.adapters.CreateAdapter.future(Create(name="a"))
+        live.worker.wait_submitted(CreateAdapterJob, 2)
+        go.set()
+        live.worker.release()
+        # Both were let in for what was left; whoever is done second finds it taken, and leaves nothing.
+        errors = [one.exception(timeout=20) for one in (slow, quick)]
+        assert [error is None for error in errors].count(True) == 1
+        refusal = refusal_of(next(error for error in errors if error is not None))
+        assert refusal.reason == "QUOTA_ADAPTER_BYTES"
+        eventually(lambda: len(live.worker.adapters) == 1)
+
+
+def test_a_creation_that_fails_gives_back_what_was_booked_for_it(tmp_path):
+    with served(tmp_path, tenant_quota=Quota(adapters=1)) as live:
+        red = live.as_("red")
+        live.worker.failures.append(FailedPrecondition("NO", "not now"))
+        assert refused(red.adapters.CreateAdapter, Create(name="a")).reason == "NO"
+        red.adapters.CreateAdapter(Create(name="a"))
+        assert refused(red.adapters.CreateAdapter, Create(name="b")).reason == "QUOTA_ADAPTERS"
+
+
+def test_tokens_are_counted_once_however_often_a_call_looks_what_its_names_mean():
+    class Worker(FakeWorker):
+        def submit(self, job):
+            job.done.set_exception(not_there())
+
+        def check(self, session):
+            pass
+
+    quotas = QuotaWorker(Worker(), Quota(tokens_per_second=10), Quota())
+    for _ in range(8):
+        quotas.submit(ScoreJob(rows=[ScoreRow(1, np.arange(30))]))
+    live = ScoreJob(rows=[ScoreRow(1, np.arange(30))])
+    quotas._worker = FakeWorker()
+    quotas.submit(live)
+    with pytest.raises(ResourceExhausted):
+        quotas.submit(ScoreJob(rows=[ScoreRow(1, np.arange(30))]))

@@ -343,6 +343,24 @@ def test_who_is_refused_pays_with_turns_and_no_longer_than_that(kind: Work) -> N
     assert turns(after_it, "flood") >= turns(after_it, "other 0")
 
 
+@pytest.mark.parametrize("beside", KINDS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cost", [SHARE - 5, SHARE + 5])
+def test_who_is_refused_without_end_gets_a_little_beside_everything(kind: Work, beside: Work, cost: int) -> None:
+    device = Device(slots=6)
+    flood = Flood(kind, "flood", [cost], adapters=(0,), tenant="flood")
+    other = Flood(beside, "other", [60], completions=1, adapters=(9,), tenant="other")
+    without = longest = 0
+    for _ in range(400):
+        (step,) = device.run(1, flood, other)
+        device.scheduler.refused(Whose("flood", "flood"), 200)
+        without = 0 if (kind, "flood") in step.served else without + 1
+        longest = max(longest, without)
+    # Seven steps, and one of each side whose turn it is just then; a long row waits until it was kept out of 3 such.
+    long = cost > SHARE and beside is Work.INTERACTIVE and kind in REST
+    assert longest <= (7 + 2) * (1 + 3 * long)
+
+
 def test_who_is_refused_has_the_device_where_nobody_else_wants_it() -> None:
     device = Device()
     device.scheduler.refused(Whose("flood", "flood"), 1000)

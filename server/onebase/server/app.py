@@ -1,8 +1,9 @@
 """The composition root: rooms are put together, adapters loaded, calls served, and all of it stopped in order.
 
-    open the base (blocking, slow)  →  bind  →  load adapters  →  serve  →  SIGTERM  →  drain  →  stop
+    open the base (blocking, slow)  →  bind  →  load adapters  →  serve  →  SIGTERM  →  drain  →  cut off  →  stop
 
-While adapters load and while it drains, the server answers UNAVAILABLE and its health is NOT_SERVING.
+While adapters load and while it drains, the server answers UNAVAILABLE and its health is NOT_SERVING. `ending` bounds
+the way from SIGTERM on.
 """
 
 from __future__ import annotations
@@ -11,12 +12,9 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
-import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NoReturn
 
 import grpc
@@ -24,20 +22,32 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[i
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
 from onebase.server.audit import AuditLog
-from onebase.server.catalog import LoadedAdapter, NewAdapter
 from onebase.server.checkpoints import StateDirectory, StateInUseError
-from onebase.server.config import AdapterSource, ConfigError, Limits, Security, ServerConfig, StateConfig
-from onebase.server.durability import Durable
+from onebase.server.config import ConfigError, Security, ServerConfig, StateConfig
 from onebase.server.edge import Edge, State, build_edge
+from onebase.server.ending import (
+    CUT_OFF,
+    LAST_CHECKPOINTS_SECONDS,
+    LAST_STEP_SECONDS,
+    LOST_ANSWERS_SECONDS,
+    Orders,
+    Stopped,
+    Watch,
+    either,
+    in_time,
+    leave,
+    turns,
+)
 from onebase.server.errors import OnebaseError
 from onebase.server.guard import Guard
-from onebase.server.jobs import AdapterKind, LoraSpec
 from onebase.server.leases import Clock
+from onebase.server.listening import address_of, no_address, server_credentials, server_options, write_port
+from onebase.server.loading import load
 from onebase.server.opening import open_durable
 from onebase.server.ports import TextLike, WorkerLike
 from onebase.server.process import share_one_heap, take_turns_quickly
 from onebase.server.registry import Entry
-from onebase.server.restoring import Rooms, Told, check_trained, restore
+from onebase.server.restoring import Told
 from onebase.server.services.adapters import AdapterService
 from onebase.server.services.inference import InferenceService
 from onebase.server.services.server import ServerService
@@ -71,10 +81,8 @@ SERVICES = tuple(
         (training_pb2, "TrainingService"),
     )
 )
-_SWEEP_SECONDS = 1.0
 _CHATTY = ("bitsandbytes",)  # warns of kernels that it would use for 4-bit bases on a CPU
 _LAST_ANSWERS_SECONDS = 5.0  # for answers on their way out when all work has ended
-_LOST_ANSWERS_SECONDS = 1.0  # and when the engine crashed, so that nobody waits for more than the restart
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,8 @@ class Report:
     """The server was told to stop, and finishes the work in flight."""
     lost: Callable[[str, int], NoReturn] = lambda _ticket, _port: os._exit(EXIT_CODE)
     """The engine crashed, logged under a ticket, and everybody was answered; the port. Ends the process."""
+    cut_off: Callable[[int], NoReturn] = leave
+    """The server was told to stop and could not end as it should. Ends the process with this code."""
 
 
 def make_roots(config: ServerConfig) -> None:
@@ -170,10 +180,11 @@ class Server:
         guard = Guard(self.edge.gate.refusal, self._admit, self._audit, config.security.stream_idle_seconds)
         self._server = grpc.aio.server(interceptors=(guard,), options=server_options(config.limits))
         self._register()
-        self._sweeper: asyncio.Task[None] | None = None
+        self._watch = Watch(parts.worker, config.stall_restart_seconds)
+        self._watching: asyncio.Task[None] | None = None
         self._stuck = False
         self.port = 0
-        self.lost = asyncio.Event()
+        self.lost = self._watch.lost
         """Set when the engine crashed."""
 
     async def start(self) -> int:
@@ -183,7 +194,7 @@ class Server:
             ConfigError: the address cannot be had.
         """
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        address = _address(self._config.host, self._config.port)
+        address = address_of(self._config.host, self._config.port)
         try:
             credentials = server_credentials(self._config.security)
             if credentials is None:
@@ -191,10 +202,10 @@ class Server:
             else:
                 port = self._server.add_secure_port(address, credentials)
         except RuntimeError:  # gRPC says no more than that it failed
-            raise _no_address(address, "cannot be bound") from None
+            raise no_address(address, "cannot be bound") from None
         await self._server.start()
         self._worker.start()
-        self._sweeper = asyncio.create_task(self._sweep())
+        self._watching = asyncio.create_task(self._watch.run(self._sweep, self._show))
         self.port = port
         return port
 
@@ -205,43 +216,49 @@ class Server:
             ConfigError: the settings and the state do not fit together.
             OnebaseError: one of them cannot be loaded.
         """
-        config, edge = self._config, self.edge
-        try:
-            await asyncio.to_thread(edge.disks.sweep)
-        except OSError as error:
-            raise ConfigError(f"temporary directory is {error.filename!r}: {error.strerror}") from error
-        if isinstance(edge.keeper, Durable):
-            edge.keeper.residency.told = edge.registry.update
-            rooms = Rooms(edge.worker, edge.registry, edge.sessions, edge.idempotency)
-            frozen = [(source.name, AdapterKind.REWARD) for source in config.rewards]
-            frozen += [(source.name, AdapterKind.REFERENCE) for source in config.references]
-            await restore(edge.keeper, rooms, Told(report.restored, report.damaged), frozen=frozen)
-        for kind, sources in (
-            (AdapterKind.REWARD, config.rewards),
-            (AdapterKind.REFERENCE, config.references),
-            (AdapterKind.CRITIC, config.critics),
-            (AdapterKind.POLICY, config.policies),
-        ):
-            for source in sources:
-                if kind.trained and self._is_there(source.name, kind):
-                    continue
-                began = time.monotonic()
-                entry = await self._load_one(kind, source)
-                report.adapter(entry, time.monotonic() - began)
+        await load(self.edge, self._config, report.adapter, Told(report.restored, report.damaged))
         self.edge.gate.state = State.SERVING
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
-    async def stop(self, drain_seconds: float) -> None:
-        """Refuses new calls, lets work in flight finish for up to so long, then ends everything."""
+    @property
+    def exit_code(self) -> int:
+        """What the process ends with when this server has stopped."""
+        return self._watch.exit_code
+
+    async def stop(self, drain_seconds: float, orders: Orders | None = None) -> None:
+        """Refuses new calls, lets work in flight finish for up to so long, then ends everything.
+
+        Args:
+            drain_seconds: for work in flight.
+            orders: who is told to stop at once gives up whatever has not ended yet.
+        """
+        ending = asyncio.ensure_future(self._stop(drain_seconds))
+        await either((orders or Orders()).at_once.wait(), asyncio.wait((ending,)))
+        if not ending.done():
+            log.warning("told to stop again: work in flight is given up, and the server ends at once")
+            self._watch.give_up("the server was told to stop again")
+            self._watch.gave_up = True
+            await asyncio.wait((ending,), timeout=LOST_ANSWERS_SECONDS)
+        if ending.done():
+            ending.result()
+
+    async def _stop(self, drain_seconds: float) -> None:
         self.edge.gate.state = State.DRAINING
         self.edge.sessions.dismiss()
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         await asyncio.to_thread(self._worker.drain, drain_seconds)
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-        await self.edge.keeper.close()
+        self._watch.end(min(self._config.stall_seconds, max(drain_seconds, LAST_STEP_SECONDS)))
+        await asyncio.to_thread(self._worker.cut_off)
+        await turns()  # a step that was made just now is known to the keeper before it makes the last checkpoints
+        if not await in_time(self.edge.keeper.close(), LAST_CHECKPOINTS_SECONDS):
+            self._watch.give_up(f"the last checkpoints took more than {LAST_CHECKPOINTS_SECONDS:g} s")
+        crashed = self._worker.lost()
         await asyncio.to_thread(self._worker.stop, 0.0)
+        if self._worker.lost() and not crashed:
+            self._watch.gave_up = True
         await self._server.stop(_LAST_ANSWERS_SECONDS)
+        if self._watching is not None:
+            self._watching.cancel()
         await asyncio.to_thread(self.edge.disks.close)
         self.edge.texts.close()
         self._audit.close()
@@ -253,29 +270,7 @@ class Server:
         """
         self.edge.gate.state = State.LOST
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        await asyncio.sleep(_LOST_ANSWERS_SECONDS)
-
-    def _is_there(self, name: str, kind: AdapterKind) -> bool:
-        """Whether the state directory has this adapter: it goes on from there."""
-        registry = self.edge.registry
-        check_trained(registry.find(name), name, kind)
-        return registry.find(name) is not None or registry.damaged(name)
-
-    async def _load_one(self, kind: AdapterKind, source: AdapterSource) -> Entry:
-        catalog = self.edge.catalog
-        if source.path is None:
-            lora = LoraSpec(rank=self._config.policy_rank, alpha=self._config.policy_alpha)
-            return await catalog.create(NewAdapter(source.name, lora, value_head=True, kind=kind), None)
-        loaded = LoadedAdapter(
-            source.name,
-            kind,
-            source.path.expanduser().resolve(),  # the operator's own paths need no root
-            value_head=kind.trained,
-            append_eos=source.append_eos,
-            pooling=source.pooling,
-            kept=kind.trained,
-        )
-        return await catalog.load(loaded, None)
+        await asyncio.sleep(LOST_ANSWERS_SECONDS)
 
     def _register(self) -> None:
         server, edge = self._server, self.edge
@@ -291,24 +286,12 @@ class Server:
         for service in ("", *SERVICES):
             await self._health.set(service, status)
 
-    async def _sweep(self) -> None:
-        while True:
-            await asyncio.sleep(_SWEEP_SECONDS)
-            try:
-                self.edge.sessions.sweep()
-                self.edge.keeper.tick()
-            except Exception:  # whatever it is, a crash must still be noticed
-                log.exception("sessions could not be swept")
-            await self._watch()
+    def _sweep(self) -> None:
+        self.edge.sessions.sweep()
+        self.edge.keeper.tick()
 
-    async def _watch(self) -> None:
+    async def _show(self, seconds: float) -> None:
         """Health says so while the engine makes no progress."""
-        seconds, limit = self._worker.stuck_seconds(), self._config.stall_restart_seconds
-        if limit and seconds > limit:
-            self._worker.abandon(f"a step went on for {seconds:.0f} s")
-        if self._worker.lost():
-            self.lost.set()
-            return
         stuck = seconds > self._config.stall_seconds
         if stuck == self._stuck or self.edge.gate.state is not State.SERVING:
             return
@@ -321,108 +304,63 @@ class Server:
 
 @contextlib.asynccontextmanager
 async def running(
-    parts: Parts, config: ServerConfig, report: Report, clock: Clock = time.monotonic
+    parts: Parts,
+    config: ServerConfig,
+    report: Report,
+    clock: Clock = time.monotonic,
+    orders: Orders | None = None,
 ) -> AsyncIterator[Server]:
     """A server that serves inside the block and is drained after it.
 
     Raises:
+        Stopped: it was told to stop while it loaded.
         ConfigError: the address cannot be had.
         OnebaseError: an adapter cannot be loaded.
     """
-    server = Server(parts, config, clock)
+    server, orders = Server(parts, config, clock), orders or Orders()
     try:
         port = await server.start()
-        await server.load(report)
-        _write_port(config.port_file, port)
+        await orders.unless_stopped(server.load(report))
+        write_port(config.port_file, port)
     except BaseException:
-        await server.stop(drain_seconds=0.0)
+        await server.stop(0.0, orders)
         raise
     report.ready(port)
     try:
         yield server
     finally:
         report.draining()
-        await server.stop(config.drain_seconds)
+        await server.stop(config.drain_seconds, orders)
 
 
 async def serve(parts: Parts, config: ServerConfig, report: Report) -> None:
     """Serves until SIGTERM or SIGINT, then drains and returns; after a crash of the engine it does not return.
 
+    Nor does it where something did not end in time, or the server was told to stop again.
+
     Raises:
         ConfigError: the address cannot be had.
         OnebaseError: an adapter cannot be loaded.
     """
-    stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
+    orders = Orders()
+    orders.listen()
     try:
-        async with running(parts, config, report) as server:
-            await _either(stopping, server.lost)
-            if server.lost.is_set():
+        async with running(parts, config, report, orders=orders) as server:
+            await either(orders.stopping.wait(), server.lost.wait())
+            if not orders.stopping.is_set():
                 await server.give_up()
-                report.lost(parts.worker.lost(), server.port)
+                if not await orders.last_word():
+                    report.lost(parts.worker.lost(), server.port)
+    except Stopped:
+        if orders.at_once.is_set() or parts.worker.lost():
+            report.cut_off(CUT_OFF)
+        return
     except OnebaseError:
-        if ticket := parts.worker.lost():  # while it was loading
+        if (ticket := parts.worker.lost()) and not await orders.last_word():  # while it was loading
             report.lost(ticket, config.port)
         raise
-
-
-async def _either(*events: asyncio.Event) -> None:
-    waits = [asyncio.ensure_future(event.wait()) for event in events]
-    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-    for wait in waits:
-        wait.cancel()
-
-
-def check_address(config: ServerConfig) -> None:
-    """Fails at once, before a model is opened for minutes, where the port is taken already.
-
-    Raises:
-        ConfigError: the address cannot be had.
-    """
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((config.host, config.port))
-        except OSError as error:
-            raise _no_address(_address(config.host, config.port), error.strerror or str(error)) from None
-
-
-def server_options(limits: Limits) -> list[tuple[str, int]]:
-    """gRPC's settings: sizes of messages and headers, dead peers noticed within 8 s, and a taken port an error."""
-    return [
-        ("grpc.max_receive_message_length", limits.max_message_bytes),
-        ("grpc.max_send_message_length", limits.max_message_bytes),
-        ("grpc.keepalive_time_ms", 5_000),
-        ("grpc.keepalive_timeout_ms", 3_000),
-        ("grpc.http2.ping_timeout_ms", 3_000),  # without it a frozen client is noticed after a minute
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # clients may ping this often
-        ("grpc.so_reuseport", 0),
-        ("grpc.max_metadata_size", 8 * 2**10),  # over it, calls may be refused, and over twice that they all are
-        ("grpc.absolute_max_metadata_size", 16 * 2**10),
-        # Of one connection. What is over the queue's limits is refused in our words; what is far beyond by gRPC.
-        ("grpc.max_concurrent_streams", 4 * limits.max_queued_requests + 1000),
-        ("grpc.server_handshake_timeout_ms", 20_000),
-    ]
-
-
-def server_credentials(security: Security) -> grpc.ServerCredentials | None:
-    """What the server shows to its clients, and wants to see of them; None is plain text.
-
-    Raises:
-        ConfigError: a file cannot be read.
-    """
-    if security.tls_cert is None or security.tls_key is None:
-        return None
-    try:
-        pair = (security.tls_key.read_bytes(), security.tls_cert.read_bytes())
-        clients = security.tls_client_ca.read_bytes() if security.tls_client_ca else None
-    except OSError as error:
-        raise ConfigError(f"{error.filename!r} cannot be read: {error.strerror}") from None
-    return grpc.ssl_server_credentials([pair], clients, require_client_auth=clients is not None)
+    if server.exit_code:
+        report.cut_off(server.exit_code)
 
 
 def _open_doors(security: Security) -> tuple[Doorman, AuditLog]:
@@ -433,19 +371,3 @@ def _open_doors(security: Security) -> tuple[Doorman, AuditLog]:
         raise ConfigError(str(error)) from None
     except OSError as error:
         raise ConfigError(f"audit_log is {str(security.audit_log)!r}: {error.strerror}") from None
-
-
-def _no_address(address: str, why: str) -> ConfigError:
-    return ConfigError(f"address is {address!r}: {why}; give another --port, or 0 for any free one")
-
-
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _write_port(path: Path | None, port: int) -> None:
-    """Writes the port whole or not at all: somebody may be waiting for the file."""
-    if path is not None:
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text(f"{port}\n")
-        partial.replace(path)

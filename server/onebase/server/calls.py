@@ -15,7 +15,7 @@ from onebase.server.errors import Gone
 from onebase.server.identity import caller
 from onebase.server.jobs import Job
 from onebase.server.leases import Session
-from onebase.server.ports import WorkerLike
+from onebase.server.ports import Takes
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -35,7 +35,7 @@ def queue_of(session: Session | None) -> str:
     return session.queue if session is not None else ""
 
 
-def submit(worker: WorkerLike, job: Job[Any], session: Session | None, deadline: float | None) -> None:
+def submit(worker: Takes, job: Job[Any], session: Session | None, deadline: float | None) -> None:
     """Queues a job in its session's name.
 
     Raises:
@@ -47,7 +47,7 @@ def submit(worker: WorkerLike, job: Job[Any], session: Session | None, deadline:
     worker.submit(job)
 
 
-async def perform(worker: WorkerLike, job: Job[R], session: Session | None, deadline: float | None) -> R:
+async def perform(worker: Takes, job: Job[R], session: Session | None, deadline: float | None) -> R:
     """Submits a job that changes nothing, and returns its result; a cancel here drops the job.
 
     Args:
@@ -68,7 +68,7 @@ async def perform(worker: WorkerLike, job: Job[R], session: Session | None, dead
     return outcome.result()
 
 
-async def settle(worker: WorkerLike, job: Job[R], session: Session | None = None, deadline: float | None = None) -> R:
+async def settle(worker: Takes, job: Job[R], session: Session | None = None, deadline: float | None = None) -> R:
     """Submits a job that changes something, and returns its result, even through a cancel.
 
     A cancel asks the worker to drop the job; it may be too late for that. Either way this returns what became of

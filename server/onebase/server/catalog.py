@@ -35,8 +35,8 @@ from onebase.server.jobs import (
 )
 from onebase.server.leases import Session, Sessions
 from onebase.server.ports import WorkerLike
-from onebase.server.quotas import AdapterQuotas
 from onebase.server.registry import Entry, Registry, Reservation
+from onebase.server.room import AdapterQuotas
 from onebase.server.store import ResponseRow
 from onebase.server.volatile import Volatile
 
@@ -131,15 +131,15 @@ class Catalog:
         reservation = self._registry.reserve(new.name)
         with self._released_on_error(reservation):
             async with self._quotas.room(reservation.owner) as room:
-                facts = await self._create(new, reservation, source, room, session, deadline)
-                if source is not None and (now := self._registry.current(source.uid)) is not None:
-                    await settled(
-                        self._keeper.seen({now.uid: now.facts.version})
-                    )  # a copy must not outlive what it copies
-                entry = self._registry.prospect(reservation, facts, "")
-                with self._discarded_on_error(entry.uid):
+                facts = await self._create(new, reservation, source, room.most, session, deadline)
+                with self._discarded_on_error(facts.uid):
+                    room.made(facts)
+                    if source is not None and (now := self._registry.current(source.uid)) is not None:
+                        # a copy must not outlive what it copies
+                        await settled(self._keeper.seen({now.uid: now.facts.version}))
+                    entry = self._registry.prospect(reservation, facts, "")
                     await self._keeper.add(entry, receipt(entry))
-        return self._bind(reservation, entry, session)
+                return self._bind(reservation, entry, session)
 
     async def _create(
         self,
@@ -183,8 +183,9 @@ class Catalog:
         with self._released_on_error(reservation):
             self._check_replaced(reservation, loaded.kind, session)
             async with self._quotas.room(reservation.owner, reservation.old) as room:
-                facts = await settle(self._worker, _load_job(loaded, reservation, room), session, deadline)
+                facts = await settle(self._worker, _load_job(loaded, reservation, room.most), session, deadline)
                 with self._discarded_on_error(facts.uid):
+                    room.made(facts)
                     async with self._fences.ending(reservation.old, deadline):
                         old = self._replaced(loaded, reservation, facts)
                         entry = self._registry.prospect(reservation, facts, loaded.source or str(loaded.path))

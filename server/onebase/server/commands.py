@@ -176,8 +176,9 @@ def serve(
 
 
 def _run(config: ServerConfig, console: Console) -> None:
-    from onebase.server.app import check_address, open_parts
+    from onebase.server.app import open_parts
     from onebase.server.app import serve as serve_parts
+    from onebase.server.listening import check_address
     from onebase.server.process import spare_what_stays
     from onebase.server.successor import Restarts
 

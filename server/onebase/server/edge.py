@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -22,8 +23,9 @@ from onebase.server.fences import Fences
 from onebase.server.idempotency import Idempotency, of_tenant
 from onebase.server.leases import Clock, Session, Sessions
 from onebase.server.ports import TextLike, WorkerLike
-from onebase.server.quotas import AdapterQuotas, QuotaWorker
+from onebase.server.quotas import Place, QuotaWorker
 from onebase.server.registry import Registry
+from onebase.server.room import AdapterQuotas
 from onebase.server.texts import Texts
 from onebase.server.volatile import Volatile
 
@@ -62,7 +64,7 @@ class Gate:
 class Edge:
     """The rooms behind the services."""
 
-    worker: WorkerLike
+    worker: QuotaWorker
     config: ServerConfig
     sessions: Sessions
     registry: Registry
@@ -84,6 +86,14 @@ class Edge:
             ResourceExhausted: there is no room.
         """
         self.worker.check(queue_of(session))
+
+    def place(self, session: Session | None) -> AbstractContextManager[Place]:
+        """Room for a call from before it is read: what takes its job. `check_room` for calls that take long to read.
+
+        Raises:
+            ResourceExhausted: there is no room.
+        """
+        return self.worker.place(queue_of(session))
 
     async def once(
         self,
@@ -139,15 +149,15 @@ def build_edge(
     keeper = keeper or Volatile()
     sessions.changed, sessions.ended = keeper.session_changed, keeper.session_ended
     sessions.abandoned = keeper.abandoned
-    worker = QuotaWorker(worker, tenant, config.quota)
+    room = QuotaWorker(worker, tenant, config.quota, limits=config.limits)
     adapters, fences = AdapterQuotas(registry, tenant, config.quota), Fences()
     return Edge(
-        worker=worker,
+        worker=room,
         config=config,
         sessions=sessions,
         registry=registry,
         access=Access(registry, sessions),
-        catalog=Catalog(worker, registry, sessions, keeper, adapters, fences),
+        catalog=Catalog(room, registry, sessions, keeper, adapters, fences),
         texts=texts,
         reader=SequenceReader(texts, worker.facts, config.limits),
         disks=Disks(config),

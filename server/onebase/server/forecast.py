@@ -62,12 +62,18 @@ class Forecast:
         self._changes += 1
         return number
 
-    def end(self, number: int) -> None:
-        """Work has ended, one way or another."""
+    def end(self, number: int, *, counts: bool = True) -> None:
+        """Work has ended, one way or another.
+
+        Args:
+            number: of the work.
+            counts: whether it says how long such work takes.
+        """
         began, units = self._running.pop(number)
         self._units -= units
         self._changes += 1
-        self._durations.append(self._clock() - began)
+        if counts:
+            self._durations.append(self._clock() - began)
 
     def wait(self, units: int = 1) -> float:
         """Seconds until so many units more are free, behind those who were told before; notes that it was told.
@@ -89,6 +95,9 @@ class Forecast:
         """Notes that somebody came: one who was told to, if any was, or else unasked."""
         self._unasked *= math.exp((self._last - now) / self._window())
         self._last = now
+        late = now - self._window()
+        while self._told and self._told[0][0] < late:  # they have given up, or went elsewhere: nobody waits behind them
+            self._awaited -= self._told.popleft()[1]
         if self._told and self._told[0][0] <= now:
             self._awaited -= self._told.popleft()[1]
         else:

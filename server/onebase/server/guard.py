@@ -23,8 +23,9 @@ from grpc_status import rpc_status as grpc_status  # type: ignore[import-untyped
 
 from onebase.server.audit import AuditLog, Record
 from onebase.server.errors import Internal, InvalidArgument, OnebaseError, ResourceExhausted, Unimplemented
-from onebase.server.identity import OPERATOR, Caller, set_caller
+from onebase.server.identity import OPERATOR, Caller, caller, set_caller
 from onebase.server.status import code_of, rpc_status
+from onebase.server.unread import Unread
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ Gate = Callable[[], OnebaseError | None]
 Admit = Callable[[str, Mapping[str, str | bytes]], Caller]
 
 STREAM_IDLE_SECONDS = 60.0
+_UNREAD = 10  # times as long as a stream may be idle its end may wait for somebody who reads it
 
 
 def _anybody(_method: str, _metadata: Mapping[str, str | bytes]) -> Caller:
@@ -58,6 +60,7 @@ class Guard(grpc.aio.ServerInterceptor):
         self._admit = admit
         self._audit = audit or AuditLog(None)
         self._idle = idle
+        self._unread = Unread(_UNREAD * idle)
 
     async def intercept_service(  # noqa: D102
         self,
@@ -134,7 +137,9 @@ class Guard(grpc.aio.ServerInterceptor):
                     read, _ = await asyncio.wait((writing,), timeout=self._idle)
                     if not read:
                         await responses.aclose()  # what makes more of them ends now
-                    await writing  # no status can follow a message that has not gone: gRPC would lose it
+                        await self._unread.gone(caller().tenant, writing)
+                    if writing.done():
+                        await writing
                 except grpc.aio.InternalError as error:  # the client is gone, and its context may not say so yet
                     raise asyncio.CancelledError from error
                 finally:

@@ -35,7 +35,7 @@ MAX_STREAMS = 4
 """Most streams by which one session is attended at once: a client that comes back may be there before it is known that
 its old connection is dead."""
 DEAD_PEER_SECONDS = 8.0
-"""A peer that is gone without a word is noticed after so long (`app.server_options`)."""
+"""A peer that is gone without a word is noticed after so long (`listening.server_options`)."""
 _LONGEST_WAIT = 30.0  # seconds that a client is told to wait for another session to end
 
 

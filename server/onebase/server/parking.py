@@ -145,7 +145,11 @@ class Parking:
         reading: Job[None] = Job()
         reading.done.add_done_callback(lambda done: self._was_read(uid, absent, done))
         formats = self._engine.formats
-        self._begin_aside(reading, Aside(lambda: absent.read(formats, self._max_rank), self._engine.take_back))
+        try:
+            self._begin_aside(reading, Aside(lambda: absent.read(formats, self._max_rank), self._engine.take_back))
+        except Exception as error:  # no room for another thread, say: the jobs that wait for it fail, and nobody else
+            self._reading.discard(uid)
+            self._fail(uid, absent, told(error))
 
     def _was_read(self, uid: int, absent: Absent, done: Future[None]) -> None:
         self._reading.discard(uid)

@@ -8,6 +8,18 @@ from typing import Any, Protocol
 from onebase.server.jobs import BaseFacts, Job, Message, Tokens, WorkerStatus
 
 
+class Takes(Protocol):
+    """Takes in jobs."""
+
+    def submit(self, job: Job[Any]) -> None:
+        """Queues a job.
+
+        Raises:
+            OnebaseError: there is no room, or the server drains.
+        """
+        ...
+
+
 class WorkerLike(Protocol):
     """The owner of the device: takes jobs from any thread and resolves their `done` on its own."""
 
@@ -59,6 +71,10 @@ class WorkerLike(Protocol):
 
     def drain(self, seconds: float) -> None:
         """Refuses new jobs, except to save adapters, and lets those in flight finish for up to so long."""
+        ...
+
+    def cut_off(self) -> None:
+        """Ends with Unavailable what is under way, and takes only adapters to save; returns when that is so."""
         ...
 
     def stop(self, drain_seconds: float) -> None:

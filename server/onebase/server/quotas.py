@@ -1,121 +1,69 @@
-"""What one tenant, and all of them together, may have at once: requests, completions, tokens a second, adapters.
+"""What one tenant, and all of them together, may have at once: requests, completions, tokens a second.
 
-A quota is asked before anything is queued or allocated. What a refusal says of waiting is true: a bucket of tokens says
-exactly when it has some again; for the rest, and for the worker's queues, there is a `forecast`.
+A quota is asked before anything is read, queued or allocated: a request has its place from before it is read until it
+is done. What a refusal says of waiting is true, also of the worker's queues (`accounts`, `forecast`).
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
-from onebase.server.config import Quota
-from onebase.server.errors import ResourceExhausted
+from onebase.server.accounts import Account, Clock, Cost
+from onebase.server.config import Limits, Quota
+from onebase.server.errors import Gone, ResourceExhausted
 from onebase.server.forecast import Forecast
 from onebase.server.identity import caller
-from onebase.server.jobs import BaseFacts, ForwardBackwardJob, GenerateJob, Job, ScoreJob, Work, WorkerStatus
+from onebase.server.jobs import (
+    BaseFacts,
+    DeleteAdapterJob,
+    DescribeAdaptersJob,
+    DropGradientsJob,
+    EvictAdapterJob,
+    ForwardBackwardJob,
+    GenerateJob,
+    Job,
+    ScoreJob,
+    Work,
+    WorkerStatus,
+)
 from onebase.server.ports import WorkerLike
-from onebase.server.registry import Entry, Registry
-
-Clock = Callable[[], float]
+from onebase.server.turns import Owner
 
 SESSION_FULL = "SESSION_QUEUE_FULL"
 """The worker's reason where a session's share of the queue is used up."""
-TRAINED_COPIES = 4
-"""Copies of a trained adapter's parameters that its training needs: weights, gradients, two moments."""
+
+_FREE = (DeleteAdapterJob, DropGradientsJob, DescribeAdaptersJob, EvictAdapterJob)
+"""What takes no room, or gives some back: it is never refused."""
 
 
-class Bucket:
-    """So many tokens a second, and a second's worth at once. A request may overdraw it; the next one waits for that.
+class Place:
+    """A request's, from before it is read until its job is done."""
 
-    Args:
-        rate: tokens a second.
-        clock: seconds that only grow.
-    """
+    def __init__(self, quotas: QuotaWorker, owner: Owner, account: Account, *, admin: bool) -> None:
+        self.owner = owner
+        self.account = account
+        self.admin = admin
+        """Whether it works on adapters themselves: for that there is always room in the worker."""
+        self.leaving: list[Callable[[bool], None]] = []
+        """Are called when it ends, and told whether it came to work."""
+        self.taken = False
+        """Whether a job has it, and gives it back."""
+        self._quotas = quotas
 
-    def __init__(self, rate: float, clock: Clock = time.monotonic) -> None:
-        self._rate = rate
-        self._clock = clock
-        self._level = rate
-        self._at = clock()
+    def submit(self, job: Job[Any]) -> None:
+        """Queues the request's job, which has the place from now on.
 
-    def wait(self) -> float:
-        """Seconds until there is something in it; 0 if there is."""
-        self._fill()
-        return 0.0 if self._level > 0 else (1e-3 - self._level) / self._rate
-
-    def take(self, tokens: int) -> None:
-        """Takes tokens out, more than there are if need be."""
-        self._fill()
-        self._level -= tokens
-
-    def _fill(self) -> None:
-        now = self._clock()
-        self._level = min(self._rate, self._level + (now - self._at) * self._rate)
-        self._at = now
-
-
-@dataclass
-class _Account:
-    """What one tenant, or everybody, has now."""
-
-    whose: str
-    """How messages call it."""
-    quota: Quota
-    bucket: Bucket | None
-    of_requests: Forecast
-    of_completions: Forecast
-    requests: int = 0
-    completions: int = 0
-
-    def check(self, completions: int) -> None:
-        quota = self.quota
-        if quota.requests and self.requests >= quota.requests:
-            there = f"{self.requests} requests are under way"
-            raise _full("requests", there, self.whose, quota.requests, self.of_requests.wait())
-        over = self.completions + completions > quota.completions
-        if quota.completions and completions > quota.completions:
-            raise ResourceExhausted(
-                "QUOTA_COMPLETIONS",
-                f"the request wants {completions} completions, and {self.whose} may have {quota.completions} at once: "
-                "ask for fewer prompts, or a smaller n",
-                field="sampling.n",
-            )
-        if quota.completions and completions and over:
-            there = f"{self.completions} completions are under way, and {completions} more are wanted"
-            wait = self.of_completions.wait(self.completions + completions - quota.completions)
-            raise _full("completions", there, self.whose, quota.completions, wait)
-        if self.bucket is not None and (wait := self.bucket.wait()):
-            raise _full("tokens_per_second", "more tokens were used", self.whose, quota.tokens_per_second, wait)
-
-    def begin(self, cost: _Cost) -> Callable[[], None]:
-        """Takes a request in; what is returned is called when it has ended."""
-        self.requests += 1
-        self.completions += cost.completions
-        if self.bucket is not None:
-            self.bucket.take(cost.tokens)
-        request = self.of_requests.begin()
-        completions = self.of_completions.begin(cost.completions) if cost.completions else None
-
-        def end() -> None:
-            self.requests -= 1
-            self.completions -= cost.completions
-            self.of_requests.end(request)
-            if completions is not None:
-                self.of_completions.end(completions)
-
-        return end
-
-
-@dataclass(frozen=True)
-class _Cost:
-    completions: int
-    tokens: int
+        Raises:
+            ResourceExhausted: QUOTA_COMPLETIONS, QUOTA_TOKENS_PER_SECOND; or the worker's, with a forecast of its
+                queue.
+            OnebaseError: the worker's.
+        """
+        self._quotas.begin(self, job)
 
 
 class QuotaWorker:
@@ -126,16 +74,27 @@ class QuotaWorker:
         tenant: what each tenant may have.
         whole: what all of them may have together.
         clock: seconds that only grow.
+        limits: of requests that are being read, as many as of those that are queued.
     """
 
-    def __init__(self, worker: WorkerLike, tenant: Quota, whole: Quota, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self,
+        worker: WorkerLike,
+        tenant: Quota,
+        whole: Quota,
+        clock: Clock = time.monotonic,
+        limits: Limits = Limits(),  # noqa: B008
+    ) -> None:
         self._worker = worker
         self._tenant_quota = tenant
         self._clock = clock
+        self._limits = limits
         self._lock = threading.Lock()  # jobs end on the worker's thread
-        self._whole = self._account("all clients together", whole)
-        self._tenants: dict[str, _Account] = {}
+        self._whole = Account("all clients together", whole, clock)
+        self._tenants: dict[str, Account] = {}
         self._sessions: dict[str, Forecast] = {}  # of those with requests under way
+        self._reading: Counter[str] = Counter()  # requests that are being read, by session
+        self._parties: Counter[Hashable] = Counter()  # requests under way
 
     @property
     def facts(self) -> BaseFacts:
@@ -146,56 +105,155 @@ class QuotaWorker:
         """Queues a job, if its tenant and all of them may have it.
 
         Raises:
-            ResourceExhausted: QUOTA_REQUESTS, QUOTA_COMPLETIONS, QUOTA_TOKENS_PER_SECOND; or the worker's, with a
-                forecast of its queue.
+            ResourceExhausted: as `place` and `Place.submit` do.
             OnebaseError: the worker's.
         """
-        if job.work is Work.ADMIN:
-            return self._worker.submit(job)
-        cost, tenant = _cost(job), caller().tenant
-        with self._noted(job.session):
-            accounts = self._asked(tenant, cost.completions)
-            with self._told(job.session):
-                self._worker.submit(job)
-        with self._lock:
-            self._tenants[tenant] = accounts[0]
-            session = self._sessions.setdefault(job.session, Forecast(self._clock))
-            ends = [account.begin(cost) for account in accounts]
-            number = session.begin()
-            ends.append(lambda: self._end_of_session(job.session, session, number))
-        job.done.add_done_callback(lambda _: self._end(ends))
-        return None
+        if isinstance(job, _FREE):
+            self._worker.submit(job)
+            return
+        with self.place(job.session, admin=job.work is Work.ADMIN) as place:
+            place.submit(job)
 
-    def check(self, session: str) -> None:
-        """Refuses at once whom `submit` would refuse however small his request is.
+    @contextlib.contextmanager
+    def place(self, session: str, *, admin: bool = False) -> Iterator[Place]:
+        """Room for a request that is about to be read; it is given back after the block, unless a job has it.
 
         Raises:
-            ResourceExhausted: as `submit` does.
+            ResourceExhausted: QUOTA_REQUESTS, QUOTA_TOKENS_PER_SECOND; or the worker's, with a forecast of its queue.
         """
-        with self._noted(session):
-            self._asked(caller().tenant, 0)
-            with self._told(session):
-                self._worker.check(session)
+        place = self._enter(session, admin=admin)
+        try:
+            yield place
+        finally:
+            if not place.taken:
+                self._leave(place, worked=False)
+
+    def check(self, session: str) -> None:
+        """Refuses at once whom `place` would refuse.
+
+        Raises:
+            ResourceExhausted: as `place` does.
+        """
+        self._check(Owner(caller().tenant, session), admin=False)
+
+    def _check(self, owner: Owner, *, admin: bool) -> Account:
+        """The tenant's account, if there is room for one request more."""
+        with self._charged(owner), self._lock:
+            account = self._tenants.get(owner.tenant) or self._account(owner.tenant)
+            account.check(files=admin)
+        if not admin:
+            with self._charged_if_much(owner):
+                with self._lock:
+                    self._whole.check()
+                with self._told(owner.session):
+                    self._check_reading(owner.session)
+                    self._worker.check(owner.session)
+        return account
+
+    def _check_reading(self, session: str) -> None:
+        limits = self._limits
+        if self._reading.total() >= limits.max_queued_requests:
+            there = f"{self._reading.total()} requests are being read, the server's limit: try again"
+            raise ResourceExhausted("QUEUE_FULL", there, retry_after=1.0)
+        if session and self._reading[session] >= limits.max_queued_requests_per_session:
+            there = f"{self._reading[session]} requests of this session are being read, its limit: wait for some"
+            raise ResourceExhausted(SESSION_FULL, there, retry_after=0.5)
+
+    def _enter(self, session: str, *, admin: bool) -> Place:
+        owner = Owner(caller().tenant, session)
+        account = self._check(owner, admin=admin)
+        place = Place(self, owner, account, admin=admin)
+        with self._lock:
+            self._tenants[owner.tenant] = account
+            place.leaving.append(account.enter(files=admin))
+            if not admin:
+                self._reading[session] += 1
+                forecast = self._sessions.setdefault(session, Forecast(self._clock))
+                place.leaving += [self._whole.enter(), self._of_session(session, forecast)]
+                place.leaving.append(self._of_party(owner))
+        return place
+
+    def begin(self, place: Place, job: Job[Any]) -> None:
+        """Queues a job that has a place."""
+        cost = _cost(job)
+        with self._charged(place.owner), self._lock:
+            place.account.check_cost(cost)
+        with self._charged_if_much(place.owner):
+            with self._lock:
+                self._whole.check_cost(cost)
+            with self._told(place.owner.session):
+                self._worker.submit(job)
+        with self._lock:
+            self._was_read(place)
+            ends = [place.account.begin(cost), self._whole.begin(cost)]
+        place.taken = True
+        job.done.add_done_callback(lambda _: self._end(place, job, ends))
+
+    def _end(self, place: Place, job: Job[Any], ends: list[Callable[[bool], None]]) -> None:
+        gone = not job.done.cancelled() and isinstance(job.done.exception(), Gone)
+        with self._lock:
+            for end in ends:
+                end(gone)  # its call looks again what its names mean, and the same tokens are counted then
+        self._leave(place, worked=True)
+
+    def _leave(self, place: Place, *, worked: bool) -> None:
+        with self._lock:
+            if not worked:
+                self._was_read(place)
+            for leave in place.leaving:
+                leave(worked)
+
+    def _was_read(self, place: Place) -> None:
+        if not place.admin:
+            self._reading[place.owner.session] -= 1
+            if not self._reading[place.owner.session]:
+                del self._reading[place.owner.session]
+
+    def _of_session(self, session: str, forecast: Forecast) -> Callable[[bool], None]:
+        number = forecast.begin()
+
+        def leave(worked: bool) -> None:
+            forecast.end(number, counts=worked)
+            if forecast.idle:
+                self._sessions.pop(session, None)
+
+        return leave
+
+    def _of_party(self, owner: Owner) -> Callable[[bool], None]:
+        party = owner.party
+        self._parties[party] += 1
+
+        def leave(_worked: bool) -> None:
+            self._parties[party] -= 1
+            if not self._parties[party]:
+                del self._parties[party]
+
+        return leave
 
     def refused(self, tenant: str, session: str) -> None:
         """As the worker does."""
         self._worker.refused(tenant, session)
 
-    def _asked(self, tenant: str, completions: int) -> tuple[_Account, _Account]:
-        """The tenant's account and everybody's, if neither of them refuses."""
-        with self._lock:
-            mine = self._tenants.get(tenant) or self._account(f"tenant {tenant!r}", self._tenant_quota)
-            for account in (mine, self._whole):
-                account.check(completions)
-        return mine, self._whole
-
     @contextlib.contextmanager
-    def _noted(self, session: str) -> Iterator[None]:
-        """Has who is refused pay for that."""
+    def _charged(self, owner: Owner) -> Iterator[None]:
+        """Has who is refused for what is his own pay for that."""
         try:
             yield
         except ResourceExhausted:
-            self._worker.refused(caller().tenant, session)
+            self._worker.refused(*owner)
+            raise
+
+    @contextlib.contextmanager
+    def _charged_if_much(self, owner: Owner) -> Iterator[None]:
+        """Has who is refused pay for that if he has his share of what is full: others are its victims."""
+        try:
+            yield
+        except ResourceExhausted as error:
+            with self._lock:
+                even = self._parties.total() / max(1, len(self._parties))
+                much = error.reason == SESSION_FULL or 0 < even <= self._parties[owner.party]
+            if much:
+                self._worker.refused(*owner)
             raise
 
     @contextlib.contextmanager
@@ -234,85 +292,22 @@ class QuotaWorker:
         """The worker's."""
         self._worker.drain(seconds)
 
+    def cut_off(self) -> None:
+        """As the worker does."""
+        self._worker.cut_off()
+
     def stop(self, drain_seconds: float) -> None:
         """As the worker does."""
         self._worker.stop(drain_seconds)
 
-    def _account(self, whose: str, quota: Quota) -> _Account:
-        rate = quota.tokens_per_second
-        bucket = Bucket(rate, self._clock) if rate else None
-        return _Account(whose, quota, bucket, Forecast(self._clock), Forecast(self._clock))
-
-    def _end(self, ends: Iterable[Callable[[], None]]) -> None:
-        with self._lock:
-            for end in ends:
-                end()
-
-    def _end_of_session(self, name: str, forecast: Forecast, number: int) -> None:
-        forecast.end(number)
-        if forecast.idle:
-            self._sessions.pop(name, None)
+    def _account(self, tenant: str) -> Account:
+        return Account(f"tenant {tenant!r}", self._tenant_quota, self._clock)
 
 
-def _cost(job: Job[Any]) -> _Cost:
+def _cost(job: Job[Any]) -> Cost:
     if isinstance(job, GenerateJob):
         completions = job.n * len(job.prompts)
-        return _Cost(completions, sum(map(len, job.prompts)) + completions * job.sampling.max_new_tokens)
+        return Cost(completions, sum(map(len, job.prompts)) + completions * job.sampling.max_new_tokens)
     if isinstance(job, ScoreJob | ForwardBackwardJob):
-        return _Cost(0, sum(len(row.tokens) for row in job.rows))
-    return _Cost(0, 0)
-
-
-# ------------------------------------------------------------------------------------------------- adapters
-
-
-@dataclass
-class AdapterQuotas:
-    """What adapters each tenant, and all of them together, may have. Runs on the event loop's thread."""
-
-    registry: Registry
-    tenant: Quota = field(default_factory=Quota)
-    whole: Quota = field(default_factory=Quota)
-    _making: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    @contextlib.asynccontextmanager
-    async def room(self, owner: str, replaced: Entry | None = None) -> AsyncIterator[int | None]:
-        """Room for one adapter more, while it is being made: the most bytes it may take, or None for any.
-
-        Args:
-            owner: the tenant whose it will be.
-            replaced: the adapter that goes when it has come; until then both are there.
-
-        Raises:
-            ResourceExhausted: QUOTA_ADAPTERS.
-        """
-        if not (self.tenant.limits_adapters or self.whole.limits_adapters):
-            yield None
-            return
-        async with self._making:  # one after the other, so that two do not both take the last place
-            left = []
-            for whose, quota, there in (
-                (f"tenant {owner!r}", self.tenant, self.registry.of_tenant(owner)),
-                ("all clients together", self.whole, self.registry.of_tenant(None)),
-            ):
-                if quota.adapters and len(there) + (replaced is None) > quota.adapters:
-                    raise ResourceExhausted(
-                        "QUOTA_ADAPTERS",
-                        f"{len(there)} adapters are there, and {whose} may have {quota.adapters}: delete one first",
-                    )
-                if quota.adapter_bytes:
-                    left.append(max(0, quota.adapter_bytes - sum(_bytes(one) for one in there)))
-            yield min(left, default=None)
-
-
-def _bytes(entry: Entry) -> int:
-    """What an adapter takes when it trains, as it was counted when it was let in."""
-    return entry.facts.parameter_count * 4 * (TRAINED_COPIES if entry.kind.trained else 1)
-
-
-def _full(what: str, there: str, whose: str, limit: float, retry: float) -> ResourceExhausted:
-    return ResourceExhausted(
-        f"QUOTA_{what.upper()}",
-        f"{there}, and {whose} may have {limit:g} {what.replace('_', ' ')}: wait for some of them",
-        retry_after=retry,
-    )
+        return Cost(0, sum(len(row.tokens) for row in job.rows))
+    return Cost()

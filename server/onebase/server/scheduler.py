@@ -197,8 +197,9 @@ class Scheduler:
 
     def _plan(self, running: int, slots: Slots, held: frozenset[Hashable]) -> Plan:
         let_in = bool(held) and self._held_out >= _LET_IN
-        heads = self._heads(frozenset() if let_in else held)
-        inference = bool(running or any(self._waits(kind, slots, held) for kind in (Work.INTERACTIVE, *self._rest)))
+        out = frozenset[Hashable]() if let_in else held
+        heads = self._heads(out)
+        inference = bool(running or any(self._waits(kind, slots, out) for kind in (Work.INTERACTIVE, *self._rest)))
         behind = self._sides.tag("training") <= self._sides.tag("inference")
         turn = bool(heads) and (behind or not inference)
         barred = self._ahead_of_training.barred(self._sharers(heads)) if turn else frozenset()
@@ -232,20 +233,23 @@ class Scheduler:
     ) -> Plan:
         """Rows and prompts; no interactive rows of those who may not go ahead of training.
 
-        Of the held there is nothing; or, if they are let in, their turns of prompts and bulk rows, and a few rows
-        behind all that is planned.
+        Of the held there is nothing; or, if they are let in, a few rows, and their turns of prompts and bulk rows, for
+        which interactive rows leave room in this step.
         """
         plan, room = Plan(decode=running > 0), self.step_tokens - running
         interactive = self.scores[Work.INTERACTIVE]
         share = min(room, self.step_tokens // 8)
         most = share if interactive.waits(held) else room
-        room -= self._take_scores(plan, interactive, room, barred | self._ahead_of_rest.barred(), held)
-        held_of_rest = frozenset() if let_in else held
+        held_of_rest, left_to_rest = held, 0
+        if let_in:
+            # Who was served least goes: those who owe time, or somebody level with them.
+            room -= self._take_scores(plan, interactive, share, barred | self._ahead_of_rest.barred())
+            held_of_rest = frozenset()
+            left_to_rest = share if any(self._waits(kind, slots, held_of_rest) for kind in self._rest) else 0
+        first = max(0, room - left_to_rest)
+        room -= self._take_scores(plan, interactive, first, barred | self._ahead_of_rest.barred(), held)
         room -= self._take_rest(plan, min(room, most), slots, held_of_rest, whole=room >= share)
         room -= self._take_scores(plan, interactive, room, barred, held)
-        if let_in and (owner := interactive.next(barred)):
-            little = max(self.step_tokens // 8, interactive.first(owner).next_cost())
-            self._take_scores(plan, interactive, min(room, little), barred)
         return plan
 
     def _take_rest(self, plan: Plan, budget: int, slots: Slots, held: frozenset[Hashable], *, whole: bool) -> int:

@@ -9,13 +9,13 @@ from onebase.server.calls import submit
 from onebase.server.errors import ResourceExhausted
 from onebase.server.jobs import CompletionChunk, GenerateJob
 from onebase.server.leases import Session
-from onebase.server.ports import WorkerLike
+from onebase.server.ports import Takes
 
 MAX_WAITING_CHUNKS = 10_000
 
 
 async def stream(
-    worker: WorkerLike,
+    worker: Takes,
     make_job: Callable[[Callable[[CompletionChunk], None]], GenerateJob],
     session: Session | None,
     deadline: float | None,

@@ -94,6 +94,11 @@ class FairQueue(Generic[T]):
     def __len__(self) -> int:
         return sum(len(tasks) for tasks in self._tasks.values())
 
+    @property
+    def tasks(self) -> tuple[T, ...]:
+        """All of them, of one owner after the other. Any thread may ask."""
+        return tuple(task for tasks in tuple(self._tasks.values()) for task in tuple(tasks))
+
     def push(self, owner: Hashable, task: T) -> None:
         """Adds a task; an owner who was away begins level with those who waited, with no credit for the time."""
         self._tasks.setdefault(owner, deque()).append(task)
@@ -157,6 +162,11 @@ class TenantQueue(Generic[T]):
 
     def __len__(self) -> int:
         return sum(map(len, self._queues.values()))
+
+    @property
+    def tasks(self) -> tuple[T, ...]:
+        """All of them, of one session after the other. Any thread may ask."""
+        return tuple(task for queue in tuple(self._queues.values()) for task in queue.tasks)
 
     def push(self, owner: Owner, task: T) -> None:
         """Adds a task; who was away begins level with those who waited, with no credit for the time."""

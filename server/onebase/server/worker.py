@@ -25,8 +25,9 @@ from onebase.server import failpoints
 from onebase.server.completions import GenerateTask
 from onebase.server.config import CPU_BUDGET, Budget, Limits
 from onebase.server.engine import Engine
-from onebase.server.errors import Cancelled, OnebaseError, ResourceExhausted, Unavailable, drained, not_there
+from onebase.server.errors import OnebaseError, ResourceExhausted, Unavailable, drained, not_there
 from onebase.server.executor import Aside, Executor
+from onebase.server.filing import Filing, waits_for_a_thread
 from onebase.server.isolation import AnyTask, told
 from onebase.server.jobs import (
     BaseFacts,
@@ -44,7 +45,7 @@ from onebase.server.jobs import (
     adapters_of,
 )
 from onebase.server.memory import is_out_of_memory
-from onebase.server.parking import Parking, overdue
+from onebase.server.parking import LOOK_SECONDS, Parking, overdue
 from onebase.server.pressure import Pressure
 from onebase.server.scheduler import Scheduler
 from onebase.server.tasks import PassTask, ScoreTask, StepTask
@@ -54,6 +55,9 @@ log = logging.getLogger(__name__)
 
 FILE_THREADS = 4
 """So many adapters are read or written at once; the others wait."""
+
+JOIN_SECONDS = 30.0
+"""So long the worker's thread, and those of the files, may take to end; then they are given up."""
 
 RESTART_SECONDS = 2.0
 """What clients are told to wait at least after a crash."""
@@ -77,16 +81,20 @@ class Worker:
         self._admin: deque[Job[Any]] = deque()
         self._leaving: list[DeleteAdapterJob] = []  # while work that came before waits for their adapters
         self._tasks: list[AnyTask] = []
-        self._counts: Counter[str] = Counter()  # unfinished jobs by session
+        self._unfinished = 0
+        self._counts: Counter[str] = Counter()  # unfinished jobs by session, but for those on adapters themselves
         self._jobs: set[Job[Any]] = set()  # that were not answered yet
         self._refused: Counter[Owner] = Counter()  # requests, since the last turn
         self._draining = False
+        self._cut = False  # what is under way ends, and only saves are taken
+        self._was_cut = threading.Event()
         self._stop = False
         self._lost = ""  # the ticket under which the log says why the engine cannot be trusted any more
         self._train_tokens = budget.train_tokens  # passes are cut by this, whatever memory there is
         self._pressure = Pressure(self._scheduler, engine.kv)
         self._steps = 0
         self._executor = Executor(engine, limits, self._begin_aside)
+        self._filing = Filing(FILE_THREADS)
         self._parking = Parking(engine, limits.max_rank, self._begin_aside, self._admit)
         self._turn: float | None = None  # when the turn under way began; None while there is nothing to do
         self._files = ThreadPoolExecutor(FILE_THREADS, thread_name_prefix="onebase-files")
@@ -120,9 +128,10 @@ class Worker:
                 raise Unavailable("DRAINING", "the server is shutting down: connect again later", retry_after=5.0)
             if job.work is not Work.ADMIN:
                 self._check_room(job.session)
-            self._counts[job.session] += 1
+                self._counts[job.session] += 1
+            self._unfinished += 1
             self._follow(job)
-            job.done.add_done_callback(lambda _: self._forget(job.session))
+            job.done.add_done_callback(lambda _: self._forget(job))
             self._inbox.append(job)
             self._wake.notify()
 
@@ -160,17 +169,19 @@ class Worker:
                 retry_after=0.5,
             )
 
-    def _forget(self, session: str) -> None:
+    def _forget(self, job: Job[Any]) -> None:
         with self._wake:
-            self._counts[session] -= 1
-            if self._counts[session] <= 0:
-                del self._counts[session]
+            self._unfinished -= 1
+            if job.work is not Work.ADMIN:
+                self._counts[job.session] -= 1
+                if self._counts[job.session] <= 0:
+                    del self._counts[job.session]
 
     def status(self) -> WorkerStatus:
         """What it is doing now."""
         tasks = list(self._tasks)
         waiting = Counter(job.work for job in list(self._inbox)) + Counter(t.work for t in tasks if not t.begun)
-        waiting += self._parking.waiting()
+        waiting += self._parking.waiting() + self._filing.waiting()
         kv = self._engine.kv
         return WorkerStatus(
             waiting={work: waiting[work] for work in Work},
@@ -215,17 +226,31 @@ class Worker:
         with self._wake:
             self._draining = True
         until = time.monotonic() + seconds
-        while self._counts and time.monotonic() < until:
+        while self._unfinished and time.monotonic() < until:
             time.sleep(0.02)
 
+    def cut_off(self) -> None:
+        """Ends with Unavailable what is under way, but for adapters that are saved; returns when that is so.
+
+        The step under way is waited for, unless the worker is given up meanwhile.
+        """
+        with self._wake:
+            self._draining = self._cut = True
+            self._wake.notify()
+        while self._thread.is_alive() and not (self._lost or self._was_cut.wait(LOOK_SECONDS)):
+            pass
+
     def stop(self, drain_seconds: float) -> None:
-        """Drains, ends the rest with Unavailable, and returns."""
+        """Drains, ends the rest with Unavailable, and returns; a thread that does not end is given up."""
         self.drain(drain_seconds)
         with self._wake:
             self._stop = True
             self._wake.notify()
-        if self._thread.is_alive() and not self._lost:  # a lost one may never end
-            self._thread.join()
+        until = time.monotonic() + JOIN_SECONDS
+        while self._thread.is_alive() and not self._lost:  # a lost one may never end
+            self._thread.join(LOOK_SECONDS)
+            if time.monotonic() > until:
+                self.abandon(f"its threads did not end within {JOIN_SECONDS:g} s")
 
     # ------------------------------------------------------------------------------------- the worker's thread
 
@@ -239,10 +264,13 @@ class Worker:
         while self._take_in():
             failpoints.hit("worker")
             self._drop()
-            while self._admin:
-                self._run_admin(self._admin.popleft())
             while self._back:
                 self._take_back(*self._back.popleft())
+            while self._admin:
+                self._run_admin(self._admin.popleft())
+            while (job := self._filing.next()) is not None:
+                if not self._run_admin(job):
+                    self._filing.ended(job)
             self._work()
             self._let_go()
         if self._lost:
@@ -251,15 +279,16 @@ class Worker:
         self._files.shutdown(cancel_futures=True)
         while self._back:
             self._take_back(*self._back.popleft())
-        for job in (*self._admin, *self._leaving, *self._inbox):
+        for job in (*self._admin, *self._filing.jobs, *self._leaving, *self._inbox):
             job.done.set_exception(drained())
 
     def _take_in(self) -> bool:
         """Waits until there is something to do, and sorts new jobs into their queues; False to stop."""
         with self._wake:
             self._turn = None
-            while not (self._inbox or self._tasks or self._admin or self._back or self._stop or self._lost):
-                if not self._wake.wait(self._parking.patience):
+            while not (self._inbox or self._tasks or self._admin or self._back or self._must_look()):
+                patience = LOOK_SECONDS if self._filing.jobs else self._parking.patience
+                if not self._wake.wait(patience):
                     break
             if self._stop or self._lost:
                 return False
@@ -267,6 +296,8 @@ class Worker:
             jobs, refused = list(self._inbox), self._refused
             self._inbox.clear()
             self._refused = Counter()
+        if self._cut:
+            jobs = self._end_all_but_saves(jobs)
         for owner, count in refused.items():
             self._scheduler.refused(owner, count)
         for job in jobs:
@@ -277,6 +308,25 @@ class Worker:
             else:
                 self._admit(job)
         return True
+
+    def _must_look(self) -> bool:
+        return self._stop or bool(self._lost) or (self._cut and not self._was_cut.is_set())
+
+    def _end_all_but_saves(self, jobs: list[Job[Any]]) -> list[Job[Any]]:
+        """Fails what is under way and has come, once the server is cut off; the saves that have come."""
+        saves: list[Job[Any]] = [job for job in jobs if isinstance(job, SaveAdapterJob)]
+        ended = [job for job in jobs if job not in saves]
+        if not self._was_cut.is_set():
+            self._fail_all(drained())
+            ended += [
+                job for job, _ in self._filing.drop(lambda j: None if isinstance(j, SaveAdapterJob) else drained())
+            ]
+            ended += [job for job in self._admin if not isinstance(job, SaveAdapterJob | EvictAdapterJob)]
+            self._admin = deque(job for job in self._admin if job not in ended)
+        for job in ended:
+            self._fail(job, drained())
+        self._was_cut.set()
+        return saves
 
     def _admit(self, job: Job[Any]) -> None:
         if self._parking.keep(job):
@@ -294,6 +344,8 @@ class Worker:
             train = self._train_task(job)
             self._tasks.append(train)
             scheduler.trains.push(job.adapter, train)
+        elif waits_for_a_thread(job):
+            self._filing.keep(job)
         else:
             self._admin.append(job)
 
@@ -309,6 +361,8 @@ class Worker:
             if (error := overdue(task.job, now)) is not None:
                 self._end(task, error)
         self._parking.drop()
+        for job, refusal in self._filing.drop(lambda job: overdue(job, now)):
+            self._fail(job, refusal)
 
     def _end(self, task: AnyTask, error: OnebaseError | None = None) -> None:
         """Takes a task out of every queue, and fails it if an error is given."""
@@ -361,27 +415,31 @@ class Worker:
         kv = self._engine.kv
         return kv.free(length if kv.holds(length) else 1)
 
-    def _run_admin(self, job: Job[Any]) -> None:
+    def _run_admin(self, job: Job[Any]) -> bool:
+        """Does a job; whether a thread beside this one has begun to do its part of it."""
         if not job.done.set_running_or_notify_cancel():
-            return
+            return False
         try:
-            if job.cancelled:
-                raise Cancelled("CANCELLED", "the client cancelled")
+            if (refusal := overdue(job, time.monotonic())) is not None:
+                raise refusal
             if isinstance(job, EvictAdapterJob):
-                result: object = self._parking.evict(job, (*self._admin, *(task.job for task in self._tasks)))
+                others = (*self._admin, *self._filing.jobs, *(task.job for task in self._tasks))
+                result: object = self._parking.evict(job, others)
             else:
                 result = self._executor.admin(job)
             if isinstance(result, Aside):
                 self._begin_aside(job, result)
-                return
+                return True
         except Exception as error:
             self._fail(job, error)
         else:
             self._succeed(job, result)
+        return False
 
     def _waits(self, uid: int) -> bool:
         """Whether work that means an adapter waits to begin; what has begun has it."""
         jobs = (*(task.job for task in self._tasks if not task.begun), *self._parking.jobs, *self._admin)
+        jobs = (*jobs, *self._filing.jobs)
         return any(uid in adapters_of(job) for job in jobs)
 
     def _let_go(self) -> None:
@@ -412,6 +470,7 @@ class Worker:
             self._wake.notify()
 
     def _take_back(self, job: Job[Any], aside: Aside, done: Future[Any]) -> None:
+        self._filing.ended(job)
         aside.release()
         error = drained() if done.cancelled() else done.exception()
         if error is None:

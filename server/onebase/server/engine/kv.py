@@ -55,7 +55,8 @@ class KVCache:
     @property
     def bytes(self) -> int:
         """Device memory held, in bytes."""
-        return sum(t.numel() * t.element_size() for pair in self._layers.values() for t in pair)
+        layers = list(self._layers.values())  # at once: the event loop asks while layers come and go
+        return sum(t.numel() * t.element_size() for pair in layers for t in pair)
 
     @property
     def token_bytes(self) -> int:

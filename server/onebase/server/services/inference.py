@@ -39,24 +39,24 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         edge = self._edge
         with edge.sessions.use(request.session_id) as session:
             adapter = edge.access.readable(session, request.adapter, version(request, "adapter_version"))
-            edge.check_room(session)
-            generation = await read_generation(request, adapter, edge.reader, edge.worker.facts)
-            chunks = stream(edge.worker, generation.job, session, deadline_of(context))
-            async with contextlib.aclosing(chunks):
-                async for chunk in chunks:
-                    await edge.keeper.seen({adapter.uid: chunk.version})
-                    yield generation.response(chunk)
+            with edge.place(session) as place:
+                generation = await read_generation(request, adapter, edge.reader, edge.worker.facts)
+                chunks = stream(place, generation.job, session, deadline_of(context))
+                async with contextlib.aclosing(chunks):
+                    async for chunk in chunks:
+                        await edge.keeper.seen({adapter.uid: chunk.version})
+                        yield generation.response(chunk)
 
     @looks_again
     async def Logprob(self, request: inference_pb2.LogprobRequest, context: Context) -> inference_pb2.LogprobResponse:
         edge = self._edge
         with edge.sessions.use(request.session_id) as session:
             adapter = edge.access.readable(session, request.adapter, version(request, "adapter_version"))
-            edge.check_room(session)
-            plan = await read_logprob(request, adapter, edge.reader)
-            result = await perform(edge.worker, plan.job, session, deadline_of(context))
-            await edge.keeper.seen(result.versions)
-            return plan.response(result)
+            with edge.place(session) as place:
+                plan = await read_logprob(request, adapter, edge.reader)
+                result = await perform(place, plan.job, session, deadline_of(context))
+                await edge.keeper.seen(result.versions)
+                return plan.response(result)
 
     @looks_again
     async def ReferenceLogprob(
@@ -65,9 +65,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         edge = self._edge
         with edge.sessions.use(request.session_id) as session:
             reference = edge.access.reference(request.reference)
-            edge.check_room(session)
-            plan = await read_reference_logprob(request, reference, edge.reader)
-            return plan.response(await perform(edge.worker, plan.job, session, deadline_of(context)))
+            with edge.place(session) as place:
+                plan = await read_reference_logprob(request, reference, edge.reader)
+                return plan.response(await perform(place, plan.job, session, deadline_of(context)))
 
     @looks_again
     async def Reward(self, request: inference_pb2.RewardRequest, context: Context) -> inference_pb2.RewardResponse:
@@ -76,11 +76,11 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             if request.ppo_adapter_name:
                 edge.access.activate(session, request.ppo_adapter_name)
             terms = read_terms(request, edge.access.rewards([term.adapter for term in request.rewards], _REWARDS))
-            edge.check_room(session)
-            plan = await read_reward(request, terms, edge.reader)
-            result = await perform(edge.worker, plan.job, session, deadline_of(context))
-            await edge.keeper.synced(request.session_id)
-            return plan.response(result, session.active if session else "")
+            with edge.place(session) as place:
+                plan = await read_reward(request, terms, edge.reader)
+                result = await perform(place, plan.job, session, deadline_of(context))
+                await edge.keeper.synced(request.session_id)
+                return plan.response(result, session.active if session else "")
 
     @looks_again
     async def Score(self, request: inference_pb2.ScoreRequest, context: Context) -> inference_pb2.ScoreResponse:
@@ -97,9 +97,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 critic=edge.access.critic(request.critic) if request.critic else None,
                 rewards=read_terms(request, edge.access.rewards(rewards, _REWARDS)) if outputs.rewards else [],
             )
-            edge.check_room(session)
-            plan = await score.read_score(request, adapters, outputs, edge.reader)
-            result = await perform(edge.worker, plan.job, session, deadline_of(context))
-            await edge.keeper.seen(result.versions)
-            await edge.keeper.synced(request.session_id)
-            return plan.response(result, session.active if session else "")
+            with edge.place(session) as place:
+                plan = await score.read_score(request, adapters, outputs, edge.reader)
+                result = await perform(place, plan.job, session, deadline_of(context))
+                await edge.keeper.seen(result.versions)
+                await edge.keeper.synced(request.session_id)
+                return plan.response(result, session.active if session else "")

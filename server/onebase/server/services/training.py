@@ -41,11 +41,10 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
 
         async def work(session: Session | None, deadline: float | None) -> training_pb2.ForwardBackwardResponse:
             entry = edge.access.trainable(_needed(session), request.adapter, "adapter")
-            edge.check_room(session)
-            with edge.fences.training(entry):
+            with edge.place(session) as place, edge.fences.training(entry):
                 job = await read_forward_backward(request, entry, edge.reader)
                 edge.access.require(session, entry)
-                result = await settle(edge.worker, job, session, deadline)
+                result = await settle(place, job, session, deadline)
                 edge.registry.update(result.facts)
                 response = forward_backward_response(entry.name, result)
                 # The pass is made, under a version that may not be shown yet: a repeated call must not make it again.
