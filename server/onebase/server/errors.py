@@ -23,6 +23,10 @@ These classes know nothing of gRPC: `status` gives each its code, in one total t
 from __future__ import annotations
 
 import errno
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from onebase.server.identity import Caller
 
 
 class OnebaseError(Exception):
@@ -41,6 +45,9 @@ class OnebaseError(Exception):
         self.message = message
         self.field = field
         self.retry_after = retry_after
+
+    who: Caller | None = None
+    """Who was turned away, where that is known although he is not let in."""
 
     def again(self) -> OnebaseError:
         """The same, to be raised once more: an exception takes the traceback of each raise along."""

@@ -117,7 +117,12 @@ class Guard(grpc.aio.ServerInterceptor):
         """A call, once it is known who makes it and that calls are taken."""
         record = Record(method)
         async with _told(record, context, self._audit):
-            record.caller = self._admit(method, dict(context.invocation_metadata() or ()))
+            metadata = dict(context.invocation_metadata() or ())
+            try:
+                record.caller = self._admit(method, metadata)
+            except OnebaseError as error:
+                record.caller = error.who
+                raise
             set_caller(record.caller)
             if method.startswith("/onebase."):
                 refusal = self._gate()
