@@ -96,6 +96,15 @@ def test_without_a_good_token_every_method_but_health_is_refused_streams_too(gua
                     assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAUTHENTICATED, reason), name
 
 
+@pytest.mark.parametrize("method", ["/onebase.v1.InferenceService/Nothing", "/onebase.v2.A/B"])
+def test_without_a_token_a_method_that_is_not_there_looks_like_one_that_is(guarded, method):
+    for streams in ((False, False), (False, True), (True, False), (True, True)):
+        refusal = call(guarded.channel, method, streams)
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAUTHENTICATED, "TOKEN_MISSING")
+        refusal = call(guarded.channel, method, streams, f"Bearer {guarded.make('red', Scope.STATUS)}")
+        assert refusal.code is grpc.StatusCode.UNIMPLEMENTED
+
+
 def test_health_needs_no_token(guarded):
     stub = health_pb2_grpc.HealthStub(guarded.channel)
     assert stub.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
