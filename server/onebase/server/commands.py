@@ -175,11 +175,13 @@ def serve(
 def _run(config: ServerConfig, console: Console) -> None:
     from onebase.server.app import check_address, open_parts
     from onebase.server.app import serve as serve_parts
+    from onebase.server.certificates import check_certificates
     from onebase.server.process import spare_what_stays
     from onebase.server.successor import Restarts
 
     restarts = Restarts.inherited()
     config = restarts.keep_port(config)
+    check_certificates(config.security)
     check_address(config)
     with console.status(f"Opening {escape(config.engine.model)} …"):
         parts = open_parts(config)
