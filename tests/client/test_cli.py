@@ -1,6 +1,7 @@
 """The `onebase` command: how it finds its subcommands, and what it says when something is wrong."""
 
 import re
+import subprocess
 import sys
 from importlib.metadata import EntryPoint, version
 from types import SimpleNamespace
@@ -48,6 +49,28 @@ def test_every_command_shows_examples(run, name):
     assert shown.code == 0
     assert "Examples" in shown.out
     assert f"onebase {name}" in shown.out
+
+
+@pytest.mark.parametrize("reason", ["TOKEN_MISSING", "TOKEN_UNKNOWN", "TOKEN_EXPIRED"])
+def test_who_needs_a_token_is_told_how_a_command_is_given_one(run, server, reason):
+    server.fail("GetServerInfo", Failure(grpc.StatusCode.UNAUTHENTICATED, "who is it", reason=reason))
+    shown = run("status")
+
+    assert shown.code == 1
+    assert shown.err == (
+        f"error: who is it ({reason}); `onebase status` takes its token from ONEBASE_TOKEN, or --token\n"
+    )
+
+
+def test_the_log_of_grpcs_core_is_still_unless_it_is_asked_for(monkeypatch):
+    monkeypatch.delenv("GRPC_VERBOSITY", raising=False)
+    program = "import os, sys; sys.argv[1:] = ['--version']; from onebase.__main__ import main\n"
+    program += "try: main()\nfinally: print(os.environ['GRPC_VERBOSITY'])"
+    for asked, said in ((None, "NONE"), ("ERROR", "ERROR")):
+        if asked:
+            monkeypatch.setenv("GRPC_VERBOSITY", asked)
+        out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+        assert out.splitlines()[-1] == said
 
 
 def test_the_version_is_told(run):

@@ -8,6 +8,7 @@ import pytest
 from server.harness import Live, pair, refused, text_of
 
 from onebase.server.config import EngineConfig, Limits, ServerConfig
+from onebase.server.errors import InvalidArgument
 from onebase.v1 import inference_pb2, server_pb2, sessions_pb2
 
 ONE = [pair((9,), (7,))]
@@ -87,3 +88,16 @@ def test_one_line_is_logged_for_each_call_and_no_session_id_in_any(live, session
     assert " OK " in lines[0]
     assert "NOT_FOUND ADAPTER_NOT_FOUND" in lines[1]
     assert session not in caplog.text
+
+
+@pytest.mark.parametrize("letter", ["x", "é", "🙂", "\n", "%"])
+def test_an_error_that_is_too_long_keeps_its_code_its_beginning_and_its_end(live, letter):
+    message = f"peft_type is '{letter * 2_000_000}': use LORA"
+    live.worker.failures.append(InvalidArgument("BAD", message, field=f"files[{letter * 100_000}].name"))
+    refusal = refused(live.inference.Logprob, inference_pb2.LogprobRequest(adapter="p1", sequences=ONE))
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "BAD")
+    assert refusal.message.startswith(f"peft_type is '{letter * 50}")
+    assert "…" in refusal.message
+    assert refusal.message.endswith("': use LORA")
+    assert (refusal.field[:6], refusal.field[-6:]) == ("files[", "].name")
+    assert len(refusal.message.encode()) <= 1200

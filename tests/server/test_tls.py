@@ -3,11 +3,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import typer
 from certificates import Certificates, make_certificates
 from server.harness import Live
 from server.tenants import Guarded
+from typer.testing import CliRunner
 
 from onebase.client import SamplingParams, UnauthenticatedError, UnavailableError, connect, connect_async
+from onebase.server import commands
+from onebase.server.certificates import check_certificates
 from onebase.server.config import ConfigError, EngineConfig, Security, ServerConfig
 
 
@@ -101,3 +105,41 @@ def test_a_file_that_is_missing_is_named(pem, tmp_path):
         Security(tls_client_ca=pem.ca)
     with pytest.raises(ConfigError, match="onebase token create"):
         Security(tokens=tmp_path / "none")
+
+
+def test_files_that_are_no_certificates_are_named_by_their_flags_before_a_base_is_loaded(pem, tmp_path):
+    def told(cert=pem.cert, key=pem.key, ca=pem.ca):
+        with pytest.raises(ConfigError) as error:
+            check_certificates(Security(tls_cert=cert, tls_key=key, tls_client_ca=ca))
+        return str(error.value)
+
+    check_certificates(Security(tls_cert=pem.cert, tls_key=pem.key, tls_client_ca=pem.ca))
+    check_certificates(Security())
+    bad, empty, locked, broken = (tmp_path / name for name in ("bad.pem", "empty.pem", "locked.key", "broken.pem"))
+    bad.write_bytes(b"\xff\x00no certificate")
+    empty.touch()
+    locked.write_text("-----BEGIN ENCRYPTED PRIVATE KEY-----\nMA==\n-----END ENCRYPTED PRIVATE KEY-----\n")
+    broken.write_text("-----BEGIN CERTIFICATE-----\nMA==\n-----END CERTIFICATE-----\n")
+    for wrong in (bad, empty, pem.key, broken):
+        assert told(cert=wrong) == f"--tls-cert is {str(wrong)!r}: it holds no certificate in PEM"
+        assert told(ca=wrong) == f"--tls-client-ca is {str(wrong)!r}: it holds no certificate in PEM"
+    for wrong in (bad, empty, pem.cert):
+        assert told(key=wrong) == f"--tls-key is {str(wrong)!r}: it holds no private key in PEM"
+    assert told(key=pem.client_key).startswith(
+        f"--tls-key is {str(pem.client_key)!r}: it is not the key of --tls-cert {str(pem.cert)!r}"
+    )
+    assert "it wants a passphrase" in told(key=locked)
+
+
+def test_the_command_looks_at_certificates_before_it_opens_the_base(pem):
+    result = CliRunner().invoke(
+        _serving(), ["/no/base", "--tls-cert", str(pem.cert), "--tls-key", str(pem.client_key)], env={"COLUMNS": "300"}
+    )
+    assert result.exit_code == 1
+    assert "it is not the key of --tls-cert" in result.output
+
+
+def _serving():
+    command = typer.Typer()
+    command.command()(commands.serve)
+    return command

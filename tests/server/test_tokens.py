@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 
 import grpc
@@ -13,7 +14,7 @@ from server.tenants import Client, Guarded
 
 from onebase.server.identity import Scope
 from onebase.server.methods import RULES
-from onebase.server.tokens import TokenFile
+from onebase.server.tokens import Doorman, TokenFile
 from onebase.v1 import server_pb2
 
 INFO = server_pb2.GetServerInfoRequest()
@@ -95,6 +96,15 @@ def test_without_a_good_token_every_method_but_health_is_refused_streams_too(gua
                     assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAUTHENTICATED, reason), name
 
 
+@pytest.mark.parametrize("method", ["/onebase.v1.InferenceService/Nothing", "/onebase.v2.A/B"])
+def test_without_a_token_a_method_that_is_not_there_looks_like_one_that_is(guarded, method):
+    for streams in ((False, False), (False, True), (True, False), (True, True)):
+        refusal = call(guarded.channel, method, streams)
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAUTHENTICATED, "TOKEN_MISSING")
+        refusal = call(guarded.channel, method, streams, f"Bearer {guarded.make('red', Scope.STATUS)}")
+        assert refusal.code is grpc.StatusCode.UNIMPLEMENTED
+
+
 def test_health_needs_no_token(guarded):
     stub = health_pb2_grpc.HealthStub(guarded.channel)
     assert stub.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
@@ -127,6 +137,7 @@ def test_a_refusal_names_the_scope_and_never_the_token(guarded):
 def test_a_token_ends_when_it_expires(guarded):
     refusal = refused(guarded.as_("red", seconds=-1).server.GetServerInfo, INFO)
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAUTHENTICATED, "TOKEN_EXPIRED")
+    assert re.search(r"expired at 20\d\d-\d\d-\d\d \d\d:\d\d UTC: ask the server's operator", refusal.message)
     assert guarded.as_("red", seconds=60).server.GetServerInfo(INFO).base.model == "fake"
 
 
@@ -147,10 +158,32 @@ def test_while_the_file_cannot_be_read_nobody_is_let_in(guarded, tmp_path, harm)
     path.unlink()
     if harm != "gone":
         path.write_text("{" if harm == "garbage" else '{"tokens": [{"id": "x"}]}')
-    assert refused(client.server.GetServerInfo, INFO).code is grpc.StatusCode.UNAUTHENTICATED
-    assert refused(client.server.GetServerInfo, INFO).code is grpc.StatusCode.UNAUTHENTICATED
+    for _ in range(2):  # a good token is not told that it is unknown: its owner would ask for another one in vain
+        refusal = refused(client.server.GetServerInfo, INFO)
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "TOKENS_UNREADABLE")
+        assert refusal.retry_after
+        assert refused(guarded.server.GetServerInfo, INFO).reason == "TOKEN_MISSING"
     path.write_bytes(whole)
     client.server.GetServerInfo(INFO)
+
+
+def test_what_is_written_while_a_server_starts_is_seen(tmp_path, monkeypatch):
+    file = TokenFile(tmp_path / "tokens.json")
+    file.add("red", (Scope.STATUS,), (), None)
+    read = TokenFile.read
+
+    def slowly(self):
+        there = read(self)
+        if len(there) == 1:  # between the reading and whatever follows it
+            monkeypatch.setattr(TokenFile, "read", read)
+            made.append(file.add("blue", (Scope.STATUS,), (), None))
+        return there
+
+    made = []
+    monkeypatch.setattr(TokenFile, "read", slowly)
+    doorman = Doorman(tmp_path / "tokens.json")
+    method = "/onebase.v1.ServerService/GetServerInfo"
+    assert doorman.admit(method, {"authorization": f"Bearer {made[0]}"}).tenant == "blue"
 
 
 def test_secrets_are_not_kept_and_the_file_is_its_owners_alone(tmp_path):

@@ -1,17 +1,22 @@
 """`onebase train`: what it prints, and how it fails."""
 
+import io
 import json
 import subprocess
 import sys
 
 import pytest
 import yaml
+from rich.console import Console
 from trainer.toy import ToyServer
 from typer.testing import CliRunner
 
+from onebase import client
+from onebase.client import UnavailableError, Wait
 from onebase.client.cli import app
 from onebase.trainer import load_config, loop
 from onebase.trainer.commands import EXAMPLE
+from onebase.trainer.display import PlainDisplay
 
 
 @pytest.fixture
@@ -75,7 +80,7 @@ def test_what_cannot_be_used_is_said_in_one_line(onebase, config_file, arguments
 
 def test_a_run_trains_and_ends_with_what_came_of_it(onebase, config_file, tmp_path, monkeypatch):
     server = ToyServer()
-    monkeypatch.setattr(loop, "_connect", lambda address: server.client())
+    monkeypatch.setattr(loop, "_connect", lambda *_: server.client())
     result = onebase(config_file, "--steps", "3")
     assert result.exit_code == 0
     assert "step 3/3" in result.output
@@ -86,10 +91,30 @@ def test_a_run_trains_and_ends_with_what_came_of_it(onebase, config_file, tmp_pa
 
 def test_what_the_server_refuses_is_said_in_one_line(onebase, config_file, monkeypatch):
     server = ToyServer()
-    monkeypatch.setattr(loop, "_connect", lambda address: server.client())
+    monkeypatch.setattr(loop, "_connect", lambda *_: server.client())
     result = onebase(config_file, "--rewards.0.adapter", "nobody")
     assert result.exit_code == 1
     assert result.stderr == "error: no adapter 'nobody'\n"
+
+
+def test_waiting_for_the_server_is_shown(config_file, monkeypatch):
+    def connect(target, **settings):
+        settings["on_wait"](Wait(target, UnavailableError("refused"), 600.0))
+        settings["on_wait"](Wait(target, UnavailableError("refused"), 0.0, over=True, waited=30.0))
+        return ToyServer().client()
+
+    monkeypatch.setattr(client, "connect", connect)
+    console = Console(width=200, file=io.StringIO())
+    loop.train(load_config(config_file), display=PlainDisplay(console))
+    begun, over, *_ = console.file.getvalue().splitlines()
+    assert begun.startswith("127.0.0.1:7070 does not answer (UNAVAILABLE): waiting up to 10 min;")
+    assert over == "127.0.0.1:7070 answers again, after 30 s"
+
+
+def test_help_says_where_token_and_certificates_come_from(onebase):
+    output = onebase("--help").output
+    assert "ONEBASE_TOKEN" in output
+    assert "ONEBASE_TLS_CA" in output
 
 
 def test_importing_the_trainer_is_light():

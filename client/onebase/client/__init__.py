@@ -96,6 +96,7 @@ from onebase.client.types import (
     TrainingSequence,
     ValueLoss,
 )
+from onebase.client.waits import Wait
 
 __all__ = [
     "BASE",
@@ -161,6 +162,7 @@ __all__ = [
     "UnavailableError",
     "UnimplementedError",
     "ValueLoss",
+    "Wait",
     "connect",
     "connect_async",
 ]

@@ -41,7 +41,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except OnebaseError as error:
-            print_error(_line(error))
+            print_error(_line(error) + _way_in(error, ctx.invoked_subcommand))
             raise typer.Exit(1) from None
         except ModuleNotFoundError as error:
             entry = _entries().get(ctx.invoked_subcommand or "")
@@ -101,6 +101,14 @@ def _stand_in(entry: EntryPoint, error: ModuleNotFoundError) -> typer.Typer:
 def _line(error: OnebaseError) -> str:
     aside = [part for part in (error.reason, error.field and f"field {error.field}") if part]
     return f"{error} ({', '.join(aside)})" if aside else str(error)
+
+
+def _way_in(error: OnebaseError, command: str | None) -> str:
+    """How a command is given the token that a server misses; the server's words are for programs."""
+    if error.reason not in ("TOKEN_MISSING", "TOKEN_UNKNOWN", "TOKEN_EXPIRED"):
+        return ""
+    flag = "" if command == "train" else ", or --token"  # train's flags are settings, which are logged
+    return f"; `onebase {command}` takes its token from ONEBASE_TOKEN{flag}"
 
 
 def _show_version(asked: bool) -> None:

@@ -16,6 +16,7 @@ from onebase.client.codec.inference import Prompts, Rewards, Sequences
 from onebase.client.errors import AbortedError, DeadlineExceededError, UnavailableError
 from onebase.client.session import Session
 from onebase.client.transport import Stream, Transport
+from onebase.client.waits import OnWait
 
 _SAMPLING = t.SamplingParams()
 _LEAST_WAIT_SECONDS = 1.0
@@ -30,6 +31,7 @@ def connect(
     tls_certificate: tuple[PathLike, PathLike] | None = None,
     wait: float = 30.0,
     timeout: float = 600.0,
+    on_wait: OnWait | None = None,
 ) -> Client:
     """Connects to a server.
 
@@ -41,13 +43,15 @@ def connect(
         tls_certificate: the client's own certificates and their private key (PEM), for servers that ask for them.
         wait: seconds to wait for the server to come up; at least one second is waited.
         timeout: seconds that each later call may take, retries included, unless it says otherwise.
+        on_wait: is told once when calls begin to wait, for a server that is away or that asks to come again, and once
+            when they are answered; what is over within a second is not told. None tells Python's logging.
 
     Raises:
         UnavailableError: no server answered for so long.
         UnauthenticatedError: the server wants a token, or another one.
         ValueError: there is no port in `target`; a file cannot be read; a token would go out in plain text.
     """
-    transport = Transport(target, timeout=timeout, security=Security(token, tls, tls_certificate))
+    transport = Transport(target, timeout=timeout, security=Security(token, tls, tls_certificate), on_wait=on_wait)
     try:
         transport.run(server.info(), max(wait, _LEAST_WAIT_SECONDS))
     except (UnavailableError, DeadlineExceededError) as error:

@@ -16,6 +16,7 @@ from onebase.client.channel import Security, open_channel
 from onebase.client.codec.rpc import Call
 from onebase.client.errors import CancelledError, OnebaseError, translate
 from onebase.client.retry import Backoff
+from onebase.client.waits import OnWait, Waits
 
 Result = TypeVar("Result")
 Answer = TypeVar("Answer")
@@ -33,14 +34,22 @@ class Transport:
         timeout: seconds that a call may take, retries included, unless it says otherwise.
         backoff: how long to wait between retries.
         security: the token and TLS.
+        on_wait: is told when calls begin to wait for the server, and when they are answered again; None: logging is.
     """
 
     def __init__(
-        self, target: str, *, timeout: float, backoff: Backoff | None = None, security: Security | None = None
+        self,
+        target: str,
+        *,
+        timeout: float,
+        backoff: Backoff | None = None,
+        security: Security | None = None,
+        on_wait: OnWait | None = None,
     ) -> None:
         self.target = target
         self._timeout = timeout
         self.backoff = backoff or Backoff()
+        self._waits = Waits(target, on_wait)
         security = security or Security()
         self._metadata = security.metadata
         self._channel = open_channel(target, security)
@@ -57,9 +66,11 @@ class Transport:
         while True:
             try:
                 answer = self.invoke(send, attempts.remaining())
-                return call.read(answer)
             except grpc.RpcError as error:
                 self.sleep(attempts.delay_after(translate(error, call.rpc.method)))
+            else:
+                attempts.answered()
+                return call.read(answer)
 
     def _sender(self, call: Call[Any]) -> Callable[[float], Any]:
         """What sends one attempt of a call within so many seconds."""
@@ -82,9 +93,12 @@ class Transport:
         while True:
             stream = self.begin(call, attempts.remaining())
             try:
-                return [call.read(message) for message in stream]
+                messages = [call.read(message) for message in stream]
             except grpc.RpcError as error:
                 failure = translate(error, call.rpc.method)
+            else:
+                attempts.answered()
+                return messages
             finally:
                 stream.cancel()
             self.sleep(attempts.delay_after(failure))
@@ -107,7 +121,7 @@ class Transport:
     def attempts(self, call: Call[Any], timeout: float | None) -> Attempts:
         """The attempts of one call, of which the clock starts now."""
         seconds = self._timeout if timeout is None else timeout
-        return Attempts(self.backoff, repeatable=call.rpc.repeatable, seconds=seconds)
+        return Attempts(self.backoff, repeatable=call.rpc.repeatable, seconds=seconds, waits=self._waits)
 
     def invoke(self, send: Callable[[Seconds], Answer], remaining: Seconds) -> Answer:
         """Sends once, unless the transport was closed."""
@@ -168,6 +182,7 @@ class Stream(Generic[Result]):
                     self._begin_again(translate(error, self._call.rpc.method))
             else:
                 self._received = True
+                self._attempts.answered()
                 return self._call.read(message)
         raise StopIteration
 

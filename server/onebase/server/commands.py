@@ -178,12 +178,14 @@ def serve(
 def _run(config: ServerConfig, console: Console) -> None:
     from onebase.server.app import open_parts
     from onebase.server.app import serve as serve_parts
+    from onebase.server.certificates import check_certificates
     from onebase.server.listening import check_address
     from onebase.server.process import spare_what_stays
     from onebase.server.successor import Restarts
 
     restarts = Restarts.inherited()
     config = restarts.keep_port(config)
+    check_certificates(config.security)
     check_address(config)
     with console.status(f"Opening {escape(config.engine.model)} …"):
         parts = open_parts(config)

@@ -126,6 +126,10 @@ class Limits:
     max_message_bytes: int = 64 * 2**20
     max_upload_bytes: int = 4 * 2**30
     max_sessions: int = 4096
+    scratch_uploads: int = 4
+    """Room for adapters' files on their way, in uploads of the largest size; a tenant's share is a quarter of it."""
+    max_transfers_per_tenant: int = 8
+    """Uploads, downloads and loads of one tenant that are under way at once."""
 
     def __post_init__(self) -> None:
         for key, value in vars(self).items():

@@ -17,6 +17,7 @@ from onebase.server.identity import OPERATOR, caller
 from onebase.server.paths import Roots
 from onebase.server.scratch import Scratch, of_this_user
 from onebase.server.spool import Spool, elsewhere, shown_as
+from onebase.server.transfers import Transfers
 from onebase.server.walls import saved_at
 
 _IN_ROOT = ".onebase"
@@ -37,6 +38,12 @@ class Disks:
         """Of uploads, downloads and copies: not in the state's directory, whose disk may be full."""
         self._in_roots = {root.resolve(): Scratch(root.resolve() / _IN_ROOT) for root in config.roots if walled}
         self._limit = config.limits.max_upload_bytes
+        whole, most = self._limit * config.limits.scratch_uploads, config.limits.max_transfers_per_tenant
+        # Where there are no tokens, everybody is one tenant, and has the room of all.
+        self.transfers = (
+            Transfers(whole, max(self._limit, whole // 4), most) if walled else Transfers(whole, whole, 4 * most)
+        )
+        """Of files on their way to and from the scratch directory."""
 
     def sweep(self) -> None:
         """Deletes what servers that were killed have left.
@@ -68,8 +75,10 @@ class Disks:
             yield shared, str(shared)
         else:
             place = roots.place(path, who.tenant)
-            with Spool(self.scratch).used() as folder, shown_as(folder, path):
-                await elsewhere(lambda: place.copy_to(folder, self._limit))
+            there = await elsewhere(place.bytes_there)
+            limit = min(there, self._limit)  # what grows meanwhile is refused
+            with Spool(self.scratch, self.transfers.take(limit)).used() as folder, shown_as(folder, path):
+                await elsewhere(lambda: place.copy_to(folder, limit))
                 yield folder, str(place.path)
 
     async def saved(self, path: str, stamp: str) -> tuple[Path, int, int] | None:

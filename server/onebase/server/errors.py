@@ -23,6 +23,15 @@ These classes know nothing of gRPC: `status` gives each its code, in one total t
 from __future__ import annotations
 
 import errno
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from onebase.server.identity import Caller
+
+
+_LONGEST_MESSAGE, _LONGEST_FIELD = 1200, 200
+"""Bytes in UTF-8. A client takes 8 KiB of a status, in which a message is told three times, once with each byte that is
+no ASCII as three characters; over that it is told another code, and nothing of this."""
 
 
 class OnebaseError(Exception):
@@ -30,21 +39,34 @@ class OnebaseError(Exception):
 
     Args:
         reason: UPPER_SNAKE, stable, for programs.
-        message: for people: what is wrong, with the value, and the way out.
+        message: for people: what is wrong, with the value, and the way out; of one that is too long the middle is left
+            out.
         field: path of the request's field that is to blame, as the proto names it ("sequences[3].prompt"), or "".
         retry_after: seconds after which a retry may succeed, or None.
     """
 
     def __init__(self, reason: str, message: str, *, field: str = "", retry_after: float | None = None) -> None:
-        super().__init__(message)
         self.reason = reason
-        self.message = message
-        self.field = field
+        self.message = _cut(message, _LONGEST_MESSAGE)
+        self.field = _cut(field, _LONGEST_FIELD)
+        super().__init__(self.message)
         self.retry_after = retry_after
+
+    who: Caller | None = None
+    """Who was turned away, where that is known although he is not let in."""
 
     def again(self) -> OnebaseError:
         """The same, to be raised once more: an exception takes the traceback of each raise along."""
         return type(self)(self.reason, self.message, field=self.field, retry_after=self.retry_after)
+
+
+def _cut(text: str, longest: int) -> str:
+    """A text of no more than so many bytes: its beginning, and its end, where messages say the way out."""
+    if len(text) * 4 <= longest or len(data := text.encode("utf-8", "replace")) <= longest:
+        return text
+    end = longest // 3
+    begin = longest - end - len("…".encode())
+    return f"{data[:begin].decode(errors='ignore')}…{data[-end:].decode(errors='ignore')}"
 
 
 class InvalidArgument(OnebaseError):

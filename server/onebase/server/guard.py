@@ -4,7 +4,7 @@ grpc.aio sends str(exception) of an uncaught error to the client. Here such an e
 and the client sees only the id. Bytes that are no message of the method are refused as INVALID_ARGUMENT.
 
 The order is fixed: who calls (`tokens`), whether calls are taken at all, and only then are the request's bytes read.
-A stream whose client neither reads nor sends for too long is ended.
+A stream whose client neither reads nor sends for too long is ended, and so is one whose token is no longer good.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -24,6 +25,7 @@ from grpc_status import rpc_status as grpc_status  # type: ignore[import-untyped
 from onebase.server.audit import AuditLog, Record
 from onebase.server.errors import Internal, InvalidArgument, OnebaseError, ResourceExhausted, Unimplemented
 from onebase.server.identity import OPERATOR, Caller, caller, set_caller
+from onebase.server.methods import ANY_TOKEN
 from onebase.server.status import code_of, rpc_status
 from onebase.server.unread import Unread
 
@@ -36,10 +38,40 @@ Admit = Callable[[str, Mapping[str, str | bytes]], Caller]
 
 STREAM_IDLE_SECONDS = 60.0
 _UNREAD = 10  # times as long as a stream may be idle its end may wait for somebody who reads it
+LOOK_AGAIN_SECONDS = 10.0
 
 
 def _anybody(_method: str, _metadata: Mapping[str, str | bytes]) -> Caller:
     return Caller(OPERATOR)
+
+
+@dataclass
+class _Visit:
+    """A call that was let in."""
+
+    record: Record
+    ask: Callable[[], Caller]
+    """Who makes it, while he may; raises from then on."""
+    asked: float = 0.0
+
+    def look(self) -> Caller:
+        """Asks who makes the call.
+
+        Raises:
+            OnebaseError: he may not, or may no longer.
+        """
+        self.asked = time.monotonic()
+        try:
+            self.record.caller = self.ask()
+        except OnebaseError as error:
+            self.record.caller = error.who or self.record.caller
+            raise
+        return self.record.caller
+
+    def look_again(self) -> None:
+        """Asks anew where that was a while ago: a token may expire or be revoked while a stream goes on."""
+        if time.monotonic() - self.asked >= LOOK_AGAIN_SECONDS:
+            self.look()
 
 
 class Guard(grpc.aio.ServerInterceptor):
@@ -68,38 +100,49 @@ class Guard(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
         handler = await continuation(handler_call_details)
-        if handler is None:  # no such method: grpc answers UNIMPLEMENTED
-            return handler
         method = handler_call_details.method
+        if handler is None:
+            return self._unknown(method)
         if handler.request_streaming:
             return self._both_streams(method, handler) if handler.response_streaming else self._upload(method, handler)
         return self._stream(method, handler) if handler.response_streaming else self._unary(method, handler)
 
+    def _unknown(self, method: str) -> Handler:
+        """Of a method that is not there: who has no token is not even told that."""
+
+        async def behavior(_raws: AsyncIterator[bytes], context: Context) -> None:
+            async with self._call(method, context, ANY_TOKEN):
+                raise Unimplemented(
+                    "UNIMPLEMENTED", f"{method} is not there: use a method of onebase.v1, or a server that has it"
+                )
+
+        return grpc.stream_stream_rpc_method_handler(behavior)
+
     def _unary(self, method: str, handler: Handler) -> Handler:
         async def behavior(raw: bytes, context: Context) -> Any:
-            async with self._call(method, context) as record:
-                record.request = _parse(handler, raw)
-                return await handler.unary_unary(record.request, context)
+            async with self._call(method, context) as visit:
+                visit.record.request = request = _parse(handler, raw)
+                return await handler.unary_unary(request, context)
 
         return grpc.unary_unary_rpc_method_handler(behavior, None, handler.response_serializer)
 
     def _stream(self, method: str, handler: Handler) -> Handler:
         async def behavior(raw: bytes, context: Context) -> None:
-            async with self._call(method, context) as record:
-                record.request = _parse(handler, raw)
-                responses = handler.unary_stream(record.request, context)
+            async with self._call(method, context) as visit:
+                visit.record.request = request = _parse(handler, raw)
+                responses = handler.unary_stream(request, context)
                 if not hasattr(responses, "__aiter__"):  # the health service writes to its context itself
                     await responses
                     return
-                await self._write_all(responses, context)
+                await self._write_all(responses, context, visit)
 
         return grpc.unary_stream_rpc_method_handler(behavior, None, handler.response_serializer)
 
     def _upload(self, method: str, handler: Handler) -> Handler:
         async def behavior(raws: AsyncIterator[bytes], context: Context) -> Any:
             async with (
-                self._call(method, context) as record,
-                contextlib.aclosing(self._parsed(handler, raws, record)) as requests,
+                self._call(method, context) as visit,
+                contextlib.aclosing(self._parsed(handler, raws, visit)) as requests,
             ):
                 return await handler.stream_unary(requests, context)
 
@@ -108,30 +151,32 @@ class Guard(grpc.aio.ServerInterceptor):
     def _both_streams(self, method: str, handler: Handler) -> Handler:
         async def behavior(raws: AsyncIterator[bytes], context: Context) -> None:
             async with (
-                self._call(method, context) as record,
-                contextlib.aclosing(self._parsed(handler, raws, record)) as requests,
+                self._call(method, context) as visit,
+                contextlib.aclosing(self._parsed(handler, raws, visit)) as requests,
             ):
-                await self._write_all(handler.stream_stream(requests, context), context)
+                await self._write_all(handler.stream_stream(requests, context), context, visit)
 
         return grpc.stream_stream_rpc_method_handler(behavior, None, handler.response_serializer)
 
     @contextlib.asynccontextmanager
-    async def _call(self, method: str, context: Context) -> AsyncIterator[Record]:
-        """A call, once it is known who makes it and that calls are taken."""
+    async def _call(self, method: str, context: Context, rule: str = "") -> AsyncIterator[_Visit]:
+        """A call, once it is known who makes it and that calls are taken; `rule` is another method's to go by."""
         record = Record(method)
         async with _told(record, context, self._audit):
-            record.caller = self._admit(method, dict(context.invocation_metadata() or ()))
-            set_caller(record.caller)
+            metadata = dict(context.invocation_metadata() or ())
+            visit = _Visit(record, lambda: self._admit(rule or method, metadata))
+            set_caller(visit.look())
             if method.startswith("/onebase."):
                 refusal = self._gate()
                 if refusal is not None:
                     raise refusal
-            yield record
+            yield visit
 
-    async def _write_all(self, responses: AsyncGenerator[Any, None], context: Context) -> None:
+    async def _write_all(self, responses: AsyncGenerator[Any, None], context: Context, visit: _Visit) -> None:
         # Closed here and now: a client that goes away must not leave the generator's clean-up to the collector.
         async with contextlib.aclosing(responses):
             async for response in responses:
+                visit.look_again()
                 writing = asyncio.ensure_future(context.write(response))
                 try:
                     read, _ = await asyncio.wait((writing,), timeout=self._idle)
@@ -152,13 +197,14 @@ class Guard(grpc.aio.ServerInterceptor):
                         retry_after=1.0,
                     )
 
-    async def _parsed(self, handler: Handler, raws: AsyncIterator[bytes], record: Record) -> AsyncGenerator[Any, None]:
+    async def _parsed(self, handler: Handler, raws: AsyncIterator[bytes], visit: _Visit) -> AsyncGenerator[Any, None]:
         waiting = aiter(raws)
         while True:
             try:
                 async with asyncio.timeout(self._idle):
                     raw = await anext(waiting)
             except StopAsyncIteration:
+                visit.look()  # what came is only now made use of
                 return
             except TimeoutError:
                 raise ResourceExhausted(
@@ -166,9 +212,10 @@ class Guard(grpc.aio.ServerInterceptor):
                     f"nothing came for {self._idle:g} s, and the stream was ended: send it again, without pauses",
                     retry_after=1.0,
                 ) from None
+            visit.look_again()
             message = _parse(handler, raw)
-            if record.request is None:
-                record.request = message
+            if visit.record.request is None:
+                visit.record.request = message
             yield message
 
 

@@ -62,3 +62,6 @@ RULES: Mapping[str, Rule] = MappingProxyType(
     }
 )
 """A method that is not here is nobody's: it is refused."""
+
+ANY_TOKEN = "/onebase.v1.ServerService/GetServerInfo"
+"""A method that any token opens: who asks for one that is not there needs no more, and no less."""

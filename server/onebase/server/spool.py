@@ -38,10 +38,12 @@ class Spool:
 
     Args:
         scratch: where it lies.
+        gone: called when it is deleted, or could not be made.
     """
 
-    def __init__(self, scratch: Scratch) -> None:
+    def __init__(self, scratch: Scratch, gone: Callable[[], None] = lambda: None) -> None:
         self._scratch = scratch
+        self._gone = gone
         self._path: Path | None = None
         self._users = 0
 
@@ -53,8 +55,12 @@ class Spool:
             ResourceExhausted: it cannot be made.
         """
         if self._path is None:
-            with _room():
-                self._path = self._scratch.fresh()
+            try:
+                with _room():
+                    self._path = self._scratch.fresh()
+            except BaseException:
+                self._gone()
+                raise
         self._users += 1
         try:
             yield self._path
@@ -62,7 +68,8 @@ class Spool:
             self._users -= 1
             if not self._users:
                 # large files take a while to go, and nobody has to wait for it
-                asyncio.get_running_loop().run_in_executor(None, shutil.rmtree, self._path, True)
+                deleting = asyncio.get_running_loop().run_in_executor(None, shutil.rmtree, self._path, True)
+                deleting.add_done_callback(lambda _: self._gone())
 
 
 async def receive(data: AsyncIterator[bytes], files: Sequence[SpooledFile], folder: Path) -> None:

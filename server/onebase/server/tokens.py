@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from onebase.server.errors import PermissionDenied, Unauthenticated
+from onebase.server.errors import OnebaseError, PermissionDenied, Unauthenticated, Unavailable
 from onebase.server.identity import OPERATOR, Caller, Scope
 from onebase.server.methods import RULES, Rule
 
@@ -159,8 +159,10 @@ class Doorman:
         self._clock = clock
         self._tokens: Mapping[str, Token] = {}
         self._seen: tuple[int, int, int] | None = None
+        self._unreadable = False
         if path is not None:
-            self._tokens, self._seen = TokenFile(path).read(), _stamp(path)
+            self._seen = _stamp(path)  # before it is read: what is written meanwhile is noticed by the next call
+            self._tokens = TokenFile(path).read()
 
     def admit(self, method: str, metadata: Mapping[str, str | bytes]) -> Caller:
         """Who makes this call.
@@ -172,6 +174,7 @@ class Doorman:
         Raises:
             Unauthenticated: TOKEN_MISSING, TOKEN_UNKNOWN, TOKEN_EXPIRED.
             PermissionDenied: SCOPE_MISSING.
+            Unavailable: TOKENS_UNREADABLE.
         """
         if self._path is None:
             return Caller(OPERATOR)
@@ -188,6 +191,12 @@ class Doorman:
         kind, _, whole = text.partition(" ")
         if not text or kind.lower() != "bearer":
             raise Unauthenticated("TOKEN_MISSING", f"this server wants to know who calls: {_WAY_OUT}")
+        if self._unreadable:  # a good token is not told that it is unknown
+            raise Unavailable(
+                "TOKENS_UNREADABLE",
+                "the server cannot read its token file just now, and lets nobody in: its log says why; repeat the call",
+                retry_after=2.0,
+            )
         whole = whole.strip()
         parts = whole.split("_", 2)
         token = self._tokens.get(parts[1]) if len(parts) == 3 else None
@@ -195,7 +204,11 @@ class Doorman:
         if token is None or not fine:
             raise Unauthenticated("TOKEN_UNKNOWN", f"the token is not known here, or was revoked: {_WAY_OUT}")
         if token.expires is not None and self._clock() >= token.expires:
-            raise Unauthenticated("TOKEN_EXPIRED", f"the token {token.id} has expired: {_WAY_OUT}")
+            when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(token.expires))
+            error = Unauthenticated(
+                "TOKEN_EXPIRED", f"the token {token.id} expired at {when}: ask the server's operator for a new one"
+            )
+            raise _known(error, token)
         return token
 
     def _look_again(self) -> None:
@@ -207,22 +220,29 @@ class Doorman:
         try:
             self._tokens = TokenFile(self._path).read()
         except TokenFileError as error:
-            if self._tokens:
+            if not self._unreadable:
                 log.error("nobody is let in: %s", error)
-            self._tokens, self._seen = {}, None
+            self._tokens, self._seen, self._unreadable = {}, None, True
         else:
-            self._seen = stamp
+            self._seen, self._unreadable = stamp, False
 
 
 def _check_scope(method: str, rule: Rule | None, token: Token) -> None:
     if rule is None:
         raise PermissionDenied("SCOPE_MISSING", f"{method} is in no scope: no token opens it")
     if rule.scope is not None and rule.scope.value not in token.scopes:
-        raise PermissionDenied(
+        error = PermissionDenied(
             "SCOPE_MISSING",
             f"the token {token.id} has the scopes {', '.join(token.scopes)}, and {method.rpartition('/')[2]} needs "
             f"{rule.scope.value}: ask the operator for a token with it",
         )
+        raise _known(error, token)
+
+
+def _known(error: OnebaseError, token: Token) -> OnebaseError:
+    """An error that says for the audit log whose genuine token is turned away."""
+    error.who = token.caller()
+    return error
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:

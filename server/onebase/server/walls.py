@@ -61,6 +61,17 @@ class Place:
         """Where it is, for people."""
         return self.root.joinpath(self.tenant, *self.parts)
 
+    def bytes_there(self) -> int:
+        """How many bytes `copy_to` would copy just now.
+
+        Raises:
+            NotFound: PATH_NOT_FOUND.
+            PermissionDenied: PATH_OUTSIDE_ROOTS.
+        """
+        with _told(), self._opened(self.parts, make=False) as here:
+            names = [name for name in os.listdir(here) if os.path.splitext(name)[1] in _READ]
+            return sum(os.stat(name, dir_fd=here, follow_symlinks=False).st_size for name in names)
+
     def copy_to(self, folder: Path, limit: int) -> None:
         """Copies what an adapter may consist of into a directory that only the server writes.
 

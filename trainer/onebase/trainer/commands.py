@@ -67,6 +67,9 @@ name, whose value is YAML:
 SIGINT and SIGTERM end the run after its current step, saved; the same command
 goes on from there. Paths are relative to the current directory.
 
+A server's token comes from ONEBASE_TOKEN alone; the certificates that it is
+known by from the key tls_ca, or ONEBASE_TLS_CA.
+
 A complete example of CONFIG:
 
 \b

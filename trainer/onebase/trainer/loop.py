@@ -69,7 +69,7 @@ def train(
         stack.enter_context(sole_run(config.output_path))
         interrupt = stack.enter_context(Interrupt())
         shown = stack.enter_context(display or make_display(f"onebase train {config.policy.name}"))
-        client = client or stack.enter_context(_connect(config))
+        client = client or stack.enter_context(_connect(config, shown))
         session, origin = attach(
             client,
             config.policy,
@@ -262,7 +262,7 @@ def _state_to_resume(config: TrainConfig) -> TrainerState | None:
     return state
 
 
-def _connect(config: TrainConfig) -> Client:
+def _connect(config: TrainConfig, shown: Display) -> Client:
     from onebase.client import connect
     from onebase.client.channel import tls_of
 
@@ -271,6 +271,7 @@ def _connect(config: TrainConfig) -> Client:
             config.server,
             token=os.environ.get("ONEBASE_TOKEN", ""),
             tls=tls_of(config.tls_ca or os.environ.get("ONEBASE_TLS_CA", "")),
+            on_wait=lambda wait: shown.note(str(wait)),
         )
     except ValueError as error:
         raise ConfigError("server", str(error)) from error

@@ -16,6 +16,7 @@ from onebase.client.codec.rpc import Call
 from onebase.client.errors import CancelledError, OnebaseError, translate
 from onebase.client.retry import Backoff
 from onebase.client.transport import CLIENT_CLOSED
+from onebase.client.waits import OnWait, Waits
 
 Result = TypeVar("Result")
 
@@ -28,14 +29,22 @@ class Transport:
         timeout: seconds that a call may take, retries included, unless it says otherwise.
         backoff: how long to wait between retries.
         security: the token and TLS.
+        on_wait: is told when calls begin to wait for the server, and when they are answered again; None: logging is.
     """
 
     def __init__(
-        self, target: str, *, timeout: float, backoff: Backoff | None = None, security: Security | None = None
+        self,
+        target: str,
+        *,
+        timeout: float,
+        backoff: Backoff | None = None,
+        security: Security | None = None,
+        on_wait: OnWait | None = None,
     ) -> None:
         self.target = target
         self._timeout = timeout
         self.backoff = backoff or Backoff()
+        self._waits = Waits(target, on_wait)
         security = security or Security()
         self._metadata = security.metadata
         self._channel = open_async_channel(target, security)
@@ -52,13 +61,16 @@ class Transport:
         while True:
             self.check_open()
             try:
-                return call.read(await send(attempts.remaining()))
+                answer = await send(attempts.remaining())
             except grpc.RpcError as error:
                 await self.sleep(attempts.delay_after(translate(error, call.rpc.method)))
             except asyncio.CancelledError:
                 if not task_is_cancelled():  # then the channel was closed under the call
                     self.check_open()
                 raise
+            else:
+                attempts.answered()
+                return call.read(answer)
 
     def _sender(self, call: Call[Any]) -> Callable[[float], Awaitable[Any]]:
         """What sends one attempt of a call within so many seconds."""
@@ -82,13 +94,16 @@ class Transport:
         while True:
             stream = self.begin(call, attempts.remaining())
             try:
-                return [call.read(message) async for message in stream]
+                messages = [call.read(message) async for message in stream]
             except grpc.RpcError as error:
                 failure = translate(error, call.rpc.method)
             except asyncio.CancelledError:
                 if not task_is_cancelled():  # then the channel was closed under the call
                     self.check_open()
                 raise
+            else:
+                attempts.answered()
+                return messages
             finally:
                 stream.cancel()
             await self.sleep(attempts.delay_after(failure))
@@ -110,7 +125,7 @@ class Transport:
     def attempts(self, call: Call[Any], timeout: float | None) -> Attempts:
         """The attempts of one call, of which the clock starts now."""
         seconds = self._timeout if timeout is None else timeout
-        return Attempts(self.backoff, repeatable=call.rpc.repeatable, seconds=seconds)
+        return Attempts(self.backoff, repeatable=call.rpc.repeatable, seconds=seconds, waits=self._waits)
 
     def check_open(self) -> None:
         """CancelledError if the transport was closed."""
@@ -172,6 +187,7 @@ class AsyncStream(Generic[Result]):
                 if message is grpc.aio.EOF:
                     break
                 self._received = True
+                self._attempts.answered()
                 return self._call.read(message)
         raise StopAsyncIteration
 

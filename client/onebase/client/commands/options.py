@@ -10,7 +10,9 @@ import typer
 
 from onebase.client.channel import Security, tls_of
 from onebase.client.client import Client, connect
+from onebase.client.terminal import print_note
 from onebase.client.types import ChatMessage, Content
+from onebase.client.waits import Wait
 
 DEFAULT_SERVER = "127.0.0.1:7070"
 WAIT_SECONDS = 5.0
@@ -57,9 +59,14 @@ def open_client(server: str) -> Client:
     """A client of this server, with what --token and --tls-ca say; wrong usage if it cannot be one."""
     said = _said.get() or Security()
     try:
-        return connect(server, token=said.token, tls=said.tls, wait=WAIT_SECONDS)
+        return connect(server, token=said.token, tls=said.tls, wait=WAIT_SECONDS, on_wait=_note_wait)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--server") from None
+
+
+def _note_wait(wait: Wait) -> None:
+    if max(wait.longest, wait.waited) > WAIT_SECONDS:  # else it is over, or told as an error, before it is read
+        print_note(str(wait))
 
 
 def add_security(command: Any) -> None:

@@ -29,6 +29,8 @@ from onebase.server.spool import Spool, described, pieces, receive, shown_as
 from onebase.server.store import ResponseRow
 from onebase.v1 import adapters_pb2, adapters_pb2_grpc, types_pb2
 
+_FLOAT_BYTES, _WITH_MOMENTS = 4, 3
+
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -159,11 +161,13 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def UploadAdapter(
         self, request_iterator: AsyncIterator[adapters_pb2.UploadAdapterRequest], context: Context
     ) -> types_pb2.Adapter:
-        edge, spool = self._edge, Spool(self._edge.disks.scratch)
+        edge = self._edge
         header = await files.read_header(request_iterator)
         with edge.sessions.use(header.session_id) as session:
             edge.check_room(session)
             upload = files.read_upload(header, edge.config.limits)
+            wanted = sum(file.bytes for file in upload.files)
+            spool = Spool(edge.disks.scratch, edge.disks.transfers.take(wanted))
             with spool.used() as folder:
                 await receive(files.read_data(request_iterator), upload.files, folder)
 
@@ -181,9 +185,10 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.DownloadAdapterRequest, context: Context
     ) -> AsyncIterator[adapters_pb2.DownloadAdapterResponse]:
         edge = self._edge
-        spool = Spool(edge.disks.scratch)
-        with edge.sessions.use(request.session_id) as session, spool.used() as folder:
+        with edge.sessions.use(request.session_id) as session, contextlib.ExitStack() as held:
             entry = edge.registry.get(request.name, "name")
+            wanted = entry.facts.parameter_count * _FLOAT_BYTES * (_WITH_MOMENTS if request.with_optimizer else 1)
+            folder = held.enter_context(Spool(edge.disks.scratch, edge.disks.transfers.take(wanted)).used())
             saved = SavedAdapter(entry.name, folder / "adapter", request.with_optimizer)
             result = await edge.catalog.save(saved, entry, session, deadline_of(context))
             await edge.keeper.seen({entry.uid: result.version})
