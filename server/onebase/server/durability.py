@@ -27,10 +27,10 @@ from typing import TypeVar
 
 from onebase.server import failpoints
 from onebase.server.calls import settle
-from onebase.server.checkpoints import StateDirectory
+from onebase.server.checkpoints import StateDirectory, offer
 from onebase.server.config import StateConfig
 from onebase.server.errands import Errands
-from onebase.server.errors import OnebaseError, drained, not_there
+from onebase.server.errors import DataLoss, OnebaseError, drained, not_there
 from onebase.server.jobs import AdapterKind, Job, OptimStepResult, SaveAdapterJob, SaveResult
 from onebase.server.leases import Session
 from onebase.server.ports import WorkerLike
@@ -260,7 +260,13 @@ class Durable(Volatile):
         rows = asyncio.run_coroutine_threadsafe(self.on_thread(lambda: self.store.checkpoints(uid)), loop).result()
         if not rows:
             raise not_there()
-        with self.directory.verified(rows[0]) as path:
+        with ExitStack() as stack:
+            try:
+                path = stack.enter_context(self.directory.verified(rows[0]))
+            except DataLoss as error:
+                track = self._tracks.get(uid)
+                whole = self.directory.whole(rows[1:])
+                raise (offer(track.key, error, whole) if track else error) from error
             yield path
 
     def tick(self) -> None:  # noqa: D102

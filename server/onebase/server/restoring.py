@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from onebase.server.calls import settle
+from onebase.server.checkpoints import offer
 from onebase.server.config import ConfigError
 from onebase.server.durability import Durable
 from onebase.server.errors import DataLoss
@@ -26,9 +27,6 @@ from onebase.server.registry import Entry, Registry, owner_of
 from onebase.server.store import AdapterRow, CheckpointRow
 
 log = logging.getLogger(__name__)
-
-_FAR = 5
-"""So many older checkpoints are looked at for one that is whole."""
 
 
 @dataclass(frozen=True)
@@ -104,17 +102,17 @@ async def _bring_back(durable: Durable, rooms: Rooms, told: Told, row: AdapterRo
     checkpoint = checkpoints[0] if version is None else _named(row.name, checkpoints, version)
     if version is not None:
         reserved = await _go_back(durable, row, checkpoints, checkpoint)
-    older = [one for one in checkpoints if one is not checkpoint][:_FAR]
+    older = [one for one in checkpoints if one is not checkpoint]
     try:
         await _load(durable, rooms, told, row, checkpoint, reserved)
     except DataLoss as error:
-        whole = await _whole(durable, older)
+        whole = await durable.on_storage(lambda: durable.directory.whole(older))
         if durable.adopted and whole is not None:
             log.warning("adapter %s: %s; it goes on from version %d", row.name, error, whole.version)
             reserved = await _go_back(durable, row, checkpoints, whole)
             await _load(durable, rooms, told, row, whole, reserved)
             return
-        damage = _offer(row.name, error, whole)
+        damage = offer(row.name, error, whole)
         rooms.registry.damage(row.name, damage)
         rooms.registry.end(row.name, max(reserved, checkpoints[0].version) + 1)
         told.damaged(row.name, damage)
@@ -154,27 +152,6 @@ async def _go_back(durable: Durable, row: AdapterRow, checkpoints: list[Checkpoi
         await durable.on_thread(lambda folder=newer.folder: durable.store.forget(folder))  # type: ignore[misc]
         await durable.on_storage(lambda folder=newer.folder: durable.directory.remove([folder]))  # type: ignore[misc]
     return reserved
-
-
-async def _whole(durable: Durable, older: list[CheckpointRow]) -> CheckpointRow | None:
-    """The first of these checkpoints that is what was written."""
-    for one in older:
-        try:
-            await durable.on_storage(lambda one=one: durable.directory.verify(one))  # type: ignore[misc]
-        except DataLoss:
-            continue
-        return one
-    return None
-
-
-def _offer(name: str, error: DataLoss, whole: CheckpointRow | None) -> DataLoss:
-    """The error, and which older checkpoint is whole."""
-    if whole is None:
-        return DataLoss(
-            error.reason, f"adapter {name!r}: {error}; no older one is whole: delete or replace the adapter"
-        )
-    way_out = f"version {whole.version} is whole: start the server with --restore {name}={whole.version} to go on there"
-    return DataLoss(error.reason, f"adapter {name!r}: {error}; {way_out}, or delete or replace the adapter")
 
 
 def _named(name: str, checkpoints: list[CheckpointRow], version: int) -> CheckpointRow:
