@@ -49,7 +49,7 @@ class Field:
 
 def places(names: set[str]) -> list[Field]:
     """All fields of these names, in all requests of onebase's methods."""
-    return [Place(method, path) for method in METHODS for path in strings(method.input_type) if _meant(path) in names]
+    return [Field(method, path) for method in METHODS for path in strings(method.input_type) if _meant(path) in names]
 
 
 def strings(kind: Descriptor) -> Iterator[tuple[str, ...]]:
