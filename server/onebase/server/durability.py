@@ -128,7 +128,13 @@ class Durable(Volatile):
 
     async def _remove(self, key: str, least_version: int, record: ResponseRow | None) -> None:
         end = EndRow(key, owner_of(key), least_version)
-        dropped = await self.on_thread(lambda: self.store.remove(end, [record] if record else []))
+
+        def removed() -> list[str]:
+            dropped = self.store.remove(end, [record] if record else [])
+            failpoints.hit("after_commit")
+            return dropped
+
+        dropped = await self.on_thread(removed)
         self._tracks = {uid: track for uid, track in self._tracks.items() if track.key != key}
         self._forget(dropped)
 
