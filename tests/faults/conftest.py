@@ -26,12 +26,15 @@ from support import RunningServer, environment, start_server
 
 from onebase.server.identity import Scope
 from onebase.server.tokens import TokenFile
-from onebase.v1 import inference_pb2, server_pb2
+from onebase.v1 import adapters_pb2, inference_pb2, server_pb2
 
+ENDED = 20
+"""Engine steps, some tens of milliseconds: a cancel is one message and one step away, and a process that is killed
+takes the kernel's time to close its connections beside that."""
 QUOTA = 16
 """Requests that a tenant may have at once."""
 PROMPT = "w5 w6 w7"
-FLAGS = ("--threads", "1", "--kv-slots", "2", "--stream-idle-seconds", "2", "--drain-seconds", "1")
+FLAGS = ("--threads", "1", "--kv-slots", "2", "--stream-idle-seconds", "60", "--drain-seconds", "1")
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,15 @@ class Place:
             over.set()
             watcher.join()
         assert highest[0] - before < most, f"{(highest[0] - before) / 2**20:.0f} MiB more"
+
+    @contextmanager
+    def ends_within(self, most: int) -> Iterator[None]:
+        """Sees to it that what the block ends makes at most so many engine steps more, however slow this machine is."""
+        before = self.status().engine_steps
+        yield
+        self.wait_until(at_rest, 20)
+        made = self.status().engine_steps - before
+        assert made <= most, f"{made} engine steps more"
 
     def wait_until(self, holds: Callable[[server_pb2.ServerStatus], bool], seconds: float) -> float:
         """Seconds until the status is as it should be."""
@@ -134,6 +146,19 @@ def at_rest(now: server_pb2.ServerStatus) -> bool:
 def fresh(name: str) -> str:
     """A name that no test has used."""
     return f"{name}-{next(_numbers)}"
+
+
+def downloaded(client: Client, name: str) -> tuple[int, dict[str, bytes]]:
+    """An adapter's version, and its tensors and moments by file; the manifest, which holds the version, is left out."""
+    parts = list(client.adapters.DownloadAdapter(adapters_pb2.DownloadAdapterRequest(name=name, with_optimizer=True)))
+    data, found, begin = b"".join(part.data for part in parts), {}, 0
+    for file in parts[0].header.files:
+        found[file.name] = data[begin : begin + file.bytes]
+        begin += file.bytes
+    assert begin == len(data)
+    tensors = {name: content for name, content in found.items() if name.endswith(".safetensors")}
+    assert tensors
+    return parts[0].header.adapter.version, tensors
 
 
 def endless(n: int = 1000) -> inference_pb2.GenerateRequest:

@@ -6,6 +6,7 @@ A pair of network namespaces where this machine lets a test make them; and a pro
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import socket
 import subprocess
@@ -45,29 +46,34 @@ class Namespace(Network):
     """The client is in a network namespace of its own, at the other end of a pair of virtual devices."""
 
     _SERVER, _CLIENT = "10.213.77.1", "10.213.77.2"
+    _numbers = itertools.count()
 
     def __init__(self) -> None:
-        self._name = f"ob{os.getpid()}"
+        self._name = f"ob{os.getpid()}-{next(self._numbers)}"  # the devices of the one before may still be going
         self._near, self._far = f"{self._name}a", f"{self._name}b"
 
     def open(self, port: int) -> None:
-        """Makes namespace and devices, or skips the test."""
-        for command in (
-            f"netns add {self._name}",
-            f"link add {self._near} type veth peer name {self._far} netns {self._name}",
-            f"addr add {self._SERVER}/30 dev {self._near}",
-            f"link set {self._near} up",
-            f"-n {self._name} addr add {self._CLIENT}/30 dev {self._far}",
-            f"-n {self._name} link set {self._far} up",
-        ):
-            done = subprocess.run(["ip", *command.split()], capture_output=True, text=True)
-            if done.returncode:
-                self.close()
-                pytest.skip(f"no network namespaces can be made here: {done.stderr.strip()}")
+        """Makes namespace and devices; skips the test where no namespace may be made, and for nothing else."""
+        made = subprocess.run(["ip", "netns", "add", self._name], capture_output=True, text=True)
+        if made.returncode:
+            pytest.skip(f"no network namespaces can be made here: {made.stderr.strip()}")
+        try:
+            for command in (
+                f"link add {self._near} type veth peer name {self._far} netns {self._name}",
+                f"addr add {self._SERVER}/30 dev {self._near}",
+                f"link set {self._near} up",
+                f"-n {self._name} addr add {self._CLIENT}/30 dev {self._far}",
+                f"-n {self._name} link set {self._far} up",
+            ):
+                self.ip(command)
+        except BaseException:
+            self.close()
+            raise
         self.address, self.prefix = f"{self._SERVER}:{port}", ("ip", "netns", "exec", self._name)
 
     def close(self) -> None:
-        """The devices go with the namespace."""
+        """The namespace alone would take the devices with it some time later, and its address until then."""
+        subprocess.run(["ip", "link", "del", self._near], capture_output=True)
         subprocess.run(["ip", "netns", "del", self._name], capture_output=True)
 
     def ip(self, command: str) -> None:

@@ -74,7 +74,7 @@ ROWS: dict[int, Row] = {
     8: Row(
         "deadline passes in OptimStep",
         "deadlines of 1 to 30 ms, over a step of about that long",
-        ("DEADLINE_EXCEEDED", "OK"),
+        ("DEADLINE_EXCEEDED",),
         "the step is made once or not at all, and the repeated request_id says which and brings it about",
     ),
     9: Row("cancel", "a client cancels a stream", ("CANCELLED",), "work stops at the next engine step"),
@@ -154,7 +154,7 @@ ROWS: dict[int, Row] = {
         "symlink or path escape in an upload or a load",
         "paths and file names that lead outside, symlinked directories and files",
         ("INVALID_ARGUMENT", "PERMISSION_DENIED"),
-        "nothing is read or written outside the roots",
+        "nothing is read or written outside the roots: every file around them is as it was",
         _REFUSED,
     ),
     22: Row(
@@ -222,13 +222,13 @@ ROWS: dict[int, Row] = {
     31: Row(
         "slow consumer of a stream",
         "a client that stops to read",
-        ("RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"),
+        ("RESOURCE_EXHAUSTED",),
         "memory is bounded, and after the idle limit its work ends",
         "the rest of the stream",
     ),
     32: Row(
         "a writer with a stale lease or version",
-        "a session without the lease, and one that expects an older version",
+        "a session without the lease, one whose ttl ran out, and one that expects an older version",
         ("ABORTED",),
         "the holder's weights are as they were",
         _REFUSED,

@@ -14,8 +14,8 @@ import pytest
 from bucket import BucketServer, register
 from oracle.fixtures import FIXTURES
 from restarts.conftest import Start, died_of_sigkill
+from restarts.plain import STEP, Code, Plain, refused
 from restarts.test_client import ROW
-from restarts.test_restart import STEP, Code, Plain, refused
 from support import start_server
 
 from onebase.client import AdamW, CrossEntropyLoss, LoraSpec, connect

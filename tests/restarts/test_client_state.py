@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from restarts.conftest import Start
-from restarts.test_restart import STEP, Plain, refused
+from restarts.plain import STEP, Plain, refused
 
 from onebase.client import AdamW, CrossEntropyLoss, LoraSpec, SamplingParams, Session, TrainingSequence, connect
 from onebase.v1 import adapters_pb2

@@ -11,7 +11,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from oracle.fixtures import FIXTURES
 from restarts.conftest import Start
-from restarts.test_restart import Plain, reason_of, refused
+from restarts.plain import Plain, reason_of, refused
 from restarts.test_training import WEIGHTS, finish, numbers, trained, weights
 from restarts.test_training import config as config  # a fixture
 from support import start_server

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from restarts.conftest import Start
-from restarts.test_restart import STEP, Code, Plain, refused, tokens
+from restarts.plain import STEP, Code, Plain, refused, tokens
 
 from onebase.v1 import adapters_pb2, inference_pb2, server_pb2, server_pb2_grpc, sessions_pb2, types_pb2
 

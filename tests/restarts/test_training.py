@@ -170,7 +170,7 @@ def wait_for_death(server: RunningServer, kill: str, processes: list[subprocess.
     assert server.process.returncode == -signal.SIGKILL, server.text()
 
 
-@pytest.mark.fault(times=1)
+@pytest.mark.fault(times=1, training=True)
 @pytest.mark.parametrize("kills", (KILLS if ALL else SOME).values(), ids=KILLS if ALL else SOME)
 def test_two_runs_whose_server_is_killed_end_bit_for_bit_as_undisturbed_ones(
     kills: list[str],

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from oracle.fixtures import FIXTURES
 from restarts.conftest import Start
-from restarts.test_restart import Plain, wait_until_durable
+from restarts.plain import Plain, wait_until_durable
 from support import RunningServer, environment, start_server
 
 from onebase.client import connect

@@ -8,7 +8,6 @@ import re
 import threading
 import time
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import grpc
 import numpy as np
@@ -117,6 +116,33 @@ class Live:
             await self._stopping.wait()
 
 
+TRANSPORTS = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.UNIMPLEMENTED,
+    }
+)
+"""What gRPC says by itself, without details; whatever else comes without any is an error that the server forgot."""
+
+WAITING_IS_NO_HELP = {
+    "LIMIT_EXCEEDED": "the request is larger than this server ever takes",
+    "RANK_TOO_LARGE": "the same, of an adapter that is loaded",
+    "KV_CACHE_TOO_SMALL": "one completion alone is longer than the whole cache",
+    "QUOTA_ADAPTERS": "its own adapters stay until it deletes one",
+    "QUOTA_ADAPTER_BYTES": "the same, and nothing else frees their bytes",
+    "NO_MEMORY": "an adapter of that size has no room beside those that are there",
+}
+"""Reasons of RESOURCE_EXHAUSTED that never carry RetryInfo, and why: a client that waits would wait for ever."""
+
+WAITING_MAY_HELP = {
+    "QUOTA_COMPLETIONS": "unless one request wants more than its tenant may have at all",
+    "OUT_OF_MEMORY": "unless the job had all memory that there is, and cannot be run alone either",
+}
+"""Reasons that carry RetryInfo or not, by what else is under way; their tests say which. All others always do."""
+
+
 @dataclass(frozen=True)
 class Refusal:
     code: grpc.StatusCode
@@ -126,44 +152,50 @@ class Refusal:
     retry_after: float | None
 
 
-def refusal_of(error):
-    """What a client is told by an RpcError; every status has one ErrorInfo, and details that agree."""
+def refusal_of(error, bare=()):
+    """What a client is told by an RpcError: one ErrorInfo, and details that agree with it and with the code.
+
+    `bare` are codes that the transport may give without details in this call, beside those that it always may.
+    """
     status = rpc_status.from_call(error)
     if status is None:
+        assert error.code() in TRANSPORTS.union(bare), (error.code(), error.details())
         told.note(error.code())
         return Refusal(error.code(), "", "", error.details(), None)
-    found = SimpleNamespace(reason="", field="", retry_after=None)
-    for detail in status.details:
-        if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
-            info = error_details_pb2.ErrorInfo()
-            detail.Unpack(info)
-            assert info.domain == "onebase"
-            assert not found.reason
-            assert re.fullmatch("[A-Z][A-Z0-9_]*", info.reason)
-            found.reason = info.reason
-        elif detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
-            bad = error_details_pb2.BadRequest()
-            detail.Unpack(bad)
-            (violation,) = bad.field_violations
-            assert violation.field == info.metadata["field"]
-            found.field = violation.field
-        elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
-            retry = error_details_pb2.RetryInfo()
-            detail.Unpack(retry)
-            found.retry_after = retry.retry_delay.ToMilliseconds() / 1000
-    assert found.reason
-    told.note(error.code(), found.reason)
-    return Refusal(error.code(), found.reason, found.field, error.details(), found.retry_after)
+    info, retry = _one(status, error_details_pb2.ErrorInfo), _one(status, error_details_pb2.RetryInfo)
+    bad = _one(status, error_details_pb2.BadRequest)
+    assert info is not None, status
+    assert info.domain == "onebase"
+    assert re.fullmatch("[A-Z][A-Z0-9_]*", info.reason)
+    fields = [one.field for one in bad.field_violations] if bad else [""]
+    assert fields == [info.metadata["field"]]
+    wait = None if retry is None else retry.retry_delay.ToMilliseconds() / 1000
+    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and info.reason not in WAITING_MAY_HELP:
+        assert (wait is None) == (info.reason in WAITING_IS_NO_HELP), (info.reason, wait)
+    assert wait is None or wait > 0
+    told.note(error.code(), info.reason)
+    return Refusal(error.code(), info.reason, fields[0], error.details(), wait)
 
 
-def refused(call, *arguments, **keywords):
-    """Calls, expects an error, and returns what a client is told."""
+def _one(status, kind):
+    """The detail of this kind; None if there is none, and never two."""
+    found = [detail for detail in status.details if detail.Is(kind.DESCRIPTOR)]
+    assert len(found) <= 1
+    for detail in found:
+        message = kind()
+        detail.Unpack(message)
+        return message
+    return None
+
+
+def refused(call, *arguments, bare=(), **keywords):
+    """Calls, expects an error, and returns what a client is told; `bare` as in `refusal_of`."""
     try:
         result = call(*arguments, **keywords)
         if hasattr(result, "__next__"):
             list(result)
     except grpc.RpcError as error:
-        return refusal_of(error)
+        return refusal_of(error, bare)
     raise AssertionError(f"not refused: {result}")
 
 

@@ -20,7 +20,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,6 +30,8 @@ from onebase.server.storage import Bucket, Disk
 from onebase.server.store import AdapterRow, CheckpointRow
 
 MANIFEST = "onebase.json"
+_FAR = 5
+"""So many older checkpoints are looked at for one that is whole."""
 
 _GONE = (errno.ENOENT, errno.ENOTDIR)
 """A file that is not there is damage. Whatever else keeps one from being read may pass, as too many open files do."""
@@ -137,6 +139,18 @@ class StateDirectory:
         with self.verified(row):
             pass
 
+    def whole(self, rows: Sequence[CheckpointRow]) -> CheckpointRow | None:
+        """The first of these checkpoints that is what was written; a few of them are looked at.
+
+        Raises:
+            OnebaseError: Unavailable.
+        """
+        for row in rows[:_FAR]:
+            with contextlib.suppress(DataLoss):
+                self.verify(row)
+                return row
+        return None
+
     def remove(self, folders: Iterable[str]) -> None:
         """Deletes checkpoints that the store does not name any more."""
         for folder in folders:
@@ -154,6 +168,16 @@ class StateDirectory:
 
     def _shown(self, row: CheckpointRow) -> str:
         return f"{self.storage.url or self.path / 'checkpoints'}/{row.folder}"
+
+
+def offer(name: str, error: DataLoss, whole: CheckpointRow | None) -> DataLoss:
+    """The error of an adapter's newest checkpoint, and which older one is whole."""
+    if whole is None:
+        return DataLoss(
+            error.reason, f"adapter {name!r}: {error}; no older one is whole: delete or replace the adapter"
+        )
+    way_out = f"version {whole.version} is whole: start the server with --restore {name}={whole.version} to go on there"
+    return DataLoss(error.reason, f"adapter {name!r}: {error}; {way_out}, or delete or replace the adapter")
 
 
 def _damaged(row: CheckpointRow, what: str) -> DataLoss:

@@ -27,7 +27,7 @@ from typing import TypeVar
 
 from onebase.server import failpoints
 from onebase.server.calls import settle
-from onebase.server.checkpoints import StateDirectory
+from onebase.server.checkpoints import StateDirectory, offer
 from onebase.server.config import StateConfig
 from onebase.server.errands import Errands
 from onebase.server.errors import DataLoss, drained, not_there
@@ -137,7 +137,13 @@ class Durable(Volatile):
 
     async def _remove(self, key: str, least_version: int, record: ResponseRow | None) -> None:
         end = EndRow(key, owner_of(key), least_version)
-        dropped = await self.on_thread(lambda: self.store.remove(end, [record] if record else []))
+
+        def removed() -> list[str]:
+            dropped = self.store.remove(end, [record] if record else [])
+            failpoints.hit("after_commit")
+            return dropped
+
+        dropped = await self.on_thread(removed)
         self._untrack(key)
         self._forget(dropped)
 
@@ -278,9 +284,10 @@ class Durable(Volatile):
                 raise not_there()
             try:
                 return stack.enter_context(self.directory.verified(rows[0]))
-            except DataLoss:
+            except DataLoss as error:
                 if rows[0] == last:
-                    raise
+                    track, whole = self._tracks.get(uid), self.directory.whole(rows[1:])
+                    raise (offer(track.key, error, whole) if track else error) from error
                 last = rows[0]  # it may have gone meanwhile, with its adapter or for a newer one: looked up again
 
     def tick(self) -> None:  # noqa: D102

@@ -27,7 +27,7 @@ The places, in their order:
     after_rename    it is in its place, and the registry does not know it; with --checkpoints nothing of it is there yet
     during_put      with --checkpoints: some of its files are there (a hit for each)
     after_put       with --checkpoints: all of them are, and the registry does not know it
-    after_commit    the registry knows it, and nobody was answered
+    after_commit    the registry knows it, or that an adapter is deleted, and nobody was answered
 """
 
 from __future__ import annotations

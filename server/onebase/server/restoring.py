@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from onebase.server.calls import settle
+from onebase.server.checkpoints import offer
 from onebase.server.config import ConfigError
 from onebase.server.durability import Durable
 from onebase.server.errors import DataLoss, Unavailable
@@ -28,9 +29,6 @@ from onebase.server.restores import KEY, Restores
 from onebase.server.store import AdapterRow, CheckpointRow
 
 log = logging.getLogger(__name__)
-
-_FAR = 5
-"""So many older checkpoints are looked at for one that is whole."""
 
 
 @dataclass(frozen=True)
@@ -146,13 +144,13 @@ async def _newest(
     durable: Durable, rooms: Rooms, row: AdapterRow, checkpoints: list[CheckpointRow]
 ) -> Entry | DataLoss:
     """An adapter from its newest checkpoint; or why that cannot be had, for as long as this server runs."""
-    newest, older = checkpoints[0], checkpoints[1 : 1 + _FAR]
+    newest, older = checkpoints[0], checkpoints[1:]
     try:
         entry = await _load(durable, rooms, row, newest, row.reserved)
     except DataLoss as error:
-        whole = await _whole(durable, older)
+        whole = await durable.on_storage(lambda: durable.directory.whole(older))
         if not durable.adopted or whole is None:
-            return _offer(row.name, error, whole)
+            return offer(row.name, error, whole)
         log.warning("adapter %s: %s; it goes on from version %d", row.name, error, whole.version)
         return await _go_back(durable, rooms, row, checkpoints, whole, {})
     durable.track(entry, newest.version, row.reserved)  # a version that is new here is in no checkpoint yet
@@ -171,7 +169,8 @@ async def _restore_one(
     try:
         return await _go_back(durable, rooms, row, checkpoints, chosen, {KEY: restores.done(row.name)})
     except DataLoss as error:
-        whole = await _whole(durable, [one for one in checkpoints if one is not chosen][:_FAR])
+        others = [one for one in checkpoints if one is not chosen]
+        whole = await durable.on_storage(lambda: durable.directory.whole(others))
         raise _cannot(row.name, chosen, error, whole, checkpoints[0]) from error
 
 
@@ -219,27 +218,6 @@ async def _load(durable: Durable, rooms: Rooms, row: AdapterRow, checkpoint: Che
     except Unavailable as error:
         raise Unavailable(error.reason, f"adapter {row.name!r}: {error}", retry_after=error.retry_after) from error
     return Entry(name_of(row.name), facts, row.create_time, row.source, owner_of(row.name))
-
-
-async def _whole(durable: Durable, older: list[CheckpointRow]) -> CheckpointRow | None:
-    """The first of these checkpoints that is what was written."""
-    for one in older:
-        try:
-            await durable.on_storage(lambda one=one: durable.directory.verify(one))  # type: ignore[misc]
-        except DataLoss:
-            continue
-        return one
-    return None
-
-
-def _offer(name: str, error: DataLoss, whole: CheckpointRow | None) -> DataLoss:
-    """The error, and which older checkpoint is whole."""
-    if whole is None:
-        return DataLoss(
-            error.reason, f"adapter {name!r}: {error}; no older one is whole: delete or replace the adapter"
-        )
-    way_out = f"version {whole.version} is whole: start the server with --restore {name}={whole.version} to go on there"
-    return DataLoss(error.reason, f"adapter {name!r}: {error}; {way_out}, or delete or replace the adapter")
 
 
 def _cannot(

@@ -175,7 +175,9 @@ def _room() -> Iterator[None]:
         yield
     except OSError as error:
         raise ResourceExhausted(
-            "NO_SPACE", f"the server cannot keep the files ({error.strerror}): its operator must make room"
+            "NO_SPACE",
+            f"the server cannot keep the files ({error.strerror}): its operator must make room",
+            retry_after=5.0,
         ) from error
 
 

@@ -1,0 +1,70 @@
+"""SIGTERM: work in flight finishes, nothing else begins, state is saved."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from restarts.conftest import Start
+from restarts.plain import Code, Plain, kill, refused, wait_until_durable
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.mark.fault(35, times=2)
+def test_sigterm_lets_work_in_flight_end_and_no_other_begin(start: Start) -> None:
+    """Fault 35: completions and a pass of training that were begun end; what comes later is refused."""
+    with start("--checkpoint-seconds", "0", "--drain-seconds", "120") as server, Plain(server.address) as client:
+        session = client.open()
+        client.create()
+        client.train()
+        trained = client.weights()
+        stream = client.generate(n=64)
+        next(stream)
+        server.process.send_signal(signal.SIGTERM)
+        until = time.monotonic() + 30
+        health = health_pb2_grpc.HealthStub(client.channel)
+        while health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        for call in (client.version, client.forward, client.open):
+            assert refused(call) == (Code.UNAVAILABLE, "DRAINING")
+        assert server.process.poll() is None
+        ends = [part for part in stream if part.finish_reason]
+        assert len(ends) == 64
+        assert server.process.wait(60) == 0
+    with start() as server, Plain(server.address) as client:
+        client.session = session
+        assert client.weights() == trained
+
+
+@pytest.mark.fault(35, times=2)
+def test_sigterm_saves_what_no_checkpoint_has_and_a_kill_reuses_no_version(start: Start, state: Path) -> None:
+    """Fault 35; and what is promised without `--durability step`."""
+    with start("--checkpoint-seconds", "0") as server, Plain(server.address) as client:
+        session = client.open()
+        client.create()
+        client.train(request_id="one")
+        client.train(number=1)
+        saved = client.weights()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0
+        assert refused(client.version)[0] is Code.UNAVAILABLE
+    with start("--checkpoint-seconds", "0", "--checkpoint-steps", "2") as server, Plain(server.address) as client:
+        client.session = session
+        assert (client.version(), client.weights()) == (2, saved)
+        assert client.step(request_id="one").adapter.version == 1
+        for number in range(2):
+            client.train(number=number)
+        kept = client.weights()
+        wait_until_durable(state, 4)
+        client.train(number=5, request_id="lost")
+        kill(server)
+    with start() as server, Plain(server.address) as client:
+        client.session = session
+        assert client.weights() == kept
+        assert client.version() > 5
+        assert refused(client.step, request_id="lost") == (Code.FAILED_PRECONDITION, "NO_GRADIENTS")
