@@ -185,7 +185,7 @@ def in_calm_and_flood(found: Found) -> tuple[list[Call], list[Call]]:
 
     A call belongs where it began, whenever it ended: what a flood holds back ends after it. One that began in calm and
     is still open when a flood begins is the flood's too, or clients that wait from its first moment to its last would
-    not be seen. That gives the flood the longer of those calls, some two percent on the p95 of a call of three seconds
+    not be seen. That gives the flood the longer of those calls, some four percent on the p95 of calls of three seconds
     in a window of twenty: it is said of the flood too much rather than too little.
     """
     calm, flood = [], []

@@ -45,13 +45,34 @@ def blocks(
     return times, np.array([np.median(of[place == one]) for one in there])
 
 
-def slope(seconds: Sequence[float], values: Sequence[float], length: float = 20.0) -> Slope:
+def without_jump(medians: NDArray[np.float64], least: float, most: float) -> NDArray[np.float64]:
+    """The same without its largest rise from one block to the next [n], where that lies between these.
+
+    A heap takes some MiB at once, once, and a rise in the middle of a series is a slope to Theil and Sen. Only one is
+    taken away, so that what rises again and again still grows.
+    """
+    rises = np.diff(medians)
+    where = int(np.argmax(rises))
+    if not least <= rises[where] <= most:
+        return medians
+    jump = np.zeros_like(medians)
+    jump[where + 1 :] = rises[where] - np.median(rises)
+    return medians - jump
+
+
+def slope(
+    seconds: Sequence[float],
+    values: Sequence[float],
+    length: float = 20.0,
+    jump: tuple[float, float] = (math.inf, math.inf),
+) -> Slope:
     """How a series grows.
 
     Args:
         seconds: when each sample was taken, growing.
         values: the samples.
         length: seconds of a block.
+        jump: the least and the most of one rise from a block to the next that is no growth.
 
     Raises:
         ValueError: fewer than eight blocks.
@@ -60,6 +81,7 @@ def slope(seconds: Sequence[float], values: Sequence[float], length: float = 20.
     count = len(times)
     if count < _FEWEST:
         raise ValueError(f"{count} blocks of {length:g} s are too few to judge: {_FEWEST} at least")
+    medians = without_jump(medians, *jump)
     first, second = np.triu_indices(count, 1)
     slopes = np.sort((medians[second] - medians[first]) / (times[second] - times[first]))
     spread = CONFIDENCE * math.sqrt(count * (count - 1) * (2 * count + 5) / 18)

@@ -15,7 +15,9 @@ import psutil
 
 from onebase.v1 import server_pb2
 
-TABLES = ("adapters", "checkpoints", "responses", "sessions")
+TABLES = ("adapters", "checkpoints", "responses", "sessions", "ends")
+SHARED = ("responses", "ends")
+"""Tables of which each tenant has a share with a bound of its own."""
 
 
 @dataclass
@@ -65,15 +67,19 @@ class Watch:
             "state_bytes": _bytes(self.state),
             "kv_slots_used": status.kv_slots_used,
             "live_sessions": len(status.sessions),
-            **{f"rows_{table}": count for table, count in self._rows().items()},
+            **self._rows(),
         }
         self.samples.add(time.monotonic() - self._began, values)
         return values
 
     def _rows(self) -> dict[str, int]:
+        """Of each table, and of the tenant that has most of them where each has a share."""
+        most = "SELECT COALESCE(MAX(count), 0) FROM (SELECT COUNT(*) AS count FROM {} GROUP BY owner)"
         store = f"file:{self.state / 'registry.sqlite'}?mode=ro"
         with closing(sqlite3.connect(store, uri=True)) as db:
-            return {table: db.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0] for table in TABLES}
+            asked = {f"rows_{table}": f"SELECT COUNT(*) FROM {table}" for table in TABLES}
+            asked |= {f"most_{table}": most.format(table) for table in SHARED}
+            return {name: db.execute(question).fetchone()[0] for name, question in asked.items()}
 
 
 def _bytes(folder: Path) -> int:
