@@ -20,6 +20,7 @@ from onebase.v1 import (
     adapters_pb2_grpc,
     inference_pb2,
     inference_pb2_grpc,
+    server_pb2_grpc,
     sessions_pb2,
     sessions_pb2_grpc,
     training_pb2,
@@ -46,6 +47,7 @@ class Plain:
         self.inference = inference_pb2_grpc.InferenceServiceStub(self.channel)
         self.sessions = sessions_pb2_grpc.SessionServiceStub(self.channel)
         self.training = training_pb2_grpc.TrainingServiceStub(self.channel)
+        self.server = server_pb2_grpc.ServerServiceStub(self.channel)
         self.session = ""
 
     def __enter__(self) -> Plain:

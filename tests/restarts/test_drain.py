@@ -10,8 +10,17 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from restarts.conftest import Start
 from restarts.plain import Code, Plain, kill, refused, wait_until_durable
+from server.harness import eventually
+
+from onebase.v1 import server_pb2
 
 pytestmark = pytest.mark.e2e
+
+
+def there(client: Plain, work: str) -> int:
+    """Requests of a kind that wait or run."""
+    queues = client.server.GetStatus(server_pb2.GetStatusRequest()).queues
+    return sum(one.waiting + one.running for one in queues if one.work == work)
 
 
 @pytest.mark.fault(35, times=2)
@@ -25,7 +34,7 @@ def test_sigterm_lets_work_in_flight_end_and_no_other_begin(start: Start) -> Non
         next(stream)
         passing = client.training.ForwardBackward.future(client.passed(count=1000))
         stepping = client.training.OptimStep.future(client.stepped(request_id="last"))  # after the pass
-        time.sleep(0.05)
+        eventually(lambda: there(client, "train") == 2)
         server.process.send_signal(signal.SIGTERM)
         until = time.monotonic() + 30
         health = health_pb2_grpc.HealthStub(client.channel)

@@ -11,7 +11,7 @@ import pytest
 from restarts.conftest import Start
 from restarts.plain import STEP, Code, Plain, damage, newest, tokens
 
-from onebase.v1 import adapters_pb2, inference_pb2, server_pb2, server_pb2_grpc, sessions_pb2, types_pb2
+from onebase.v1 import adapters_pb2, inference_pb2, server_pb2, sessions_pb2, types_pb2
 from server import harness
 
 pytestmark = pytest.mark.e2e
@@ -21,7 +21,7 @@ NEVER = ("--evict-idle-seconds", "0")
 
 def adapter(client: Plain, name: str = "p") -> types_pb2.Adapter:
     """An adapter as the server's status has it."""
-    status = server_pb2_grpc.ServerServiceStub(client.channel).GetStatus(server_pb2.GetStatusRequest())
+    status = client.server.GetStatus(server_pb2.GetStatusRequest())
     return next(one for one in status.adapters if one.name == name)
 
 
