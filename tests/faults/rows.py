@@ -154,7 +154,7 @@ ROWS: dict[int, Row] = {
         "symlink or path escape in an upload or a load",
         "paths and file names that lead outside, symlinked directories and files",
         ("INVALID_ARGUMENT", "PERMISSION_DENIED"),
-        "nothing is read or written outside the roots: every file around them is as it was",
+        "nothing is read or written outside the roots",
         _REFUSED,
     ),
     22: Row(
@@ -228,7 +228,7 @@ ROWS: dict[int, Row] = {
     ),
     32: Row(
         "a writer with a stale lease or version",
-        "a session without the lease, one whose ttl ran out, and one that expects an older version",
+        "a session without the lease, and one that expects an older version",
         ("ABORTED",),
         "the holder's weights are as they were",
         _REFUSED,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,9 +15,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from faults.conftest import Place, fresh
+from faults.conftest import Place, downloaded, endless, fresh
 from oracle.fixtures import FIXTURES
-from server.harness import array, floats, pair, refused, tokens_of
+from server.harness import array, eventually, floats, pair, refused, tokens_of
 from server.tenants import Client
 from support import RunningServer, start_server
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -62,8 +63,7 @@ def step(session: str, name: str) -> training_pb2.OptimStepRequest:
 
 def hashes(client: Client, name: str) -> dict[str, bytes]:
     """Of weights and moments."""
-    parts = list(client.adapters.DownloadAdapter(adapters_pb2.DownloadAdapterRequest(name=name, with_optimizer=True)))
-    return {one.name: one.sha256 for one in parts[0].header.files if one.name.endswith(".safetensors")}
+    return {file: hashlib.sha256(data).digest() for file, data in downloaded(client, name)[1].items()}
 
 
 def test_16_what_is_not_finite_skips_the_step_and_changes_no_bit(place: Place) -> None:
@@ -180,13 +180,21 @@ def test_30_who_asks_for_too_much_memory_fails_alone(narrow: tuple[RunningServer
     assert hashes(client, "greedy") == before
     assert refused(client.training.OptimStep, step(session, "greedy")).reason == "NO_GRADIENTS"
 
+    # Who could not be run alone either need not wait; who had others beside it that will give memory back, may.
+    assert refused(client.training.ForwardBackward, too_long, timeout=250).retry_after is None
+    stream = client.inference.Generate(endless())
+    next(stream)
+    beside_it = refused(client.training.ForwardBackward, too_long, timeout=250)
+    stream.cancel()
+    assert (beside_it.code, beside_it.reason) == (FULL, "OUT_OF_MEMORY")
+    assert (beside_it.retry_after or 0) > 0
+
     # A pass that is too large as a whole, and not sequence by sequence, goes through in smaller pieces.
     pieces = forward(session, "greedy", [row(seed, 250) for seed in range(8)])
     answer = client.training.ForwardBackward(pieces, timeout=250)
     assert answer.pending_gradients == 1
     assert client.training.OptimStep(step(session, "greedy")).adapter.version == 1
-    status = client.server.GetStatus(server_pb2.GetStatusRequest())
-    assert status.kv_slots_used == 0
+    eventually(lambda: client.server.GetStatus(server_pb2.GetStatusRequest()).kv_slots_used == 0)
     assert process.memory_info().vms <= limit
     assert server.process.poll() is None
     assert "Traceback" not in server.text()

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,33 @@ def test_a_reader_whose_network_is_gone_is_noticed_and_learns_it(
         *_, last = reader.stdout  # by its own pings: nothing came to it
         seen(last.strip())
         assert last == "UNAVAILABLE\n"
+
+
+WATCHER = """
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from onebase.client.channel import OPTIONS
+with grpc.insecure_channel({address!r}, options=OPTIONS) as channel:
+    try:
+        for _ in health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest()):
+            print("one", flush=True)
+    except grpc.RpcError as error:
+        print(error.code().name, flush=True)
+"""
+
+
+@contextmanager
+def watcher(network: Network) -> Iterator[subprocess.Popen[str]]:
+    """A plain client on this network, which only listens: the training's own keeps what it is told to itself."""
+    command = [*network.prefix, sys.executable, "-c", WATCHER.format(address=network.address)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "one\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def trained(name: str, address: str, folder: Path, *prefix: str) -> subprocess.Popen[bytes]:
@@ -111,6 +138,7 @@ def test_a_training_whose_network_is_gone_for_a_while_goes_on_bit_for_bit(
     with ExitStack() as stack:
         stack.callback(training.communicate)
         stack.callback(training.kill)
+        beside = stack.enter_context(watcher(network))
         until = time.monotonic() + 100
         while len(numbers(tmp_path / "cut")) < 2:
             assert training.poll() is None
@@ -121,9 +149,12 @@ def test_a_training_whose_network_is_gone_for_a_while_goes_on_bit_for_bit(
         time.sleep(18)  # longer than both sides wait: 8 s the server, 15 the client
         assert len(numbers(tmp_path / "cut")) <= len(before) + 1
         assert training.poll() is None
+        assert beside.stdout is not None
+        last = beside.stdout.readline().strip()
+        seen(last)
+        assert last == "UNAVAILABLE"
         network.mend()
         end(training, seconds=200)
-    seen("UNAVAILABLE")  # which the client kept to itself
     assert numbers(tmp_path / "cut") == numbers(tmp_path / "undisturbed")
     assert len(before) < 7
     assert len(numbers(tmp_path / "cut")) == 7

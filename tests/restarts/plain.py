@@ -20,6 +20,7 @@ from onebase.v1 import (
     adapters_pb2_grpc,
     inference_pb2,
     inference_pb2_grpc,
+    server_pb2_grpc,
     sessions_pb2,
     sessions_pb2_grpc,
     training_pb2,
@@ -46,6 +47,7 @@ class Plain:
         self.inference = inference_pb2_grpc.InferenceServiceStub(self.channel)
         self.sessions = sessions_pb2_grpc.SessionServiceStub(self.channel)
         self.training = training_pb2_grpc.TrainingServiceStub(self.channel)
+        self.server = server_pb2_grpc.ServerServiceStub(self.channel)
         self.session = ""
 
     def __enter__(self) -> Plain:
@@ -67,30 +69,33 @@ class Plain:
             )
         )
 
-    def forward(self, name: str = "p", number: int = 0) -> training_pb2.ForwardBackwardResponse:
+    def passed(self, name: str = "p", number: int = 0, count: int = 1) -> training_pb2.ForwardBackwardRequest:
+        """A pass over so many sequences."""
         row = training_pb2.TrainingSequence(
             sequence=types_pb2.Sequence(
                 prompt=tokens(5, 6 + number),
                 completion=tokens(7, 8, 9),
             )
         )
-        return self.training.ForwardBackward(
-            training_pb2.ForwardBackwardRequest(
-                session_id=self.session,
-                adapter=name,
-                sequences=[row],
-                cross_entropy=training_pb2.CrossEntropyLoss(),
-            )
+        return training_pb2.ForwardBackwardRequest(
+            session_id=self.session,
+            adapter=name,
+            sequences=[row] * count,
+            cross_entropy=training_pb2.CrossEntropyLoss(),
         )
 
+    def forward(self, name: str = "p", number: int = 0) -> training_pb2.ForwardBackwardResponse:
+        return self.training.ForwardBackward(self.passed(name, number))
+
     def step(self, name: str = "p", request_id: str = "", rate: float = 0.01) -> training_pb2.OptimStepResponse:
-        return self.training.OptimStep(
-            training_pb2.OptimStepRequest(
-                session_id=self.session,
-                request_id=request_id,
-                adapter=name,
-                adamw=training_pb2.AdamW(learning_rate=rate),
-            )
+        return self.training.OptimStep(self.stepped(name, request_id, rate))
+
+    def stepped(self, name: str = "p", request_id: str = "", rate: float = 0.01) -> training_pb2.OptimStepRequest:
+        return training_pb2.OptimStepRequest(
+            session_id=self.session,
+            request_id=request_id,
+            adapter=name,
+            adamw=training_pb2.AdamW(learning_rate=rate),
         )
 
     def train(self, name: str = "p", request_id: str = "", number: int = 0) -> training_pb2.OptimStepResponse:
@@ -139,6 +144,21 @@ def kill(server: RunningServer) -> None:
     """kill -9."""
     os.kill(server.process.pid, signal.SIGKILL)
     server.process.wait()
+
+
+def newest(state: Path, name: str) -> Path:
+    """The directory of an adapter's newest checkpoint."""
+    with closing(sqlite3.connect(state / "registry.sqlite")) as store:
+        query = "SELECT folder FROM checkpoints JOIN adapters USING (uid) WHERE name = ? ORDER BY version DESC"
+        (folder,) = store.execute(query, (name,)).fetchone()
+    return state / "checkpoints" / str(folder)
+
+
+def damage(file: Path) -> None:
+    """Flips its last bit."""
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
 
 
 def wait_until_durable(state: Path, version: int) -> None:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from restarts.conftest import Start
+from restarts.plain import Code, Plain, refused
 
 from onebase.client import AdamW, CrossEntropyLoss, LoraSpec, SamplingParams, TrainingSequence, connect
 from onebase.client.errors import FailedPreconditionError
@@ -19,6 +20,7 @@ ROW = TrainingSequence(prompt=np.array([5, 6]), completion=np.array([7, 8, 9]))
 LONG = SamplingParams(max_new_tokens=48, n=16, seed=3, ignore_eos=True)
 
 
+@pytest.mark.fault(4, times=2)
 def test_calls_under_way_a_session_and_its_lease_survive_a_restart(start: Start) -> None:
     """Fault 4: completions that were cut in the middle are drawn again, and are the same."""
     with start("--durability", "step") as server, connect(server.address) as client, ThreadPoolExecutor() as pool:
@@ -31,8 +33,11 @@ def test_calls_under_way_a_session_and_its_lease_survive_a_restart(start: Start)
         session.forward_backward(ROW, CrossEntropyLoss(), expected_pending=0)
 
         under_way = pool.submit(session.generate, ["w5 w6", "w7"], sampling=LONG)
-        time.sleep(0.1)
-        os.kill(server.process.pid, signal.SIGKILL)
+        with Plain(server.address) as plain:  # beside it, one that is told what the other keeps to itself
+            stream = plain.generate("base", n=64)
+            next(stream)
+            os.kill(server.process.pid, signal.SIGKILL)
+            assert refused(list, stream) == (Code.UNAVAILABLE, "")
         server.process.wait()
         assert not under_way.done()
         with start("--durability", "step"):

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import sqlite3
 import subprocess
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 from restarts.conftest import Start
-from restarts.plain import STEP, Code, Plain, kill, refused
+from restarts.plain import STEP, Code, Plain, damage, kill, newest, refused
+
+from server import harness
 
 pytestmark = pytest.mark.e2e
 
@@ -27,18 +27,15 @@ def test_a_damaged_checkpoint_is_data_loss_and_the_one_before_is_offered(start: 
         before = client.weights("p")
         client.train("p", number=1)
         kill(server)
-    with closing(sqlite3.connect(state / "registry.sqlite")) as store:
-        newest = "SELECT folder FROM checkpoints JOIN adapters USING (uid) WHERE name = 'p' ORDER BY version DESC"
-        (folder,) = store.execute(newest).fetchone()
-    weights = state / "checkpoints" / folder / "adapter_model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(data)
+    damage(newest(state, "p") / "adapter_model.safetensors")
     with start(*STEP) as server, Plain(server.address) as client:
         client.session = session
-        assert refused(client.forward, "p") == (Code.DATA_LOSS, "CHECKPOINT_DAMAGED")
+        for call in (client.forward, client.score, client.version):
+            told = harness.refused(call, "p")
+            assert (told.code, told.reason) == (Code.DATA_LOSS, "CHECKPOINT_DAMAGED")
+            assert "version 1 is whole" in told.message
+            assert "--restore p=1" in told.message
         assert refused(client.create, "p") == (Code.ALREADY_EXISTS, "ADAPTER_EXISTS")
-        assert "--restore p=1" in server.text()
         client.train("q")  # serving goes on
     with start(*STEP, "--restore", "p=1") as server, Plain(server.address) as client:
         assert client.weights("p") == before

@@ -10,8 +10,17 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from restarts.conftest import Start
 from restarts.plain import Code, Plain, kill, refused, wait_until_durable
+from server.harness import eventually
+
+from onebase.v1 import server_pb2
 
 pytestmark = pytest.mark.e2e
+
+
+def there(client: Plain, work: str) -> int:
+    """Requests of a kind that wait or run."""
+    queues = client.server.GetStatus(server_pb2.GetStatusRequest()).queues
+    return sum(one.waiting + one.running for one in queues if one.work == work)
 
 
 @pytest.mark.fault(35, times=2)
@@ -21,9 +30,11 @@ def test_sigterm_lets_work_in_flight_end_and_no_other_begin(start: Start) -> Non
         session = client.open()
         client.create()
         client.train()
-        trained = client.weights()
         stream = client.generate(n=64)
         next(stream)
+        passing = client.training.ForwardBackward.future(client.passed(count=1000))
+        stepping = client.training.OptimStep.future(client.stepped(request_id="last"))  # after the pass
+        eventually(lambda: there(client, "train") == 2)
         server.process.send_signal(signal.SIGTERM)
         until = time.monotonic() + 30
         health = health_pb2_grpc.HealthStub(client.channel)
@@ -33,12 +44,24 @@ def test_sigterm_lets_work_in_flight_end_and_no_other_begin(start: Start) -> Non
         for call in (client.version, client.forward, client.open):
             assert refused(call) == (Code.UNAVAILABLE, "DRAINING")
         assert server.process.poll() is None
+        assert not passing.done()
+        assert not stepping.done()
         ends = [part for part in stream if part.finish_reason]
         assert len(ends) == 64
+        assert passing.result(60).pending_gradients == 1
+        answer = stepping.result(60)
+        assert (answer.adapter.version, answer.gradients_applied) == (2, 1)
         assert server.process.wait(60) == 0
     with start() as server, Plain(server.address) as client:
         client.session = session
-        assert client.weights() == trained
+        assert client.version() == 2
+        assert client.step(request_id="last") == answer  # saved, with the answer, and not made again
+        made = client.weights()
+        client.create("undisturbed")
+        client.train("undisturbed")
+        client.training.ForwardBackward(client.passed("undisturbed", count=1000))
+        client.step("undisturbed")
+        assert made == client.weights("undisturbed")
 
 
 @pytest.mark.fault(35, times=2)

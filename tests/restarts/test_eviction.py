@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 from restarts.conftest import Start
-from restarts.plain import STEP, Code, Plain, refused, tokens
+from restarts.plain import STEP, Code, Plain, damage, newest, tokens
 
-from onebase.v1 import adapters_pb2, inference_pb2, server_pb2, server_pb2_grpc, sessions_pb2, types_pb2
+from onebase.v1 import adapters_pb2, inference_pb2, server_pb2, sessions_pb2, types_pb2
+from server import harness
 
 pytestmark = pytest.mark.e2e
 IDLE = ("--evict-idle-seconds", "0.5")
@@ -20,7 +21,7 @@ NEVER = ("--evict-idle-seconds", "0")
 
 def adapter(client: Plain, name: str = "p") -> types_pb2.Adapter:
     """An adapter as the server's status has it."""
-    status = server_pb2_grpc.ServerServiceStub(client.channel).GetStatus(server_pb2.GetStatusRequest())
+    status = client.server.GetStatus(server_pb2.GetStatusRequest())
     return next(one for one in status.adapters if one.name == name)
 
 
@@ -109,18 +110,21 @@ def test_all_who_ask_while_it_comes_back_are_answered_and_a_kill_while_it_is_awa
         assert client.version() == 2
 
 
-def test_damage_while_it_is_away_is_data_loss_and_the_server_goes_on(start: Start, state: Path) -> None:
-    """Fault 29, noticed when the adapter is used."""
-    with start(*STEP, *IDLE, "--keep-checkpoints", "1") as server, Plain(server.address) as client:
+@pytest.mark.fault(29, times=2)
+@pytest.mark.parametrize("kept", [1, 2])
+def test_damage_while_it_is_away_is_data_loss_and_the_server_goes_on(start: Start, state: Path, kept: int) -> None:
+    """Fault 29, noticed when the adapter is used; the client is told which checkpoint is whole, or that none is."""
+    with start(*STEP, *IDLE, "--keep-checkpoints", str(kept)) as server, Plain(server.address) as client:
         client.open()
         client.create("q")
         client.create()
+        client.train()
         wait_evicted(client)
-        file = max((state / "checkpoints").glob("*/adapter_model.safetensors"))  # p is younger than q
-        file.write_bytes(file.read_bytes()[:-4] + b"\0\1\2\3")
-        for _ in range(2):
-            assert refused(score, client) == (Code.DATA_LOSS, "CHECKPOINT_DAMAGED")
-        assert refused(client.forward) == (Code.DATA_LOSS, "CHECKPOINT_DAMAGED")
+        damage(newest(state, "p") / "adapter_model.safetensors")
+        for call in (lambda: score(client), lambda: generate(client), client.forward):
+            told = harness.refused(call)
+            assert (told.code, told.reason) == (Code.DATA_LOSS, "CHECKPOINT_DAMAGED")
+            assert ("--restore p=0" if kept == 2 else "no older one is whole") in told.message
         assert not adapter(client).resident
         score(client, "q")
         client.adapters.DeleteAdapter(adapters_pb2.DeleteAdapterRequest(session_id=client.session, name="p"))

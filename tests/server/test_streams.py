@@ -77,7 +77,10 @@ def test_a_refused_submission_is_raised():
     asyncio.run(run())
 
 
+@pytest.mark.fault(5)
 def test_closing_drops_the_job():
+    """What a client that is gone leaves: gRPC closes the generator."""
+
     async def run():
         worker = Worker()
         async with contextlib.aclosing(stream(worker, make_job, None, None)) as chunks:
