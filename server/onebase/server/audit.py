@@ -14,8 +14,9 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from io import TextIOWrapper
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from onebase.server.identity import Caller
 from onebase.server.methods import RULES
@@ -43,7 +44,7 @@ class Record:
 class _File(logging.handlers.WatchedFileHandler):
     """Begins a new file, its owner's alone, where the old one was renamed; what fails is raised."""
 
-    def _open(self) -> IO[Any]:
+    def _open(self) -> TextIOWrapper:
         return open(self.baseFilename, "a", encoding="utf-8", opener=_private)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802
