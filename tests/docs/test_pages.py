@@ -124,3 +124,15 @@ def test_every_block_says_what_it_is_and_every_link_leads_somewhere(page: Path) 
     assert {block.language for block in blocks(page)} <= LANGUAGES
     for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
         assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_the_first_page_makes_the_promise_that_the_page_of_its_trials_explains() -> None:
+    promise = (
+        "every step that was answered is durable; a run that was killed ends bit-identical to one that was not; "
+        "no tenant can see, change or starve another"
+    )
+    first = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## ")[0]
+    assert promise in first
+    assert all(part in first for part in ("--state", "--durability step", "--tokens", "](docs/reliability.md)"))
+    tried = " ".join((ROOT / "docs" / "reliability.md").read_text(encoding="utf-8").split())
+    assert promise[1:] in tried

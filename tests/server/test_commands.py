@@ -101,9 +101,20 @@ def test_defaults_are_the_settings_own(run, tmp_path):
             ["--reward", "r=x", "--reward-append-eos", "r=no", "--reward-append-eos", "r=no"],
             "--reward-append-eos is 'r=no': 'r' was given before; say it once",
         ),
-        (["--dtype", "int8"], "dtype is 'int8'"),
+        (["--dtype", "int8"], "--dtype is 'int8'"),
         (["--quantization", "int4"], "quantization is 'int4': use one of none, int8, nf4"),
-        (["--root", __file__], "root is"),
+        (["--root", __file__], "--root is"),
+        (["--state", "s", "--evict-idle-seconds", "-1"], "--evict-idle-seconds is -1.0: use 0 or more"),
+        (["--tokens", "/"], "--tokens is '/': it is a directory: give a file in it"),
+        (
+            ["--policy", "p1", "--policy", "p2", "--tenant-quota", "adapters=1"],
+            "--tenant-quota is 'adapters=1': 2 adapters are to be there from the start, which count too",
+        ),
+        (
+            ["--quota", "adapters=1,adapter_bytes=8X"],
+            "adapter_bytes=8X: '8X' is no size: give a whole number, which may end in K, M or G, such as 8G",
+        ),
+        (["--quota", "adaptors=1"], "--quota is 'adaptors=1': 'adaptors' is no quota: use requests, completions"),
     ],
 )
 def test_a_setting_that_cannot_work_is_one_line_and_exit_code_1(run, arguments, told):
@@ -113,6 +124,22 @@ def test_a_setting_that_cannot_work_is_one_line_and_exit_code_1(run, arguments, 
     assert told in output
     assert len(output.splitlines()) == 1
     assert seen == []
+
+
+def test_sizes_are_written_like_those_of_quotas(run, tmp_path):
+    code, output, (config,) = run(
+        "model", "--port", "0", "--state", str(tmp_path / "s"), "--adapter-memory", "1G", "--kv-bytes", "2M",
+        "--max-upload-bytes", "3K",
+    )  # fmt: skip
+    assert code == 0, output
+    assert (config.state.adapter_memory, config.engine.kv_bytes, config.limits.max_upload_bytes) == (
+        2**30,
+        2**21,
+        3 * 2**10,
+    )
+    code, output, _ = run("model", "--adapter-memory", "lots")
+    assert code == 2
+    assert "--adapter-memory" in output
 
 
 def test_the_base_is_told_with_its_quantization(run, monkeypatch):

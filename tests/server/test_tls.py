@@ -10,6 +10,7 @@ from server.tenants import Guarded
 from typer.testing import CliRunner
 
 from onebase.client import SamplingParams, UnauthenticatedError, UnavailableError, connect, connect_async
+from onebase.client.cli import app
 from onebase.server import commands
 from onebase.server.certificates import check_certificates
 from onebase.server.config import ConfigError, EngineConfig, Security, ServerConfig
@@ -143,3 +144,40 @@ def _serving():
     command = typer.Typer()
     command.command()(commands.serve)
     return command
+
+
+def told(port, **settings):
+    with pytest.raises((UnavailableError, ValueError)) as error:
+        connect(f"127.0.0.1:{port}", wait=1, **settings)
+    return str(error.value)
+
+
+def test_a_client_whose_tls_does_not_fit_is_told_how(pem, tmp_path):
+    (tmp_path / "other").mkdir()
+    stranger = make_certificates(tmp_path / "other")
+    with served(pem) as live:
+        assert "the server's certificate is not signed by" in told(live.port, tls=stranger.ca)
+        assert repr(str(stranger.ca)) in told(live.port, tls=stranger.ca)
+        assert "not signed by the system's authorities" in told(live.port, tls=True)
+        assert "as a server does that wants TLS: give its certificates as tls (--tls-ca, tls_ca)" in told(live.port)
+    with Live() as live:
+        assert "this server speaks plain text: leave tls (--tls-ca, tls_ca) out" in told(live.port, tls=pem.ca)
+    with served(pem, tls_client_ca=pem.ca) as live:
+        assert "wants a client's certificate, give tls_certificate" in told(live.port, tls=pem.ca)
+    assert "start one with `onebase serve MODEL`" in told(1)
+    assert told(1, tls=pem.key) == f"tls is {str(pem.key)!r}: the file holds no certificates in PEM"
+
+
+def test_commands_name_their_flag(pem):
+    for path, said in (("/nowhere.pem", "No such file or directory"), (str(pem.key), "holds no certificates in PEM")):
+        result = CliRunner().invoke(app, ["status", "--tls-ca", path], env={"COLUMNS": "300", "TERM": "dumb"})
+        assert result.exit_code == 2
+        assert "--tls-ca" in result.stderr
+        assert "--server" not in result.stderr
+        assert said in result.stderr
+
+
+@pytest.mark.parametrize("scheme", ["http://", "https://"])
+def test_an_address_is_no_url(scheme):
+    with pytest.raises(ValueError, match=f"give HOST:PORT, without {scheme}"):
+        connect(f"{scheme}127.0.0.1:7070")

@@ -67,6 +67,7 @@ def test_all_is_every_scope_and_never_is_no_end(run, tmp_path):
     [
         (["--scope", "everything"], "'everything' is none of"),
         (["--scope", "all", "--expires", "30"], "'30' is no time"),
+        (["--scope", "all", "--expires", "99999999d"], "is more than 10 years: give up to 3650d, or never"),
         (["--scope", "all", "--expires", "0d"], "'0d' is no time"),
         (["--scope", "all", "--tenant", "a/b"], "'a/b' is not a name"),
         (["--scope", "all", "--adapter", "../x"], "is not a name"),
@@ -83,6 +84,15 @@ def test_wrong_usage_is_told_and_makes_nothing(run, tmp_path, arguments, told):
 def test_a_list_of_nothing_says_what_makes_it(run):
     code, told = run("list")
     assert (code, "`onebase token create` makes it" in told) == (1, True)
+
+
+def test_what_is_no_token_file_is_told_without_pythons_words(run, tmp_path):
+    for text in ("[]", "{}", "{", '{"tokens": 3}', '{"tokens": [[]]}'):
+        (tmp_path / "tokens.json").write_text(text)
+        code, told = run("list")
+        assert code == 1
+        assert "it is no token file; `onebase token create` makes one" in told
+        assert "indices" not in told
 
 
 def test_commands_send_their_token(tmp_path, monkeypatch):

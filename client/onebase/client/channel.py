@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
@@ -35,6 +36,13 @@ OPTIONS: tuple[tuple[str, int], ...] = (
 
 
 PathLike: TypeAlias = str | os.PathLike[str]
+
+_SETTING = "tls (--tls-ca, tls_ca)"
+"""How the setting is called in Python, by the commands, and in a training's config."""
+
+
+class TlsFileError(ValueError):
+    """A file of certificates cannot be read, or holds none."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +84,30 @@ class Security:
                 )
             return None
         certificate, key = self.tls_certificate or (None, None)
-        authority = None if self.tls is True else _read("tls", self.tls)
+        authority = None if self.tls is True else _read_certificates(self.tls)
         return grpc.ssl_channel_credentials(
             authority,
             private_key=None if key is None else _read("tls_certificate", key),
             certificate_chain=None if certificate is None else _read("tls_certificate", certificate),
+        )
+
+    def trouble(self, details: str) -> str:
+        """What TLS has to do with a server that does not answer, from gRPC's words for it; "" if nothing."""
+        known = "the system's authorities" if self.tls is True else f"{os.fspath(self.tls)!r}" if self.tls else ""
+        if "certificate has expired" in details:
+            return "the server's certificate has expired: its operator must give it another one"
+        if "CERTIFICATE_VERIFY_FAILED" in details:
+            return f"the server's certificate is not signed by {known}: give those of its authority as {_SETTING}"
+        if "not in peer certificate" in details:
+            return "the server's certificate is for other names than this one: use a name that it has"
+        if "WRONG_VERSION_NUMBER" in details:
+            return f"this server speaks plain text: leave {_SETTING} out"
+        if "Socket closed" not in details:
+            return ""
+        if known:
+            return "it closes the connection: if it wants a client's certificate, give tls_certificate"
+        return (
+            f"it closes a plain-text connection, as a server does that wants TLS: give its certificates as {_SETTING}"
         )
 
 
@@ -99,11 +126,20 @@ def is_local(target: str) -> bool:
         return False
 
 
+def _read_certificates(path: PathLike) -> bytes:
+    data = _read("tls", path)
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+    except ssl.SSLError:
+        raise TlsFileError(f"tls is {os.fspath(path)!r}: the file holds no certificates in PEM") from None
+    return data
+
+
 def _read(key: str, path: PathLike) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise ValueError(f"{key} is {os.fspath(path)!r}: {error.strerror}") from None
+        raise TlsFileError(f"{key} is {os.fspath(path)!r}: {error.strerror}") from None
 
 
 _PLAIN = Security()
@@ -130,6 +166,9 @@ def open_async_channel(target: str, security: Security = _PLAIN) -> grpc.aio.Cha
 
 
 def _checked(target: str) -> str:
+    for scheme in ("http://", "https://"):
+        if target.startswith(scheme):
+            raise ValueError(f"target {target!r} is no address: give HOST:PORT, without {scheme}")
     if ":" not in target:
         raise ValueError(f"target {target!r} has no port; give host and port, such as 127.0.0.1:7070")
     return target

@@ -51,11 +51,14 @@ def connect(
         UnauthenticatedError: the server wants a token, or another one.
         ValueError: there is no port in `target`; a file cannot be read; a token would go out in plain text.
     """
-    transport = Transport(target, timeout=timeout, security=Security(token, tls, tls_certificate), on_wait=on_wait)
+    security = Security(token, tls, tls_certificate)
+    transport = Transport(target, timeout=timeout, security=security, on_wait=on_wait)
     try:
         transport.run(server.info(), max(wait, _LEAST_WAIT_SECONDS))
     except (UnavailableError, DeadlineExceededError) as error:
         transport.close()
+        if trouble := security.trouble(str(error)):
+            raise UnavailableError(f"{target} cannot be talked to: {trouble}", method=error.method) from None
         raise UnavailableError(
             f"no onebase server answers at {target} ({error}); start one with `onebase serve MODEL`, "
             "or give the address of one that runs",

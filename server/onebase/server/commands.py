@@ -106,7 +106,7 @@ def serve(
     console = Console(highlight=False)
     from onebase.server.config import ConfigError, EngineConfig, Limits, Security, ServerConfig
     from onebase.server.errors import OnebaseError
-    from onebase.server.flags import quota, reward_sources, sources, state_config
+    from onebase.server.flags import in_flags, quota, reward_sources, sources, state_config
     from onebase.server.log_lines import OneLine
 
     handler = logging.StreamHandler()
@@ -171,7 +171,8 @@ def serve(
         )
         _run(config, console)
     except (ConfigError, OnebaseError) as error:
-        Console(stderr=True, highlight=False).print(f"[bold red]error[/] {escape(str(error))}", soft_wrap=True)
+        said = in_flags(str(error)) if isinstance(error, ConfigError) else str(error)
+        Console(stderr=True, highlight=False).print(f"[bold red]error[/] {escape(said)}", soft_wrap=True)
         raise typer.Exit(1) from None
 
 

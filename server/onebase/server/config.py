@@ -245,6 +245,8 @@ class Security:
         _require(alone, "tls_client_ca", str(self.tls_client_ca), "it needs --tls-cert and --tls-key too")
         fine = math.isfinite(self.stream_idle_seconds) and self.stream_idle_seconds > 0
         _require(fine, "stream_idle_seconds", self.stream_idle_seconds, "use a number above 0")
+        no_directory = self.tokens is None or not self.tokens.is_dir()
+        _require(no_directory, "tokens", str(self.tokens), "it is a directory: give a file in it")
         _require(
             self.tokens is None or self.tokens.is_file(),
             "tokens",
@@ -321,6 +323,7 @@ class ServerConfig:
         if self.security.tokens is not None:
             self._check_walls()
         self._check_adapters()
+        self._check_quotas()
 
     def quota_of_tenants(self) -> Quota:
         """What each tenant may have; one of several never has more than a quarter of the queue, or of the sessions."""
@@ -340,6 +343,13 @@ class ServerConfig:
             for other in (*roots[:index], *roots[index + 1 :]):
                 apart = not root.resolve().is_relative_to(other.resolve())
                 _require(apart, "root", str(root), f"it is in {str(other)!r}, and with tokens no root may hold another")
+
+    def _check_quotas(self) -> None:
+        """The adapters that are named here are the operator's, and count as a tenant's do."""
+        there = len(self.rewards) + len(self.policies) + len(self.references) + len(self.critics)
+        for key, most in (("tenant_quota", self.tenant_quota.adapters), ("quota", self.quota.adapters)):
+            way_out = f"{there} adapters are to be there from the start, which count too: allow as many, or name fewer"
+            _require(not most or there <= most, key, f"adapters={most}", way_out)
 
     def _check_adapters(self) -> None:
         names = [source.name for source in (*self.rewards, *self.policies, *self.references, *self.critics)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import TypeVar
 
 from onebase.server.config import AdapterSource, ConfigError, Quota, StateConfig
 from onebase.server.jobs import Pooling
+from onebase.server.sizes import size
 
 T = TypeVar("T")
 
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+_NO_FLAGS = ("model", "adapter", "address")
 _YES_OR_NO = {"yes": True, "no": False}
 _POOLINGS = {rule.value: rule for rule in Pooling}
 
@@ -98,6 +100,14 @@ def reward_sources(
     return tuple(replace(one, append_eos=eos.get(one.name), pooling=rules.get(one.name)) for one in named)
 
 
+def in_flags(message: str) -> str:
+    """What settings say of a key, said of the command's flag."""
+    key, found, rest = message.partition(" is ")
+    if not found or key in _NO_FLAGS or not re.fullmatch("[a-z][a-z_]*", key):
+        return message
+    return f"--{key.replace('_', '-')} is {rest}"
+
+
 def quota(flag: str, value: str) -> Quota:
     """A quota from NAME=NUMBER pairs with commas between; a number may end in K, M or G (powers of 1024).
 
@@ -108,12 +118,16 @@ def quota(flag: str, value: str) -> Quota:
     names = [one.name for one in fields(Quota)]
     for pair in filter(None, value.split(",")):
         name, _, number = pair.partition("=")
-        text = number.rstrip("KMG")
-        if name not in names or name in found or len(number) - len(text) > 1 or not text.isdecimal():
+        if name not in names:
             raise ConfigError(
-                f"{flag} is {pair!r}: give NAME=NUMBER with commas between, each NAME once: {', '.join(names)}"
+                f"{flag} is {value!r}: {name!r} is no quota: use {', '.join(names)}, such as adapter_bytes=8G"
             )
-        found[name] = int(text) * _UNITS[number[len(text) :]]
+        if name in found:
+            raise ConfigError(f"{flag} is {value!r}: {name!r} is there twice: give each once, with commas between")
+        try:
+            found[name] = size(number)
+        except ValueError as error:
+            raise ConfigError(f"{flag} is {value!r}: {name}={number}: {error}") from None
     return Quota(**found)  # type: ignore[arg-type]  # whole numbers all of them
 
 

@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from onebase.server.sizes import size
+
 _ADAPTERS, _ENGINE, _NETWORK, _STATE = "Adapters", "Engine", "Network and files", "Durability"
 _SECURITY = "Security"
 
@@ -166,8 +168,9 @@ AdapterMemory = Annotated[
     int,
     typer.Option(
         metavar="BYTES",
+        parser=size,
         help="With --state: while all adapters take more device memory, with gradients and moments, the least recently "
-        "used idle ones leave it; 0: no limit.",
+        "used idle ones leave it; may end in K, M or G; 0: no limit.",
         rich_help_panel=_STATE,
     ),
 ]
@@ -206,6 +209,8 @@ KvSlots = Annotated[int, typer.Option(help="Most completions that run at once.",
 KvBytes = Annotated[
     int,
     typer.Option(
+        metavar="BYTES",
+        parser=size,
         help="Most bytes of the key-value cache; completions that find no room wait, or go on later. 0: what "
         "--kv-slots completions of full length need.",
         rich_help_panel=_ENGINE,
@@ -284,6 +289,8 @@ ChatTemplate = Annotated[
 MaxUploadBytes = Annotated[
     int,
     typer.Option(
+        metavar="BYTES",
+        parser=size,
         help="Most bytes of one upload; it lies in the state directory, or else the temporary one (TMPDIR), until it "
         "is loaded. Also of what a tenant loads from under a root.",
         rich_help_panel=_NETWORK,

@@ -19,6 +19,7 @@ from onebase.server.tokens import Token, TokenFile, TokenFileError
 token = typer.Typer(add_completion=False, rich_markup_mode="rich", no_args_is_help=True)
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_LONGEST_DAYS = 3650
 _ALL = "all"
 
 Tokens = Annotated[
@@ -150,7 +151,12 @@ def _seconds(text: str) -> float | None:
     found = re.fullmatch(r"([1-9][0-9]{0,8})([smhd])", text)
     if found is None:
         raise typer.BadParameter(f"{text!r} is no time: give 90m, 12h, 30d or never", param_hint="--expires")
-    return float(int(found[1]) * _UNITS[found[2]])
+    seconds = int(found[1]) * _UNITS[found[2]]
+    if seconds > _LONGEST_DAYS * _UNITS["d"]:
+        raise typer.BadParameter(
+            f"{text!r} is more than 10 years: give up to {_LONGEST_DAYS}d, or never", param_hint="--expires"
+        )
+    return float(seconds)
 
 
 def _until(one: Token) -> str:

@@ -77,8 +77,10 @@ class TokenFile:
             raise TokenFileError(
                 f"tokens is {str(self._path)!r}: {error.strerror}; `onebase token create` makes it"
             ) from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise TokenFileError(f"tokens is {str(self._path)!r}: it is no token file ({error})") from None
+        except (ValueError, KeyError, TypeError):
+            raise TokenFileError(
+                f"tokens is {str(self._path)!r}: it is no token file; `onebase token create` makes one"
+            ) from None
         return {token.id: token for token in found}
 
     def add(self, tenant: str, scopes: tuple[Scope, ...], adapters: tuple[str, ...], seconds: float | None) -> str:

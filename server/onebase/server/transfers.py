@@ -45,8 +45,8 @@ class Transfers:
         if self._open[tenant] >= self._most:
             raise ResourceExhausted(
                 "QUOTA_TRANSFERS",
-                f"{self._open[tenant]} uploads, downloads and loads of {tenant!r} are under way, and it may have "
-                f"{self._most}: wait for some of them",
+                f"{self._open[tenant]} uploads, downloads and loads of tenant {tenant!r} are under way, and it may "
+                f"have {self._most}: wait for some of them",
                 retry_after=_RETRY_SECONDS,
             )
         mine, there = self._bytes[tenant], self._bytes.total()

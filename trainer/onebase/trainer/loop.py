@@ -264,7 +264,7 @@ def _state_to_resume(config: TrainConfig) -> TrainerState | None:
 
 def _connect(config: TrainConfig, shown: Display) -> Client:
     from onebase.client import connect
-    from onebase.client.channel import tls_of
+    from onebase.client.channel import TlsFileError, tls_of
 
     try:  # the token is no setting: settings are logged, and kept with checkpoints
         return connect(
@@ -273,5 +273,7 @@ def _connect(config: TrainConfig, shown: Display) -> Client:
             tls=tls_of(config.tls_ca or os.environ.get("ONEBASE_TLS_CA", "")),
             on_wait=lambda wait: shown.note(str(wait)),
         )
+    except TlsFileError as error:
+        raise ConfigError("tls_ca", str(error).removeprefix("tls is ")) from error
     except ValueError as error:
         raise ConfigError("server", str(error)) from error

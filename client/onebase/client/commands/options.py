@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from onebase.client.channel import Security, tls_of
+from onebase.client.channel import Security, TlsFileError, tls_of
 from onebase.client.client import Client, connect
 from onebase.client.terminal import print_note
 from onebase.client.types import ChatMessage, Content
@@ -60,6 +60,8 @@ def open_client(server: str) -> Client:
     said = _said.get() or Security()
     try:
         return connect(server, token=said.token, tls=said.tls, wait=WAIT_SECONDS, on_wait=_note_wait)
+    except TlsFileError as error:
+        raise typer.BadParameter(str(error).removeprefix("tls is "), param_hint="--tls-ca") from None
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--server") from None
 
