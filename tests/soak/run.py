@@ -46,8 +46,8 @@ LIMITS = {
     "rows_sessions": 0.2,
     "live_sessions": 0.2,
 }
-"""Most that each may grow a minute. Memory: over a quarter of an hour the heap of a server whose stores are full grew
-by less than a twentieth of a MiB a minute, and samples differ by a third of one, so that .2 is seen for certain and .1
+"""Most that each may grow a minute. Memory: in the second half of fourteen minutes that of a server whose stores are
+full grew by a fortieth of a MiB a minute, and samples differ by a third of one, so that .2 is seen for certain and .1
 let pass; .15 are 1.5 GiB in a week. PSS moves with what other processes of the machine share, so it has a limit for
 what is plain only. The state wanders by two MiB as checkpoints come and go. Descriptors and threads: one in ten
 minutes."""
