@@ -196,7 +196,8 @@ def refused(call, *arguments, bare=(), **keywords):
             list(result)
     except grpc.RpcError as error:
         return refusal_of(error, bare)
-    raise AssertionError(f"not refused: {result}")
+    shown = result[:2] if isinstance(result, list) else result
+    raise AssertionError(f"not refused: {str(shown)[:500]}")
 
 
 def ids(*tokens, dtype=types_pb2.DTYPE_INT32):
