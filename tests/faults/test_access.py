@@ -131,6 +131,8 @@ def test_26_a_name_that_another_tenant_uses_is_free(place: Place, hidden: Hidden
     own = shutil.copytree(place.root / "policy_all", place.root / "blue" / name)
     before = bits(hidden.client, name)
     load = adapters_pb2.LoadAdapterRequest(name=name, kind=POLICY, path=name, replace=True)
+    get = adapters_pb2.GetAdapterRequest(name=name)
+    assert refused(client.adapters.GetAdapter, get).code is NOT_FOUND
     client.adapters.CreateAdapter(adapters_pb2.CreateAdapterRequest(name=name))
     client.adapters.LoadAdapter(load)
     client.adapters.UploadAdapter(upload(name, policy(place)))

@@ -11,12 +11,12 @@ import pytest
 from faults import fields
 from faults.conftest import Place
 from faults.uploads import POLICY, policy, upload
-from server.harness import pair
+from server.harness import pair, refused
 from server.tenants import Client
 
 from onebase.v1 import adapters_pb2, sessions_pb2, training_pb2
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.fault(times=2)]
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 BAD = ["../x", "a\0b", "a/b", "red/p", ".", "", "ｐ", "p\u202e", "é", "a b", "x" * 65, "-rf"]
@@ -55,7 +55,7 @@ def there(place: Place, state: Path) -> list[str]:
     return sorted(str(path) for folder in (place.root.parent, state) for path in folder.rglob("*"))
 
 
-def test_20_the_fields_that_name_something_are_all_known() -> None:
+def test_the_fields_that_name_something_are_all_known() -> None:
     assert fields.unknown() == set()
     assert len(fields.places(fields.ADAPTERS)) > 20
 
@@ -86,6 +86,8 @@ def test_20_no_path_is_called_after_a_name(place: Place, state: Path, client: Cl
 
     session = client.sessions.OpenSession(sessions_pb2.OpenSessionRequest()).session_id
     before = set(there(place, state))
+    bad = adapters_pb2.CreateAdapterRequest(session_id=session, name=f"{name}/x")
+    assert refused(client.adapters.CreateAdapter, bad).reason == "BAD_ADAPTER_NAME"
     client.adapters.CreateAdapter(adapters_pb2.CreateAdapterRequest(session_id=session, name=name))
     row = training_pb2.TrainingSequence(sequence=pair((5, 6), (7, 8)))
     client.training.ForwardBackward(

@@ -32,10 +32,11 @@ def test_calls_under_way_a_session_and_its_lease_survive_a_restart(start: Start)
         wanted = session.generate(["w5 w6", "w7"], sampling=LONG)
         session.forward_backward(ROW, CrossEntropyLoss(), expected_pending=0)
 
-        under_way = pool.submit(session.generate, ["w5 w6", "w7"], sampling=LONG)
-        with Plain(server.address) as plain:  # beside it, one that is told what the other keeps to itself
-            stream = plain.generate("base", n=64)
+        with Plain(server.address) as plain:  # which is told what onebase's own client keeps to itself
+            stream = plain.generate("base", n=500)
             next(stream)
+            under_way = pool.submit(session.generate, ["w5 w6", "w7"], sampling=LONG)
+            time.sleep(0.1)
             os.kill(server.process.pid, signal.SIGKILL)
             assert refused(list, stream) == (Code.UNAVAILABLE, "")
         server.process.wait()
