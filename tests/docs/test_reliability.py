@@ -15,6 +15,8 @@ from faults.plugin import Tally
 from faults.rows import ROWS
 from support import environment
 
+from onebase.server import failpoints
+
 TESTS = Path(__file__).parents[1]
 
 
@@ -102,8 +104,17 @@ def good() -> dict[str, Any]:
     rows = {str(row): report.fault(row, {**vars(count)}) for row, count in tally.counts.items()}
     return {
         "faults": rows,
-        "training": {"tried": 1, "held": 1, "kills": 3, "places": {"after_commit": 3}},
-        "history": {"kills": 200, "wanted": 200, "operations": 9, "violations": 0, "seed": 7, "exit_code": 0},
+        "training": {"tried": 1, "held": 1, "kills": 3, "places": dict.fromkeys(failpoints.PLACES, 3)},
+        "tests": {"exit_code": 0, "skipped": []},
+        "history": {
+            "kills": 200,
+            "wanted": 200,
+            "sent": 12,
+            "operations": 9,
+            "violations": 0,
+            "seed": 7,
+            "exit_code": 0,
+        },
         "fuzz": {"inputs": 10, "wanted": 10, "crashes": 0, "seed": 7, "exit_code": 0},
         "run": {"date": "2026-01-01", "commit": "abc", "machine": "a", "versions": "b", "seconds": 60},
     }
@@ -119,7 +130,8 @@ def good() -> dict[str, Any]:
         ("fuzz", {"crashes": 1}),
         ("fuzz", {"inputs": 9}),
         ("fuzz", {"exit_code": -9}),
-        ("training", {"kills": 0}),
+        ("training", {"places": {"after_commit": 3}}),
+        ("tests", {"exit_code": 1}),
         ("training", {"held": 0}),
         ("faults", {"30": {"tried": 0, "held": 0}}),
         ("faults", {"1": {"tried": 5, "held": 4, "failed": ["test"]}}),

@@ -387,7 +387,7 @@ def test_an_adapter_of_another_precision_is_loaded_with_a_warning(
     path, engine = saved(opened(*there), tmp_path / "p"), opened(*here)
     (message,) = loaded(engine, path, caplog)
     names = [dtype if kind == "none" else f"{kind} with {dtype} products" for kind, dtype in (there, here)]
-    assert f"'policy_3' was trained on the base in {names[0]}, and this server has it in {names[1]}" in message
+    assert f"'policy_3' was trained on the base in {names[0]!r}, and this server has it in {names[1]}" in message
     assert "may not converge" in message
 
 

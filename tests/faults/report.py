@@ -9,6 +9,8 @@ from typing import Any
 
 from faults.rows import ROWS
 
+from onebase.server import failpoints
+
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "tests" / "faults" / "results.json"
 PAGE = ROOT / "docs" / "reliability.md"
@@ -34,7 +36,9 @@ def wrong(results: Results) -> list[str]:
             tests = ", ".join(one.get("failed", ())) or "it has no test that could be run"
             lines.append(f"fault {row} ({ROWS[row].fault}) held {one['held']} times of {one['tried']}: {tests}")
     training, history, fuzz = results["training"], results["history"], results["fuzz"]
-    if not training["kills"] or training["held"] != training["tried"]:
+    if results["tests"]["exit_code"]:  # also of one whose process died, and which so was in no row
+        lines.append(f"the tests of the faults ended with {results['tests']['exit_code']}")
+    if training["held"] != training["tried"] or set(training["places"]) != set(failpoints.PLACES):
         lines.append(f"training: {training}")
     if history["kills"] < history["wanted"] or history["violations"] or history["exit_code"]:
         lines.append(f"history: {history}")
@@ -58,6 +62,7 @@ def write(results: Results) -> None:
 def page(results: Results) -> str:
     """The page for people."""
     history, fuzz, training = results["history"], results["fuzz"], results["training"]
+    skipped = results["tests"]["skipped"]
     counts = [results["faults"][str(row)] for row in ROWS]
     places = ", ".join(f"`{place}` {number}" for place, number in training["places"].items())
     return PAGE_TEXT.format(
@@ -68,6 +73,7 @@ def page(results: Results) -> str:
         kills=training["kills"],
         places=places,
         identical="bit-identical" if training["held"] == training["tried"] else "**not** bit-identical",
+        skipped=f" Not tried there: {', '.join(f'`{test}`' for test in skipped)}." if skipped else "",
         history=history,
         history_command=HISTORY.format(kills=history["kills"], seed=history["seed"]),
         fuzz=fuzz,
@@ -96,7 +102,7 @@ with [tests/faults/results.json](../tests/faults/results.json) for programs, and
 
 {faults} faults, each made for real: processes killed and frozen, networks that swallow packets, full disks, broken
 files and bytes, seen through a plain gRPC client that repeats nothing. {tried} tries, {held} of which held: the client
-was told what the table promises, and everything else was as it should be.
+was told what the table promises, and everything else was as it should be.{skipped}
 
 An error carries one `google.rpc.ErrorInfo` (a reason in capitals, domain `onebase`), `BadRequest` with the field that
 is to blame, and `RetryInfo` where waiting helps. What the transport refuses by itself, a connection that is cut, and
@@ -118,9 +124,9 @@ started again; the trainers reconnect by themselves. Weights, moments of AdamW, 
 Eight clients do random things while the server is killed at random; afterwards every operation that was answered is
 compared with a model of the system, and every one that was not must have happened once or not at all.
 
-| kills | operations answered | violations | seed |
-|---|---|---|---|
-| {history[kills]} | {history[operations]} | {history[violations]} | {history[seed]} |
+| kills | operations sent | answered, and checked | violations | seed |
+|---|---|---|---|---|
+| {history[kills]} | {history[sent]} | {history[operations]} | {history[violations]} | {history[seed]} |
 
 `PYTHONPATH=tests {history_command}` replays it.
 

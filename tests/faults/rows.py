@@ -116,10 +116,10 @@ ROWS: dict[int, Row] = {
     ),
     16: Row(
         "NaN loss or gradient",
-        "old logprobs so small that the ratio overflows",
+        "old logprobs so small that the ratio overflows; weights whose products overflow, beside another tenant",
         ("FAILED_PRECONDITION",),
-        "the pass is skipped, weights are bit-identical, and the gradients of good passes are still there; where their "
-        "sum or its square overflows, the step is skipped",
+        "the pass is skipped, weights are bit-identical, no other tenant sees anything of it, and the gradients of "
+        "good passes are still there; where their sum or its square overflows, the step is skipped",
         "the bad pass; gradients whose sum overflows",
     ),
     17: Row(
@@ -154,7 +154,7 @@ ROWS: dict[int, Row] = {
         "symlink or path escape in an upload or a load",
         "paths and file names that lead outside, symlinked directories and files",
         ("INVALID_ARGUMENT", "PERMISSION_DENIED"),
-        "nothing is read or written outside the roots",
+        "nothing is read or written outside the roots: all that lies around them is hashed before and after",
         _REFUSED,
     ),
     22: Row(
@@ -228,7 +228,7 @@ ROWS: dict[int, Row] = {
     ),
     32: Row(
         "a writer with a stale lease or version",
-        "a session without the lease, and one that expects an older version",
+        "a session without the lease, one whose ttl ran out meanwhile, and one that expects an older version",
         ("ABORTED",),
         "the holder's weights are as they were",
         _REFUSED,

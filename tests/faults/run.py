@@ -35,7 +35,7 @@ PACKAGES = ("grpcio", "protobuf", "torch", "transformers", "safetensors")
 
 COMMANDS = {"history": ["-m", "history.run", "--kills"], "fuzz": ["-m", "fuzz.run", "--inputs"]}
 NOTHING = {
-    "history": {"kills": 0, "operations": 0, "violations": -1},
+    "history": {"kills": 0, "sent": 0, "operations": 0, "violations": -1},
     "fuzz": {"inputs": 0, "crashes": -1},
 }
 """What a part has found that wrote nothing."""
@@ -82,15 +82,17 @@ def machine() -> dict[str, Any]:
     }
 
 
-def faults(folder: Path, times: int, processes: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Makes the faults; returns the rows' outcomes, and that of the trainings that were killed."""
+def faults(folder: Path, times: int, processes: int) -> dict[str, Any]:
+    """Makes the faults; returns what came of the rows, of the trainings that were killed, and of the tests."""
     path = folder / "faults.json"
     flags = ("--faults-only", "--fault-results", str(path), "--fault-times", str(times))
     workers = ("-n", str(processes), "--dist", "loadscope")
-    begin("faults", ["-m", "pytest", "-q", "-p", "no:cacheprovider", *SHOWN, *flags, *workers]).wait()
+    code = begin("faults", ["-m", "pytest", "-q", "-p", "no:cacheprovider", *SHOWN, *flags, *workers]).wait()
     counted = json.loads(path.read_text(encoding="utf-8"))
     rows = {str(row): report.fault(row, counted["faults"][str(row)]) for row in ROWS}
-    return rows, counted["training"]
+    skipped = sorted({test for row in rows.values() for test in row["skipped"]})
+    tests = {"exit_code": code, "skipped": skipped}
+    return {"faults": rows, "training": counted["training"], "tests": tests}
 
 
 def main() -> int:
@@ -113,7 +115,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if "faults" in chosen:
-            results["faults"], results["training"] = faults(folder, asked.times, asked.processes)
+            results.update(faults(folder, asked.times, asked.processes))
         wanted = {"history": ("kills", asked.kills), "fuzz": ("inputs", asked.inputs)}
         parts = {
             part: begin(part, [*COMMANDS[part], str(wanted[part][1]), "--seed", str(seed), "--out", f"{folder}/{part}"])

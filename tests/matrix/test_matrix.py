@@ -113,8 +113,8 @@ WRONG: dict[str, tuple[str, Patch, set[str]]] = {
 
 
 def _longer(step: Callable[..., None]) -> Callable[..., None]:
-    def longer(self: Adapter, settings: Any, gradients: Any, moments: Any) -> None:
-        step(self, dataclasses.replace(settings, learning_rate=settings.learning_rate * 1.05), gradients, moments)
+    def longer(self: Adapter, settings: Any, *state: Any) -> None:
+        step(self, dataclasses.replace(settings, learning_rate=settings.learning_rate * 1.05), *state)
 
     return longer
 

@@ -77,7 +77,11 @@ def test_a_full_disk_loses_nothing_and_passes(start: Start, state: Path, small_d
         assert refused(client.step, request_id="two") == (Code.RESOURCE_EXHAUSTED, "DISK_FULL")
         assert refused(client.create, "other") == (Code.RESOURCE_EXHAUSTED, "DISK_FULL")
         assert refused(client.version, "other") == (Code.NOT_FOUND, "ADAPTER_NOT_FOUND")
-        client.forward(number=2)  # serving goes on
+        # The step is made, and nobody sees it before it is durable; serving goes on.
+        assert refused(client.score, "p") == (Code.RESOURCE_EXHAUSTED, "DISK_FULL")
+        assert refused(client.forward, number=2) == (Code.RESOURCE_EXHAUSTED, "DISK_FULL")
+        assert client.version() == 1
+        assert client.score().results
         kill(server)
     with start(*STEP) as server, Plain(server.address) as client:  # also on a full disk
         client.session = session

@@ -17,7 +17,7 @@ import grpc
 import pytest
 from server.fakes import FACTS, FakeText, FakeWorker
 from server.harness import Clock, Live, pair, refusal_of
-from server.test_durability import StateWorker, create, step
+from server.stateful import StateWorker, create, step
 
 from onebase.server import ending
 from onebase.server.app import Parts, Report, serve
