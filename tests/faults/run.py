@@ -111,7 +111,7 @@ def main() -> int:
         return 0
     began, seed = time.monotonic(), asked.seed or int(f"{datetime.now(UTC):%Y%m%d}")
     chosen = asked.only or PARTS
-    results = report.read() if asked.only else {}
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if "faults" in chosen:
@@ -125,8 +125,10 @@ def main() -> int:
         for part, process in parts.items():
             found = result(folder / part, process.wait(), {"wanted": wanted[part][1]})
             results[part] = {**NOTHING[part], "seed": seed, **found}
-    before = results.get("run", {}) if asked.only else {}  # a part alone says nothing of how long all of it takes
-    results["run"] = {"seconds": round(time.monotonic() - began), **before, **machine()}
+    record = dict(report.read()) if asked.only else {}  # read only now: another part may have been made meanwhile
+    # A part alone says nothing of how long all of it takes.
+    results["run"] = {"seconds": round(time.monotonic() - began), **record.get("run", {}), **machine()}
+    results = {**record, **results}
     report.write(results)
     for line in (lines := report.wrong(results)):
         print(line)

@@ -87,7 +87,7 @@ class Told:
 
 async def send(channel: grpc.aio.Channel, call: Call) -> Told:
     """Makes a call, reads what comes, and says what is wrong with it, if anything is."""
-    for pause in (0.0, 0.05, 0.5):
+    for pause in (0.0, 0.05, 0.5, 5.0):
         told = await _send(channel, call, pause)
         if told.problem != _OWN:
             break
