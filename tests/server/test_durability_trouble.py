@@ -80,6 +80,29 @@ def test_what_a_full_disk_kept_from_a_session_is_written_before_anything_else_of
         assert refused(get_session, live, gone).reason == "SESSION_NOT_FOUND"
 
 
+def test_the_lease_that_comes_with_a_new_adapter_is_committed_with_its_answer(serve, tmp_path, monkeypatch):
+    """Or a retry after a kill just then would be told that the adapter is leased, and anybody could have it."""
+    copies = []
+    with serve() as live:
+        add = live.keeper.store.add
+
+        def killed_then(*arguments):
+            dropped = add(*arguments)
+            copies.append(killed(tmp_path))
+            return dropped
+
+        monkeypatch.setattr(live.keeper.store, "add", killed_then)
+        request = adapters_pb2.CreateAdapterRequest(session_id=live.session, request_id="once", name="p")
+        answer = live.adapters.CreateAdapter(request)
+        assert answer.leased
+        session = live.session
+    with serve(folder=copies[0]) as live:
+        assert live.on_loop(lambda: live.edge.sessions.holder("p").session_id) == session
+        assert live.adapters.CreateAdapter(request) == answer
+        taking = sessions_pb2.SetActiveAdapterRequest(session_id=live.session, ppo_adapter_name="p")
+        assert refused(live.sessions.SetActiveAdapter, taking).reason == "ADAPTER_LEASED"
+
+
 # -------------------------------------------------------------------------------------------------------------- steps
 
 

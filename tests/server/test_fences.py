@@ -26,7 +26,7 @@ class Held(Volatile):
         self.reached, self.free = threading.Event(), threading.Event()
         self.free.set()
 
-    async def add(self, entry, record):
+    async def add(self, entry, record, lessee):
         self.reached.set()
         await asyncio.to_thread(self.free.wait, 20)
 

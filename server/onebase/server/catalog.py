@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from onebase.server.calls import perform, settle, settled, submit
@@ -138,7 +139,7 @@ class Catalog:
                         # a copy must not outlive what it copies
                         await settled(self._keeper.seen({now.uid: now.facts.version}))
                     entry = self._registry.prospect(reservation, facts, "")
-                    await self._keeper.add(entry, receipt(entry))
+                    await self._keeper.add(entry, receipt(entry), partial(self._lessee, entry, session))
                 return self._bind(reservation, entry, session)
 
     async def _create(
@@ -190,7 +191,7 @@ class Catalog:
                         old = self._replaced(loaded, reservation, facts)
                         entry = self._registry.prospect(reservation, facts, loaded.source or str(loaded.path))
                         if loaded.kept:
-                            await self._keeper.add(entry, receipt(entry))
+                            await self._keeper.add(entry, receipt(entry), partial(self._lessee, entry, session))
                         self._bind(reservation, entry, session)
         if old is not None:
             self._discard(old.uid)
@@ -327,10 +328,15 @@ class Catalog:
             entry.facts.version,
             entry.source or "made here",
         )
-        # The lease is free, or this session's own, unless it closed meanwhile and another was quicker.
-        if session is not None and entry.kind.trained and self._sessions.holder(entry.key) is None:
+        if self._lessee(entry, session) is not None and session is not None:
             self._sessions.take(session, entry.key)
         return entry
+
+    def _lessee(self, entry: Entry, session: Session | None) -> Session | None:
+        """The session that gets a new adapter's lease: unless it has closed meanwhile, or another was quicker."""
+        if session is None or not entry.kind.trained or not self._sessions.is_open(session):
+            return None
+        return session if self._sessions.holder(entry.key) in (None, session) else None
 
     def _discard(self, uid: int) -> None:
         """Has the engine free the memory of a uid that no name means any more; nobody's cancel stops that."""

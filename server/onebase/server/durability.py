@@ -120,14 +120,19 @@ class Durable(Volatile):
 
     # ------------------------------------------------------------------------------------------- adapters come and go
 
-    async def add(self, entry: Entry, record: ResponseRow | None) -> None:  # noqa: D102
-        await self._errands.through(self._add(entry, record))
+    async def add(  # noqa: D102
+        self, entry: Entry, record: ResponseRow | None, lessee: Callable[[], Session | None] = lambda: None
+    ) -> None:
+        await self._errands.through(self._add(entry, record, lessee))
 
-    async def _add(self, entry: Entry, record: ResponseRow | None) -> None:
+    async def _add(self, entry: Entry, record: ResponseRow | None, lessee: Callable[[], Session | None]) -> None:
         saved, row = await self._write(entry.uid, entry.kind), row_of(entry)
 
         def commit(checkpoint: CheckpointRow) -> list[str]:
-            return self.store.add(row, checkpoint, [record] if record else [])
+            session = lessee()  # with the answer, which says that the adapter is leased
+            return self.store.add(
+                row, checkpoint, [record] if record else [], _session_row(session, entry.key) if session else None
+            )
 
         await self._commit(saved, row, commit)
         self.track(entry, saved.version, 0)
@@ -383,15 +388,7 @@ class Durable(Volatile):
     # ------------------------------------------------------------------------------------------------------- sessions
 
     def session_changed(self, session: Session) -> None:  # noqa: D102
-        row = SessionRow(
-            session.session_id,
-            session.queue,
-            session.label,
-            session.ttl,
-            session.active,
-            tuple(session.leases),
-            session.tenant,
-        )
+        row = _session_row(session)
         self._notes.note(row.session, lambda: self.store.put_session(row))
 
     def session_ended(self, session: Session) -> None:  # noqa: D102
@@ -425,3 +422,17 @@ class Durable(Volatile):
                 await self.on_thread(lambda: self.store.reserve(uid, 0))
         except Exception as error:  # whatever it is, the others' turn comes
             log.error("adapter %s is durable up to version %d only: %s", track.key, track.durable, error)
+
+
+def _session_row(session: Session, *taken: str) -> SessionRow:
+    """A session as the store shall know it, with leases that it is about to take. Any thread may call this."""
+    leases = tuple(session.leases)
+    return SessionRow(
+        session.session_id,
+        session.queue,
+        session.label,
+        session.ttl,
+        session.active,
+        (*leases, *(key for key in taken if key not in leases)),
+        session.tenant,
+    )

@@ -212,14 +212,25 @@ class Store:
         with self._transaction():
             self._set_meta(key, value)
 
-    def add(self, adapter: AdapterRow, checkpoint: CheckpointRow, responses: Sequence[ResponseRow] = ()) -> list[str]:
-        """A new adapter, in the place of any other of its name; returns the directories that nobody needs any more."""
+    def add(
+        self,
+        adapter: AdapterRow,
+        checkpoint: CheckpointRow,
+        responses: Sequence[ResponseRow] = (),
+        session: SessionRow | None = None,
+    ) -> list[str]:
+        """A new adapter, in the place of any other of its name, and the session that gets its lease.
+
+        Returns the directories that nobody needs any more.
+        """
         with self._transaction():
             dropped = self._remove(adapter.name)
             self._add_adapter(adapter)
             self._set_meta("last_uid", str(max(self.last_uid, adapter.uid)))
             self._add_checkpoint(checkpoint)
             self._add_responses(responses)
+            if session is not None:
+                self._put_session(session)
         return dropped
 
     def advance(self, checkpoint: CheckpointRow, keep: int, responses: Sequence[ResponseRow] = ()) -> list[str]:
@@ -292,10 +303,7 @@ class Store:
     def put_session(self, row: SessionRow) -> None:
         """Notes a session as it is now."""
         with self._transaction():
-            self._db.execute(
-                "INSERT OR REPLACE INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (row.session, row.queue, row.label, row.ttl, row.active, json.dumps(row.leases), row.tenant),
-            )
+            self._put_session(row)
 
     def end_session(self, session: str) -> None:
         """Forgets a session."""
@@ -328,6 +336,12 @@ class Store:
         self._db.execute(
             "INSERT INTO adapters (name, uid, kind, create_time, source, reserved) VALUES (?, ?, ?, ?, ?, ?)",
             (row.name, row.uid, row.kind, row.create_time, row.source, row.reserved),
+        )
+
+    def _put_session(self, row: SessionRow) -> None:
+        self._db.execute(
+            "INSERT OR REPLACE INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (row.session, row.queue, row.label, row.ttl, row.active, json.dumps(row.leases), row.tenant),
         )
 
     def _add_checkpoint(self, row: CheckpointRow) -> None:

@@ -54,8 +54,15 @@ class Volatile:
             OnebaseError: it still cannot.
         """
 
-    async def add(self, entry: Entry, record: ResponseRow | None) -> None:
-        """Makes a new adapter durable, in the place of any other of its name.
+    async def add(
+        self, entry: Entry, record: ResponseRow | None, lessee: Callable[[], Session | None] = lambda: None
+    ) -> None:
+        """Makes a new adapter durable, in the place of any other of its name, with its lease and the call's answer.
+
+        Args:
+            entry: the adapter.
+            record: what the call that makes it is answered.
+            lessee: the session that gets its lease; called on another thread, at the moment of the commit.
 
         Raises:
             OnebaseError: it is not.
