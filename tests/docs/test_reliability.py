@@ -18,6 +18,7 @@ from support import environment
 from onebase.server import failpoints
 
 TESTS = Path(__file__).parents[1]
+COMMITS = {"faults": "abc", "history": "abc", "fuzz": "abc"}
 
 
 def test_the_page_is_what_was_found_and_everything_held() -> None:
@@ -116,7 +117,7 @@ def good() -> dict[str, Any]:
             "exit_code": 0,
         },
         "fuzz": {"inputs": 10, "wanted": 10, "crashes": 0, "seed": 7, "exit_code": 0},
-        "run": {"date": "2026-01-01", "commit": "abc", "machine": "a", "versions": "b", "seconds": 60},
+        "run": {"date": "2026-01-01", "machine": "a", "versions": "b", "seconds": 60, "commits": COMMITS},
     }
 
 

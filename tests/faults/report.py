@@ -79,8 +79,16 @@ def page(results: Results) -> str:
         fuzz=fuzz,
         fuzz_command=FUZZ.format(inputs=fuzz["inputs"], seed=fuzz["seed"]),
         run=results["run"],
+        commits=_commits(results["run"]["commits"]),
         minutes=results["run"]["seconds"] / 60,
     )
+
+
+def _commits(commits: Mapping[str, str]) -> str:
+    """Which commits were tried: one, unless a part was made anew alone."""
+    if len(set(commits.values())) == 1:
+        return f"commit {commits['faults']}"
+    return "the faults at commit {faults}, the history at {history}, the fuzzers at {fuzz}".format(**commits)
 
 
 def _row(row: tuple[int, Any], one: Mapping[str, Any]) -> str:
@@ -137,5 +145,5 @@ or unexplained `INTERNAL`. `PYTHONPATH=tests {fuzz_command}` runs them again.
 
 ## Where
 
-{run[date]}, commit {run[commit]}, {run[machine]}, in {minutes:.0f} minutes; {run[versions]}.
+{run[date]}, {commits}, {run[machine]}, in {minutes:.0f} minutes; {run[versions]}.
 """

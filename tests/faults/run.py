@@ -69,14 +69,18 @@ def _version(package: str) -> str:
     return f"{package} {importlib.metadata.version(package).partition('+')[0]}"
 
 
-def machine() -> dict[str, Any]:
-    """Where and with what this runs."""
-    commit = subprocess.run(
+def commit() -> str:
+    """What is tried."""
+    found = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=report.ROOT, capture_output=True, text=True
     ).stdout.strip()
+    return found or "unknown"
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what this runs."""
     return {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "commit": commit or "unknown",
         "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}",
         "versions": ", ".join([f"Python {platform.python_version()}", *map(_version, PACKAGES)]),
     }
@@ -126,8 +130,9 @@ def main() -> int:
             found = result(folder / part, process.wait(), {"wanted": wanted[part][1]})
             results[part] = {**NOTHING[part], "seed": seed, **found}
     record = dict(report.read()) if asked.only else {}  # read only now: another part may have been made meanwhile
-    # A part alone says nothing of how long all of it takes.
-    results["run"] = {"seconds": round(time.monotonic() - began), **record.get("run", {}), **machine()}
+    before = record.get("run", {})  # a part alone says nothing of how long all of it takes
+    commits = {**before.get("commits", {}), **dict.fromkeys(chosen, commit())}
+    results["run"] = {"seconds": round(time.monotonic() - began), **before, **machine(), "commits": commits}
     results = {**record, **results}
     report.write(results)
     for line in (lines := report.wrong(results)):
