@@ -96,8 +96,9 @@ async def send(channel: grpc.aio.Channel, call: Call) -> Told:
 
 async def _slowly(messages: tuple[bytes, ...], pause: float) -> AsyncIterator[bytes]:
     for message in messages:
+        await asyncio.sleep(pause)  # before the first, too: a call without a token has ended before it comes
         yield message
-        await asyncio.sleep(pause)
+    await asyncio.sleep(pause)
 
 
 async def _send(channel: grpc.aio.Channel, call: Call, pause: float) -> Told:
