@@ -33,7 +33,8 @@ def test_sigterm_lets_work_in_flight_end_and_no_other_begin(start: Start) -> Non
         stream = client.generate(n=64)
         next(stream)
         passing = client.training.ForwardBackward.future(client.passed(count=1000))
-        stepping = client.training.OptimStep.future(client.stepped(request_id="last"))  # after the pass
+        eventually(lambda: there(client, "train") == 1)  # what is long to read may come behind what was sent later
+        stepping = client.training.OptimStep.future(client.stepped(request_id="last"))
         eventually(lambda: there(client, "train") == 2)
         server.process.send_signal(signal.SIGTERM)
         until = time.monotonic() + 30
