@@ -328,8 +328,8 @@ class Catalog:
             entry.facts.version,
             entry.source or "made here",
         )
-        if self._lessee(entry, session) is not None and session is not None:
-            self._sessions.take(session, entry.key)
+        if (lessee := self._lessee(entry, session)) is not None:
+            self._sessions.take(lessee, entry.key)
         return entry
 
     def _lessee(self, entry: Entry, session: Session | None) -> Session | None:

@@ -15,10 +15,9 @@ from functools import cached_property
 
 import torch
 from peft import LoraConfig
-from torch.optim.adamw import adamw
 
 from onebase.server import failpoints
-from onebase.server.engine import overflow
+from onebase.server.engine import optimizer, overflow
 from onebase.server.engine.lora import LoraPair
 from onebase.server.errors import Aborted, FailedPrecondition
 from onebase.server.jobs import (
@@ -287,29 +286,16 @@ class Adapter:
     def _adamw(
         self, settings: AdamW, gradients: Mapping[str, torch.Tensor], moments: Moments, steps: list[torch.Tensor]
     ) -> None:
-        """The step in place; torch's fused one takes no memory, so it cannot be half made.
-
-        `steps` is for each parameter the number of steps before this one, which torch counts up.
-        """
         parameters = self.weights.parameters()
         names = list(parameters)
-        with torch.no_grad():
-            adamw(
-                [parameters[name] for name in names],
-                [gradients[name] for name in names],
-                [moments.exp_avg[name] for name in names],
-                [moments.exp_avg_sq[name] for name in names],
-                [],
-                steps,
-                fused=True,
-                amsgrad=False,
-                beta1=settings.beta1,
-                beta2=settings.beta2,
-                lr=settings.learning_rate,
-                weight_decay=settings.weight_decay,
-                eps=settings.eps,
-                maximize=False,
-            )
+        optimizer.step(
+            [parameters[name] for name in names],
+            [gradients[name] for name in names],
+            [moments.exp_avg[name] for name in names],
+            [moments.exp_avg_sq[name] for name in names],
+            steps,
+            settings,
+        )
         moments.step += 1
         for pair in self.weights.lora.values():
             pair.refresh()

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from torch.optim.adamw import adamw
 
+from onebase.server.engine import optimizer
 from onebase.server.errors import FailedPrecondition
 from onebase.server.jobs import AdamW
 
@@ -53,7 +53,8 @@ def refuse(
     for key, parameter in parameters.items():
         gradient = gradients[key].clone() if scale is None else gradients[key] * scale
         weight, first, second = (t.detach().clone() for t in (parameter, moments.exp_avg[key], moments.exp_avg_sq[key]))
-        _step(weight, first, second, gradient, moments.step, settings)
+        before = torch.tensor(float(moments.step), device=parameter.device)
+        optimizer.step([weight], [gradient], [first], [second], [before], settings)
         if not all(bool(torch.isfinite(t).all()) for t in (weight, first, second)):
             field, way_out = _blame(settings)
             raise FailedPrecondition(
@@ -76,33 +77,6 @@ def _bounded(parameters: Tensors, moments: Moments, settings: AdamW, gradient: f
     largest = (first + gradient) / settings.eps
     numbers = (weight * (1 + decay), decay, rate, largest, rate * largest, second, gradient * gradient, settings.eps)
     return settings.eps > 1 / SAFE and all(number < SAFE for number in numbers)  # NaN is not below
-
-
-def _step(
-    parameter: torch.Tensor,
-    first: torch.Tensor,
-    second: torch.Tensor,
-    gradient: torch.Tensor,
-    step: int,
-    settings: AdamW,
-) -> None:
-    """AdamW's step of one parameter in place, as the adapter makes it."""
-    adamw(
-        [parameter],
-        [gradient],
-        [first],
-        [second],
-        [],
-        [torch.tensor(float(step), device=parameter.device)],
-        fused=True,
-        amsgrad=False,
-        beta1=settings.beta1,
-        beta2=settings.beta2,
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        eps=settings.eps,
-        maximize=False,
-    )
 
 
 def _blame(settings: AdamW) -> tuple[str, str]:
