@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 
 import grpc
@@ -65,7 +66,8 @@ class Sessions(Servicer, sessions_pb2_grpc.SessionServiceServicer):
             )
             return self.fake.sessions.setdefault(session.session_id, session)
 
-        return self.fake.answer("OpenSession", request, context, work)
+        once = functools.partial(self.fake.once, request, work)
+        return self.fake.answer("OpenSession", request, context, once)
 
     def _find(self, request, context):
         if request.session_id not in self.fake.sessions:

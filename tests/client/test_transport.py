@@ -55,22 +55,27 @@ def test_two_calls_have_two_ids(server, client):
     assert first.request_id != second.request_id
 
 
-@pytest.mark.parametrize(
-    ("method", "call"),
-    [
-        ("OpenSession", lambda client, session: client.open_session("policy_2")),
-        ("SetActiveAdapter", lambda client, session: session.set_active("policy_2")),
-    ],
-)
-def test_a_change_without_an_id_is_sent_once(server, client, method, call):
+def test_a_session_is_opened_once_and_set_whatever_is_lost(server, client):
+    lost = Failure(grpc.StatusCode.UNAVAILABLE, "connection lost", after_the_work=True)
+    server.fail("OpenSession", lost, UNAVAILABLE)
+    server.fail("SetActiveAdapter", lost, UNAVAILABLE)
+
     session = client.open_session("policy_1")
-    before = len(server.requests[method])
-    server.fail(method, UNAVAILABLE)
+    session.set_active("policy_2")
 
-    with pytest.raises(UnavailableError, match="draining"):
-        call(client, session)
+    assert (list(server.sessions), session.ppo_adapter_name) == ([session.id], "policy_2")
+    opened = [request.request_id for request in server.requests["OpenSession"]]
+    assert (len(opened), len(set(opened)), len(server.requests["SetActiveAdapter"])) == (3, 1, 3)
+    assert client.open_session().id != session.id
 
-    assert len(server.requests[method]) == before + 1
+
+def test_a_close_is_sent_once(server, client):
+    session = client.open_session("policy_1")
+    server.fail("CloseSession", UNAVAILABLE)
+
+    session.close()
+
+    assert len(server.requests["CloseSession"]) == 1
 
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.ABORTED, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN])

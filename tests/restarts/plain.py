@@ -61,6 +61,9 @@ class Plain:
         self.session = self.sessions.OpenSession(request).session_id
         return self.session
 
+    def close(self) -> None:
+        self.sessions.CloseSession(sessions_pb2.CloseSessionRequest(session_id=self.session))
+
     def create(self, name: str = "p", request_id: str = "") -> types_pb2.Adapter:
         lora = types_pb2.LoraSpec(rank=4, alpha=8, target_modules=["all-linear"])
         return self.adapters.CreateAdapter(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from oracle.fixtures import FIXTURES
 from restarts.conftest import Start, checkpoints, died_of_sigkill
 from restarts.plain import STEP, Code, Plain, kill, refused
 
+from onebase.client import connect
 from onebase.v1 import adapters_pb2, types_pb2
 
 pytestmark = pytest.mark.e2e
@@ -118,3 +120,21 @@ def test_a_kill_after_the_commit_gives_the_retry_the_stored_answer_once(start: S
         assert refused(client.version) == (Code.NOT_FOUND, "ADAPTER_NOT_FOUND")
         client.session = session
         assert client.create().version == 3  # it goes on after what was deleted
+
+
+@pytest.mark.fault(3, times=2)
+def test_a_kill_while_a_session_is_opened_leaves_one_session(start: Start) -> None:
+    """And the client's own retry gets it from the server that comes after."""
+    with start(*STEP) as server, Plain(server.address) as client:
+        client.open()
+        client.create()
+        client.close()
+    with start(*STEP, failpoints="noted:kill@1") as server, connect(server.address) as client:
+        assert client.status().sessions == ()
+        with ThreadPoolExecutor() as pool:
+            opening = pool.submit(client.open_session, "p", label="it")
+            assert died_of_sigkill(server)
+            with start(*STEP):
+                session = opening.result(60)
+                assert session.refresh().leases == ("p",)
+                assert [(one.label, one.leases) for one in client.status().sessions] == [("it", ("p",))]

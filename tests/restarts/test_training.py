@@ -37,10 +37,11 @@ WEIGHTS = {"up": 1.0, "down": -1.0}
 ALL = os.environ.get("ONEBASE_FAULTS") == "all"
 # The hits of a place begin anew with each server. Of the places of a checkpoint, the first server dies while the first
 # policy is made, the second in the first optimizer step, the third in a later one; of the engine's, in the first of its
-# steps, which may be while the server takes up its state, and in two later ones.
+# steps, which may be while the server takes up its state, and in two later ones. Of the sessions', each server dies as
+# the next of the two is opened, changed or closed.
 COUNTS = {
     place: (1, 3, 4) if place.startswith(("before", "after", "during")) else (1, 5, 10) for place in failpoints.PLACES
-}
+} | {"noted": (1, 1, 1)}
 KILLS = {place: [f"{place}:kill@{count}" for count in counts] for place, counts in COUNTS.items()}
 SOME = {"some": ["before_rename:kill@3", "after_commit:kill@2", "moment", "after_rename:kill@5"]}
 

@@ -10,7 +10,7 @@ import grpc
 import pytest
 from server.fakes import FACTS
 from server.harness import eventually, refused
-from server.stateful import committed, create, slow_disk, step, version
+from server.stateful import committed, create, killed, slow_disk, step, version
 
 from onebase.server.config import AdapterSource, ConfigError
 from onebase.server.durability import RESERVED_VERSIONS
@@ -242,6 +242,19 @@ def test_a_policy_of_the_settings_goes_on_from_the_state_and_must_be_of_its_kind
     for wrong in ({"rewards": (AdapterSource("p", tmp_path),)}, {"restore": (("q", 1),)}, {"restore": (("p", 7),)}):
         with pytest.raises(ConfigError, match=r"adapter is 'p'|restore is"), serve(**wrong):
             pass
+
+
+def test_a_session_that_was_opened_before_a_kill_is_given_to_the_retry_after_it(serve, tmp_path):
+    begun = sessions_pb2.OpenSessionRequest(ttl_seconds=60, request_id="it")
+    request = sessions_pb2.OpenSessionRequest(ppo_adapter_name="p", ttl_seconds=60, request_id="it")
+    with serve() as live:
+        create(live)
+        live.sessions.CloseSession(sessions_pb2.CloseSessionRequest(session_id=live.session))
+        opened = live.sessions.OpenSession(request)
+        copy = killed(tmp_path)
+    with serve(folder=copy) as live:
+        assert live.sessions.OpenSession(request) == opened
+        assert refused(live.sessions.OpenSession, begun).reason == "REQUEST_ID_REUSED"
 
 
 def test_sessions_come_back_with_a_whole_ttl_and_ended_ones_do_not(serve):

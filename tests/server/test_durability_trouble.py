@@ -6,10 +6,11 @@ import errno
 import os
 import sqlite3
 import threading
+import time
 
 import grpc
-from server.harness import eventually, refused
-from server.stateful import committed, create, killed, step, tokens, version
+from server.harness import eventually, refusal_of, refused
+from server.stateful import committed, create, killed, slow_disk, step, tokens, version
 
 from onebase.server import checkpoints
 from onebase.server.durability import AGAIN_SECONDS
@@ -53,6 +54,25 @@ def test_a_session_that_cannot_be_kept_is_not_opened(serve, monkeypatch):
         assert refused(live.sessions.OpenSession, opened).reason == "DISK_FULL"
         live_sessions = live.on_loop(lambda: len(live.edge.sessions.live()))
         assert live_sessions == 1  # none that nobody knows of
+
+
+def test_who_asks_again_for_a_session_that_is_being_opened_gets_no_session_that_was_not(serve, monkeypatch):
+    opened = sessions_pb2.OpenSessionRequest(ttl_seconds=60, request_id="it")
+    with serve() as live:
+        outcomes, write = iter([failing(FULL)] * 2), live.keeper.store.put_session
+        monkeypatch.setattr(live.keeper.store, "put_session", lambda row: next(outcomes, write)(row))
+        with slow_disk(live):
+            calls = [live.sessions.OpenSession.future(opened) for _ in range(3)]
+            eventually(lambda: len(live.on_loop(live.edge.sessions.live)) == 2)
+            time.sleep(0.2)  # until all three wait for the disk
+            assert not any(call.done() for call in calls)
+        for call in calls:  # who fails ends the session that the others wait for; they try anew
+            if call.exception(timeout=20) is None:
+                assert get_session(live, call.result().session_id) == call.result()
+            else:
+                assert refusal_of(call.exception()).reason == "DISK_FULL"
+        assert any(call.exception() is not None for call in calls)
+        assert live.sessions.OpenSession(opened) == live.sessions.OpenSession(opened)
 
 
 def test_what_a_full_disk_kept_from_a_session_is_written_before_anything_else_of_it_is_answered(

@@ -95,6 +95,39 @@ def test_a_living_session_is_resumed_with_its_leases_and_a_dead_one_begins_anew(
     assert list(fresh.leases) == ["p1"]
 
 
+def test_a_session_is_opened_once_for_a_request_id(live):
+    request = Open(ppo_adapter_name="p1", label="one", request_id="it")
+    first = live.sessions.OpenSession(request)
+    assert live.sessions.OpenSession(request) == first
+    refusal = refused(live.sessions.OpenSession, Open(ppo_adapter_name="p1", label="two", request_id="it"))
+    assert (refusal.code, refusal.reason, refusal.field) == (
+        grpc.StatusCode.ABORTED,
+        "REQUEST_ID_REUSED",
+        "request_id",
+    )
+    assert len(live.on_loop(live.edge.sessions.live)) == 1
+    assert live.sessions.OpenSession(Open(request_id="another")).session_id != first.session_id
+    assert len({live.sessions.OpenSession(Open()).session_id for _ in range(2)}) == 2  # no id, no retry
+
+
+def test_a_request_id_whose_session_ended_opens_another(live):
+    request = Open(ppo_adapter_name="p1", request_id="it")
+    first = live.sessions.OpenSession(request)
+    live.clock.pass_(60)
+    second = live.sessions.OpenSession(request)
+    assert (second.session_id != first.session_id, list(second.leases)) == (True, ["p1"])
+
+
+def test_a_bad_request_id_opens_nothing(live):
+    refusal = refused(live.sessions.OpenSession, Open(request_id="x" * 129))
+    assert (refusal.code, refusal.reason, refusal.field) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "BAD_REQUEST_ID",
+        "request_id",
+    )
+    assert live.on_loop(live.edge.sessions.live) == []
+
+
 def test_a_closed_session_is_gone(live, session):
     request = sessions_pb2.CloseSessionRequest(session_id=session)
     live.sessions.CloseSession(request)

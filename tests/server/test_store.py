@@ -126,9 +126,10 @@ class StoreMachine(RuleBasedStateMachine):
         self.adapters[name] = replace(self.adapters[name], reserved=reserved)
         assert self.store.meta("restores") == str(self.made)
 
-    @rule(session=SESSIONS, active=NAMES, leases=st.lists(NAMES, unique=True))
-    def put_session(self, session, active, leases):
-        self.sessions[session] = SessionRow(session, "q", "label", 1.5, active, tuple(leases), "red")
+    @rule(session=SESSIONS, active=NAMES, leases=st.lists(NAMES, unique=True), request=st.sampled_from(["", "r"]))
+    def put_session(self, session, active, leases, request):
+        row = SessionRow(session, "q", "label", 1.5, active, tuple(leases), "red", request, request.encode())
+        self.sessions[session] = row
         self.store.put_session(self.sessions[session])
 
     @rule(session=SESSIONS)
@@ -205,7 +206,7 @@ def test_old_ends_make_room_for_those_of_their_owner(tmp_path, monkeypatch):
     store.close()
 
 
-@pytest.mark.parametrize("schema", [1, 2])
+@pytest.mark.parametrize("schema", [1, 2, 3])
 def test_a_store_of_an_older_schema_is_brought_up(tmp_path, monkeypatch, schema):
     path = tmp_path / "db"
     row, answer = AdapterRow("a", 1, "policy", 0.0, ""), ResponseRow("s", "red/M", "r1", b"", b"")
@@ -215,11 +216,13 @@ def test_a_store_of_an_older_schema_is_brought_up(tmp_path, monkeypatch, schema)
     with sqlite3.connect(path) as db:
         db.execute("INSERT INTO adapters VALUES ('a', 1, 'policy', 0, 0.0, '')")
         db.execute("INSERT INTO responses VALUES (7, 's', 'red/M', 'r1', x'', x'')")
+        db.execute("INSERT INTO sessions VALUES ('s', 'q', 'label', 1.5, 'a', '[\"a\"]', 'red')")
     db.close()
     monkeypatch.undo()
     monkeypatch.setattr("onebase.server.store.MAX_RESPONSES", 1)
     store = Store(path)
     assert (store.adapters(), store.responses()) == ([row], [answer])
+    assert store.sessions() == [SessionRow("s", "q", "label", 1.5, "a", ("a",), "red")]
     store.remove(EndRow("a", "", 8), [replace(answer, request="r2")])
     assert (store.ends(), store.responses()) == ([EndRow("a", "", 8)], [replace(answer, request="r2")])
     store.close()

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19onebase/v1/sessions.proto\x12\nonebase.v1\"k\n\x07Session\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x18\n\x10ppo_adapter_name\x18\x02 \x01(\t\x12\r\n\x05label\x18\x03 \x01(\t\x12\x0e\n\x06leases\x18\x04 \x03(\t\x12\x13\n\x0bttl_seconds\x18\x05 \x01(\x01\"\x82\x01\n\x12OpenSessionRequest\x12\x18\n\x10ppo_adapter_name\x18\x01 \x01(\t\x12\r\n\x05label\x18\x02 \x01(\t\x12\x18\n\x0bttl_seconds\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x19\n\x11resume_session_id\x18\x04 \x01(\tB\x0e\n\x0c_ttl_seconds\"\'\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"G\n\x17SetActiveAdapterRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x18\n\x10ppo_adapter_name\x18\x02 \x01(\t\"&\n\x10KeepAliveRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"*\n\x14\x41ttendSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\")\n\x13\x43loseSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\x16\n\x14\x43loseSessionResponse2\xc1\x03\n\x0eSessionService\x12\x42\n\x0bOpenSession\x12\x1e.onebase.v1.OpenSessionRequest\x1a\x13.onebase.v1.Session\x12@\n\nGetSession\x12\x1d.onebase.v1.GetSessionRequest\x1a\x13.onebase.v1.Session\x12L\n\x10SetActiveAdapter\x12#.onebase.v1.SetActiveAdapterRequest\x1a\x13.onebase.v1.Session\x12>\n\tKeepAlive\x12\x1c.onebase.v1.KeepAliveRequest\x1a\x13.onebase.v1.Session\x12H\n\rAttendSession\x12 .onebase.v1.AttendSessionRequest\x1a\x13.onebase.v1.Session0\x01\x12Q\n\x0c\x43loseSession\x12\x1f.onebase.v1.CloseSessionRequest\x1a .onebase.v1.CloseSessionResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19onebase/v1/sessions.proto\x12\nonebase.v1\"k\n\x07Session\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x18\n\x10ppo_adapter_name\x18\x02 \x01(\t\x12\r\n\x05label\x18\x03 \x01(\t\x12\x0e\n\x06leases\x18\x04 \x03(\t\x12\x13\n\x0bttl_seconds\x18\x05 \x01(\x01\"\x96\x01\n\x12OpenSessionRequest\x12\x18\n\x10ppo_adapter_name\x18\x01 \x01(\t\x12\r\n\x05label\x18\x02 \x01(\t\x12\x18\n\x0bttl_seconds\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x19\n\x11resume_session_id\x18\x04 \x01(\t\x12\x12\n\nrequest_id\x18\x05 \x01(\tB\x0e\n\x0c_ttl_seconds\"\'\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"G\n\x17SetActiveAdapterRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x18\n\x10ppo_adapter_name\x18\x02 \x01(\t\"&\n\x10KeepAliveRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"*\n\x14\x41ttendSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\")\n\x13\x43loseSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\x16\n\x14\x43loseSessionResponse2\xc1\x03\n\x0eSessionService\x12\x42\n\x0bOpenSession\x12\x1e.onebase.v1.OpenSessionRequest\x1a\x13.onebase.v1.Session\x12@\n\nGetSession\x12\x1d.onebase.v1.GetSessionRequest\x1a\x13.onebase.v1.Session\x12L\n\x10SetActiveAdapter\x12#.onebase.v1.SetActiveAdapterRequest\x1a\x13.onebase.v1.Session\x12>\n\tKeepAlive\x12\x1c.onebase.v1.KeepAliveRequest\x1a\x13.onebase.v1.Session\x12H\n\rAttendSession\x12 .onebase.v1.AttendSessionRequest\x1a\x13.onebase.v1.Session0\x01\x12Q\n\x0c\x43loseSession\x12\x1f.onebase.v1.CloseSessionRequest\x1a .onebase.v1.CloseSessionResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,19 +34,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SESSION']._serialized_start=41
   _globals['_SESSION']._serialized_end=148
   _globals['_OPENSESSIONREQUEST']._serialized_start=151
-  _globals['_OPENSESSIONREQUEST']._serialized_end=281
-  _globals['_GETSESSIONREQUEST']._serialized_start=283
-  _globals['_GETSESSIONREQUEST']._serialized_end=322
-  _globals['_SETACTIVEADAPTERREQUEST']._serialized_start=324
-  _globals['_SETACTIVEADAPTERREQUEST']._serialized_end=395
-  _globals['_KEEPALIVEREQUEST']._serialized_start=397
-  _globals['_KEEPALIVEREQUEST']._serialized_end=435
-  _globals['_ATTENDSESSIONREQUEST']._serialized_start=437
-  _globals['_ATTENDSESSIONREQUEST']._serialized_end=479
-  _globals['_CLOSESESSIONREQUEST']._serialized_start=481
-  _globals['_CLOSESESSIONREQUEST']._serialized_end=522
-  _globals['_CLOSESESSIONRESPONSE']._serialized_start=524
-  _globals['_CLOSESESSIONRESPONSE']._serialized_end=546
-  _globals['_SESSIONSERVICE']._serialized_start=549
-  _globals['_SESSIONSERVICE']._serialized_end=998
+  _globals['_OPENSESSIONREQUEST']._serialized_end=301
+  _globals['_GETSESSIONREQUEST']._serialized_start=303
+  _globals['_GETSESSIONREQUEST']._serialized_end=342
+  _globals['_SETACTIVEADAPTERREQUEST']._serialized_start=344
+  _globals['_SETACTIVEADAPTERREQUEST']._serialized_end=415
+  _globals['_KEEPALIVEREQUEST']._serialized_start=417
+  _globals['_KEEPALIVEREQUEST']._serialized_end=455
+  _globals['_ATTENDSESSIONREQUEST']._serialized_start=457
+  _globals['_ATTENDSESSIONREQUEST']._serialized_end=499
+  _globals['_CLOSESESSIONREQUEST']._serialized_start=501
+  _globals['_CLOSESESSIONREQUEST']._serialized_end=542
+  _globals['_CLOSESESSIONRESPONSE']._serialized_start=544
+  _globals['_CLOSESESSIONRESPONSE']._serialized_end=566
+  _globals['_SESSIONSERVICE']._serialized_start=569
+  _globals['_SESSIONSERVICE']._serialized_end=1018
 # @@protoc_insertion_point(module_scope)

@@ -64,6 +64,7 @@ class OpenSessionRequest(google.protobuf.message.Message):
     LABEL_FIELD_NUMBER: builtins.int
     TTL_SECONDS_FIELD_NUMBER: builtins.int
     RESUME_SESSION_ID_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
     ppo_adapter_name: builtins.str
     """The active adapter; may be empty and set later."""
     label: builtins.str
@@ -72,6 +73,10 @@ class OpenSessionRequest(google.protobuf.message.Message):
     """Seconds to live without a call and without a client that attends it, 1 to 3600; unset is 60."""
     resume_session_id: builtins.str
     """The id of a session to go on with, if it still lives; otherwise a new one begins."""
+    request_id: builtins.str
+    """Names this call; the same id again, with the same payload, gives the session that it began, as long as that lives.
+    At most 128 printable characters; empty makes each call a new one.
+    """
     def __init__(
         self,
         *,
@@ -79,9 +84,10 @@ class OpenSessionRequest(google.protobuf.message.Message):
         label: builtins.str = ...,
         ttl_seconds: builtins.float | None = ...,
         resume_session_id: builtins.str = ...,
+        request_id: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_ttl_seconds", b"_ttl_seconds", "ttl_seconds", b"ttl_seconds"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_ttl_seconds", b"_ttl_seconds", "label", b"label", "ppo_adapter_name", b"ppo_adapter_name", "resume_session_id", b"resume_session_id", "ttl_seconds", b"ttl_seconds"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_ttl_seconds", b"_ttl_seconds", "label", b"label", "ppo_adapter_name", b"ppo_adapter_name", "request_id", b"request_id", "resume_session_id", b"resume_session_id", "ttl_seconds", b"ttl_seconds"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_ttl_seconds", b"_ttl_seconds"]) -> typing.Literal["ttl_seconds"] | None: ...
 
 Global___OpenSessionRequest: typing_extensions.TypeAlias = OpenSessionRequest

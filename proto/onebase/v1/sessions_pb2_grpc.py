@@ -79,7 +79,8 @@ class SessionServiceServicer(object):
 
     def OpenSession(self, request, context):
         """Begins a session and takes the lease of its active adapter.
-        NOT_FOUND if the adapter is not there; ABORTED with RetryInfo when another session holds its lease;
+        NOT_FOUND if the adapter is not there; ABORTED with RetryInfo when another session holds its lease, or when a
+        request_id comes again with another payload while its session lives;
         RESOURCE_EXHAUSTED with RetryInfo when the server, or the tenant, has as many sessions as it may have.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -94,7 +95,7 @@ class SessionServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def SetActiveAdapter(self, request, context):
-        """Makes another policy the active one and takes its lease; the old one's lease is kept.
+        """Makes another policy the active one and takes its lease; the old one's lease is kept. Done again, it changes nothing.
         ABORTED with RetryInfo when another session holds the lease.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -186,7 +186,8 @@ class SessionServiceStub(typing.Generic[_SessionServiceOpenSessionType, _Session
 
     OpenSession: _SessionServiceOpenSessionType
     """Begins a session and takes the lease of its active adapter.
-    NOT_FOUND if the adapter is not there; ABORTED with RetryInfo when another session holds its lease;
+    NOT_FOUND if the adapter is not there; ABORTED with RetryInfo when another session holds its lease, or when a
+    request_id comes again with another payload while its session lives;
     RESOURCE_EXHAUSTED with RetryInfo when the server, or the tenant, has as many sessions as it may have.
     """
 
@@ -194,7 +195,7 @@ class SessionServiceStub(typing.Generic[_SessionServiceOpenSessionType, _Session
     """The session as it is now."""
 
     SetActiveAdapter: _SessionServiceSetActiveAdapterType
-    """Makes another policy the active one and takes its lease; the old one's lease is kept.
+    """Makes another policy the active one and takes its lease; the old one's lease is kept. Done again, it changes nothing.
     ABORTED with RetryInfo when another session holds the lease.
     """
 
@@ -255,7 +256,8 @@ class SessionServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[onebase.v1.sessions_pb2.Session, collections.abc.Awaitable[onebase.v1.sessions_pb2.Session]]:
         """Begins a session and takes the lease of its active adapter.
-        NOT_FOUND if the adapter is not there; ABORTED with RetryInfo when another session holds its lease;
+        NOT_FOUND if the adapter is not there; ABORTED with RetryInfo when another session holds its lease, or when a
+        request_id comes again with another payload while its session lives;
         RESOURCE_EXHAUSTED with RetryInfo when the server, or the tenant, has as many sessions as it may have.
         """
 
@@ -273,7 +275,7 @@ class SessionServiceServicer(metaclass=abc.ABCMeta):
         request: onebase.v1.sessions_pb2.SetActiveAdapterRequest,
         context: _ServicerContext,
     ) -> typing.Union[onebase.v1.sessions_pb2.Session, collections.abc.Awaitable[onebase.v1.sessions_pb2.Session]]:
-        """Makes another policy the active one and takes its lease; the old one's lease is kept.
+        """Makes another policy the active one and takes its lease; the old one's lease is kept. Done again, it changes nothing.
         ABORTED with RetryInfo when another session holds the lease.
         """
 

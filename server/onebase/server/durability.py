@@ -389,11 +389,18 @@ class Durable(Volatile):
 
     def session_changed(self, session: Session) -> None:  # noqa: D102
         row = _session_row(session)
-        self._notes.note(row.session, lambda: self.store.put_session(row))
+        self._note(row.session, lambda: self.store.put_session(row))
 
     def session_ended(self, session: Session) -> None:  # noqa: D102
         session_id = session.session_id
-        self._notes.note(session_id, lambda: self.store.end_session(session_id))
+        self._note(session_id, lambda: self.store.end_session(session_id))
+
+    def _note(self, session_id: str, change: Callable[[], None]) -> None:
+        def noted() -> None:
+            change()
+            failpoints.hit("noted")
+
+        self._notes.note(session_id, noted)
 
     async def synced(self, session_id: str) -> None:  # noqa: D102
         await self._notes.written(session_id)
@@ -435,4 +442,6 @@ def _session_row(session: Session, *taken: str) -> SessionRow:
         session.active,
         (*leases, *(key for key in taken if key not in leases)),
         session.tenant,
+        session.request,
+        session.digest,
     )

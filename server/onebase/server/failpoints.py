@@ -28,6 +28,7 @@ The places, in their order:
     during_put      with --checkpoints: some of its files are there (a hit for each)
     after_put       with --checkpoints: all of them are, and the registry does not know it
     after_commit    the registry knows it, or that an adapter is deleted, and nobody was answered
+    noted           the registry knows a session as it is now, or that it ended, and nobody was answered
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ PLACES = (
     "during_put",
     "after_put",
     "after_commit",
+    "noted",
 )
 
 _hits: Counter[str] = Counter(json.loads(os.environ.get(HITS, "{}")))

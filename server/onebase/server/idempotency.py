@@ -111,25 +111,25 @@ class Idempotency:
         request_id = _request_id(request)
         if not request_id:
             return cast(M, await self._wait(_Call(b"", self._start(work))))
-        _check_request_id(request_id)
+        check_request_id(request_id)
         key = (request.session_id, method, request_id)  # type: ignore[attr-defined]
         digest = digest_of(request)
         while True:
             stored = self._kept(method).get(key)
             if stored is not None:
-                _check_digest(stored.digest, digest, request_id)
+                check_digest(stored.digest, digest, request_id)
                 if stored.data is None:
                     raise _forgotten(name_of(method), request_id)
                 return cast(M, stored.response)
             applied = self._applied.get(key)
             if applied is not None:
-                _check_digest(applied.digest, digest, request_id)
+                check_digest(applied.digest, digest, request_id)
             call = self._running.get(key)
             mine = call is None
             if call is None:
                 call = self._running[key] = _Call(digest, self._start(applied.end if applied else work))
                 call.task.add_done_callback(functools.partial(self._finish, key, digest))
-            _check_digest(call.digest, digest, request_id)
+            check_digest(call.digest, digest, request_id)
             try:
                 return cast(M, await self._wait(call))
             except (Cancelled, DeadlineExceeded, asyncio.CancelledError):
@@ -215,7 +215,12 @@ def _retrieve(task: asyncio.Task[Any]) -> None:
         task.exception()
 
 
-def _check_digest(known: bytes, digest: bytes, request_id: str) -> None:
+def check_digest(known: bytes, digest: bytes, request_id: str) -> None:
+    """Refuses a request_id that came before with another payload.
+
+    Raises:
+        Aborted: REQUEST_ID_REUSED.
+    """
     if known != digest:
         raise Aborted(
             "REQUEST_ID_REUSED",
@@ -232,7 +237,12 @@ def _forgotten(method: str, request_id: str) -> Aborted:
     )
 
 
-def _check_request_id(request_id: str) -> None:
+def check_request_id(request_id: str) -> None:
+    """Refuses what is no request_id; "" is one.
+
+    Raises:
+        InvalidArgument: BAD_REQUEST_ID.
+    """
     if len(request_id) > MAX_REQUEST_ID or not request_id.isprintable():
         raise InvalidArgument(
             "BAD_REQUEST_ID",

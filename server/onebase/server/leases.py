@@ -60,6 +60,10 @@ class Session:
     """The streams that attend it: each is woken when something about it changes."""
     vanished: bool = False
     """Its client attended it, and is gone."""
+    request: str = ""
+    """The request_id of the call that began it, whose retry is given this session; "" if it has none."""
+    digest: bytes = b""
+    """Of that call's payload."""
 
     @property
     def who(self) -> str:
@@ -97,8 +101,8 @@ class Sessions:
         self._holders: dict[str, Session] = {}
         self._opened = 0
 
-    def open(self, label: str, ttl: float) -> Session:
-        """Begins a session without an active adapter.
+    def open(self, label: str, ttl: float, request: str = "", digest: bytes = b"") -> Session:
+        """Begins a session without an active adapter, for a call of that request_id and payload.
 
         Raises:
             ResourceExhausted: TOO_MANY_SESSIONS; QUOTA_SESSIONS.
@@ -108,7 +112,7 @@ class Sessions:
         now = self._clock()
         self._opened += 1
         session = Session(secrets.token_hex(16), f"s{self._opened}", label, ttl, opened=now, last_call=now)
-        session.tenant = caller().tenant
+        session.tenant, session.request, session.digest = caller().tenant, request, digest
         self._sessions[session.session_id] = session
         self._tell(session)
         log.info("%s opened", session.who)
@@ -147,6 +151,8 @@ class Sessions:
                 last_call=now,
                 active=row.active,
                 tenant=row.tenant,
+                request=row.request,
+                digest=row.digest,
             )
             self._sessions[row.session] = session
             self._opened = max(self._opened, int(row.queue.removeprefix("s")))
@@ -165,6 +171,12 @@ class Sessions:
         if session.active != name:
             session.active = name
             self._tell(session)
+
+    def begun_by(self, request: str) -> Session | None:
+        """The caller's live session that an earlier call of this request_id began, renewed; None for the empty id."""
+        key = (caller().tenant, request)
+        ids = [one.session_id for one in self._sessions.values() if (one.tenant, one.request) == key] if request else []
+        return next(filter(None, map(self.find, ids)), None)
 
     def find(self, session_id: str) -> Session | None:
         """The live session of that id, renewed, or None."""

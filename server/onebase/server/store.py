@@ -54,6 +54,10 @@ _OWNERS = """
 ALTER TABLE responses ADD COLUMN owner TEXT GENERATED ALWAYS AS (substr(method, 1, instr(method, '/'))) VIRTUAL;
 CREATE INDEX responses_of ON responses (owner, number);
 """
+_OPENINGS = """
+ALTER TABLE sessions ADD COLUMN request TEXT NOT NULL DEFAULT '';
+ALTER TABLE sessions ADD COLUMN digest BLOB NOT NULL DEFAULT x'';
+"""
 _ERRNO = {
     sqlite3.SQLITE_FULL: errno.ENOSPC,
     sqlite3.SQLITE_IOERR: errno.EIO,
@@ -64,7 +68,7 @@ _ERRNO = {
 }
 """What the operating system would have said."""
 
-_STEPS = (_TABLES, _ENDS, _OWNERS)
+_STEPS = (_TABLES, _ENDS, _OWNERS, _OPENINGS)
 
 SCHEMA = len(_STEPS)
 """Of the tables; an older one is brought up to it, and a store of a newer one is refused."""
@@ -123,6 +127,8 @@ class SessionRow:
     active: str
     leases: tuple[str, ...]
     tenant: str
+    request: str = ""  # the request_id of the call that began it
+    digest: bytes = b""  # of that call's payload
 
 
 class WrongStateError(Exception):
@@ -198,11 +204,11 @@ class Store:
     def sessions(self) -> list[SessionRow]:
         """The sessions."""
         rows = self._db.execute(
-            "SELECT session, queue, label, ttl, active, leases, tenant FROM sessions ORDER BY session"
+            "SELECT session, queue, label, ttl, active, leases, tenant, request, digest FROM sessions ORDER BY session"
         )
         return [
-            SessionRow(session, queue, label, ttl, active, tuple(json.loads(leases)), tenant)
-            for session, queue, label, ttl, active, leases, tenant in rows
+            SessionRow(session, queue, label, ttl, active, tuple(json.loads(leases)), tenant, request, digest)
+            for session, queue, label, ttl, active, leases, tenant, request, digest in rows
         ]
 
     # ------------------------------------------------------------------------------------------------- writing
@@ -340,8 +346,18 @@ class Store:
 
     def _put_session(self, row: SessionRow) -> None:
         self._db.execute(
-            "INSERT OR REPLACE INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (row.session, row.queue, row.label, row.ttl, row.active, json.dumps(row.leases), row.tenant),
+            "INSERT OR REPLACE INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                row.session,
+                row.queue,
+                row.label,
+                row.ttl,
+                row.active,
+                json.dumps(row.leases),
+                row.tenant,
+                row.request,
+                row.digest,
+            ),
         )
 
     def _add_checkpoint(self, row: CheckpointRow) -> None:

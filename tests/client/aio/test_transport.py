@@ -51,22 +51,28 @@ async def test_a_change_is_repeated_under_the_same_id_and_made_once(server):
     assert (len(passes), len(set(passes)), len(steps), len(set(steps))) == (3, 1, 2, 1)
 
 
-@pytest.mark.parametrize(
-    ("method", "call"),
-    [
-        ("OpenSession", lambda client, session: client.open_session("policy_2")),
-        ("SetActiveAdapter", lambda client, session: session.set_active("policy_2")),
-    ],
-)
-async def test_a_change_without_an_id_is_sent_once(server, method, call):
+async def test_a_session_is_opened_once_and_set_whatever_is_lost(server):
+    lost = Failure(grpc.StatusCode.UNAVAILABLE, "connection lost", after_the_work=True)
+    server.fail("OpenSession", lost, UNAVAILABLE)
+    server.fail("SetActiveAdapter", lost, UNAVAILABLE)
+
     async with opened(server) as client, client.open_session("policy_1") as session:
-        before = len(server.requests[method])
-        server.fail(method, UNAVAILABLE)
+        await session.set_active("policy_2")
 
-        with pytest.raises(UnavailableError, match="draining"):
-            await call(client, session)
+        assert (list(server.sessions), session.ppo_adapter_name) == ([session.id], "policy_2")
+        requests = [request.request_id for request in server.requests["OpenSession"]]
+        assert (len(requests), len(set(requests)), len(server.requests["SetActiveAdapter"])) == (3, 1, 3)
+        assert (await client.open_session()).id != session.id
 
-    assert len(server.requests[method]) == before + 1
+
+async def test_a_close_is_sent_once(server):
+    async with opened(server) as client:
+        session = await client.open_session("policy_1")
+        server.fail("CloseSession", UNAVAILABLE)
+
+        await session.close()
+
+    assert len(server.requests["CloseSession"]) == 1
 
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.ABORTED, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN])

@@ -62,7 +62,7 @@ CALLS = [
     adapters.download("a", with_optimizer=True, session_id="s"),
     adapters.checkpoint("a", client_state=b"s", **NAMED),
     adapters.client_state("a"),
-    sessions.open_session("a", label="l", ttl=1.0, resume="r"),
+    sessions.open_session("a", label="l", ttl=1.0, resume="r", request_id="q"),
     sessions.get("s"),
     sessions.set_active("s", "a"),
     sessions.keep_alive("s"),
@@ -94,7 +94,7 @@ def test_what_changes_something_is_repeatable_only_with_a_request_id():
     # These change nothing but a session's active adapter or its lease of life, and name the outcome themselves.
     reads = {"Generate", "Logprob", "ReferenceLogprob", "Reward", "Score", "GetServerInfo", "GetStatus"}
     reads |= {"GetAdapter", "ListAdapters", "DownloadAdapter", "GetSession", "KeepAlive", "AttendSession"}
-    reads |= {"GetClientState"}
+    reads |= {"GetClientState", "SetActiveAdapter"}
     for rpc in RPCS:
         named = "request_id" in payload(rpc.request()).DESCRIPTOR.fields_by_name
         assert rpc.repeatable == (named or rpc.method.split("/")[1] in reads), rpc.method

@@ -17,6 +17,7 @@ from onebase.client.channel import PathLike, Security
 from onebase.client.codec import inference, server, sessions
 from onebase.client.codec.inference import Prompts, Rewards, Sequences
 from onebase.client.errors import AbortedError, DeadlineExceededError, UnavailableError
+from onebase.client.transport import new_request_id
 from onebase.client.waits import OnWait
 
 _SAMPLING = t.SamplingParams()
@@ -241,7 +242,7 @@ class AsyncClient(Calls):
             wait: seconds to wait for the lease if another session holds it; `AbortedError` after that.
             timeout: seconds for each attempt.
         """
-        call = sessions.open_session(ppo_adapter_name, label=label, ttl=ttl, resume=resume)
+        call = sessions.open_session(ppo_adapter_name, label=label, ttl=ttl, resume=resume, request_id=new_request_id())
         deadline = time.monotonic() + wait
         while True:
             try:

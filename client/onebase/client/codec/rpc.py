@@ -22,7 +22,7 @@ class Rpc(Generic[Request, Answer]):
     request: type[Request]
     answer: type[Answer]
     repeatable: bool
-    """Whether sending the same request again does no harm: it changes nothing, or carries a request_id."""
+    """Whether sending the same request again does no harm: it changes nothing (more), or carries a request_id."""
 
     @property
     def path(self) -> str:

@@ -7,17 +7,16 @@ from onebase.client.codec.rpc import Call, Rpc
 from onebase.client.codec.values import build
 from onebase.v1 import sessions_pb2 as pb
 
-# Opening and choosing change something and carry no request_id. A repeated Open would leave behind a session that
-# holds the lease; a late Set would undo what another thread has set since.
-OPEN = Rpc("SessionService/OpenSession", pb.OpenSessionRequest, pb.Session, repeatable=False)
+OPEN = Rpc("SessionService/OpenSession", pb.OpenSessionRequest, pb.Session, repeatable=True)
 GET = Rpc("SessionService/GetSession", pb.GetSessionRequest, pb.Session, repeatable=True)
-SET_ACTIVE = Rpc("SessionService/SetActiveAdapter", pb.SetActiveAdapterRequest, pb.Session, repeatable=False)
+SET_ACTIVE = Rpc("SessionService/SetActiveAdapter", pb.SetActiveAdapterRequest, pb.Session, repeatable=True)
 KEEP_ALIVE = Rpc("SessionService/KeepAlive", pb.KeepAliveRequest, pb.Session, repeatable=True)
 ATTEND = Rpc("SessionService/AttendSession", pb.AttendSessionRequest, pb.Session, repeatable=True)
+# Who leaves does not wait for a server that is away: the leases run out by themselves.
 CLOSE = Rpc("SessionService/CloseSession", pb.CloseSessionRequest, pb.CloseSessionResponse, repeatable=False)
 
 
-def open_session(ppo_adapter_name: str, *, label: str, ttl: float, resume: str) -> Call[t.SessionInfo]:
+def open_session(ppo_adapter_name: str, *, label: str, ttl: float, resume: str, request_id: str) -> Call[t.SessionInfo]:
     """OpenSession."""
     request = build(
         pb.OpenSessionRequest,
@@ -25,6 +24,7 @@ def open_session(ppo_adapter_name: str, *, label: str, ttl: float, resume: str) 
         label=label,
         ttl_seconds=ttl,
         resume_session_id=resume,
+        request_id=request_id,
     )
     return OPEN.call(request, _read_session)
 

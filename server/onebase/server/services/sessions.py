@@ -16,6 +16,7 @@ from onebase.server.codec.server import read_label, read_ttl, session_message
 from onebase.server.edge import Edge
 from onebase.server.errors import OnebaseError
 from onebase.server.guard import Admit
+from onebase.server.idempotency import check_digest, check_request_id, digest_of
 from onebase.v1 import sessions_pb2, sessions_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -38,20 +39,27 @@ class SessionService(sessions_pb2_grpc.SessionServiceServicer):
 
     async def OpenSession(self, request: sessions_pb2.OpenSessionRequest, context: Context) -> sessions_pb2.Session:
         label, ttl = read_label(request), read_ttl(request)
-        old = self._edge.sessions.find(request.resume_session_id)
+        check_request_id(request.request_id)
+        digest, sessions = digest_of(request), self._edge.sessions
+        old = sessions.begun_by(request.request_id)
+        if old is not None:
+            check_digest(old.digest, digest, request.request_id)
+        old = old or sessions.find(request.resume_session_id)
         name = request.ppo_adapter_name
         if name:
             self._edge.access.check_lease(old, name)
-        session = old or self._edge.sessions.open(label, ttl)
-        self._edge.sessions.renew(session, label, ttl)
+        session = old or sessions.open(label, ttl, request.request_id, digest)
+        sessions.renew(session, label, ttl)
         if name:
             self._edge.access.lease(session, name)
         try:
             await self._edge.keeper.synced(session.session_id)
         except OnebaseError:
             if old is None:  # its client will not know of it
-                self._edge.sessions.close(session.session_id)
+                sessions.close(session.session_id)
             raise
+        if not sessions.is_open(session):  # the call that began it could not make it durable, and ended it meanwhile
+            return await self.OpenSession(request, context)
         return session_message(session)
 
     async def GetSession(self, request: sessions_pb2.GetSessionRequest, context: Context) -> sessions_pb2.Session:
