@@ -73,7 +73,7 @@ ROWS: dict[int, Row] = {
     ),
     8: Row(
         "deadline passes in OptimStep",
-        "deadlines of 1 to 30 ms, over a step of about that long",
+        "deadlines from a tenth to twice of the time that such a step takes",
         ("DEADLINE_EXCEEDED",),
         "the step is made once or not at all, and the repeated request_id says which and brings it about",
     ),

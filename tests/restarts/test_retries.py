@@ -14,7 +14,7 @@ from restarts.conftest import Start, checkpoints, died_of_sigkill
 from restarts.plain import STEP, Code, Plain, kill, refused
 
 from onebase.client import connect
-from onebase.v1 import adapters_pb2, types_pb2
+from onebase.v1 import adapters_pb2, server_pb2, sessions_pb2, types_pb2
 
 pytestmark = pytest.mark.e2e
 ROOT = ("--root", str(FIXTURES))
@@ -124,17 +124,24 @@ def test_a_kill_after_the_commit_gives_the_retry_the_stored_answer_once(start: S
 
 @pytest.mark.fault(3, times=2)
 def test_a_kill_while_a_session_is_opened_leaves_one_session(start: Start) -> None:
-    """And the client's own retry gets it from the server that comes after."""
+    """Which the retry is given, by a plain client and by onebase's own, whose user notices nothing."""
+    opening = sessions_pb2.OpenSessionRequest(ppo_adapter_name="p", label="it", ttl_seconds=600, request_id="it")
     with start(*STEP) as server, Plain(server.address) as client:
         client.open()
         client.create()
         client.close()
-    with start(*STEP, failpoints="noted:kill@1") as server, connect(server.address) as client:
-        assert client.status().sessions == ()
-        with ThreadPoolExecutor() as pool:
-            opening = pool.submit(client.open_session, "p", label="it")
+    with start(*STEP, failpoints="noted:kill@1") as server, Plain(server.address) as client:
+        assert refused(client.sessions.OpenSession, opening) == (Code.UNAVAILABLE, "")
+        assert died_of_sigkill(server)
+    with start(*STEP, failpoints="noted:kill@2") as server, Plain(server.address) as client:
+        sessions = client.server.GetStatus(server_pb2.GetStatusRequest()).sessions
+        assert [(one.label, list(one.leases)) for one in sessions] == [("it", ["p"])]
+        opened = client.sessions.OpenSession(opening)
+        assert client.sessions.OpenSession(opening) == opened
+        client.sessions.CloseSession(sessions_pb2.CloseSessionRequest(session_id=opened.session_id))
+        with connect(server.address) as patient, ThreadPoolExecutor() as pool:
+            late = pool.submit(patient.open_session, "p", label="it")
             assert died_of_sigkill(server)
             with start(*STEP):
-                session = opening.result(60)
-                assert session.refresh().leases == ("p",)
-                assert [(one.label, one.leases) for one in client.status().sessions] == [("it", ("p",))]
+                assert late.result(60).refresh().leases == ("p",)
+                assert [(one.label, one.leases) for one in patient.status().sessions] == [("it", ("p",))]

@@ -132,6 +132,7 @@ WAITING_IS_NO_HELP = {
     "KV_CACHE_TOO_SMALL": "one completion alone is longer than the whole cache",
     "QUOTA_ADAPTERS": "its own adapters stay until it deletes one",
     "QUOTA_ADAPTER_BYTES": "the same, and nothing else frees their bytes",
+    "QUOTA_SAVED_BYTES": "what it has saved stays until somebody deletes it",
     "NO_MEMORY": "an adapter of that size has no room beside those that are there",
 }
 """Reasons of RESOURCE_EXHAUSTED that never carry RetryInfo, and why: a client that waits would wait for ever."""

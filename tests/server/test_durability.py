@@ -257,6 +257,31 @@ def test_a_session_that_was_opened_before_a_kill_is_given_to_the_retry_after_it(
         assert refused(live.sessions.OpenSession, begun).reason == "REQUEST_ID_REUSED"
 
 
+def test_a_lease_does_not_outlive_its_adapter_over_a_kill_between_the_two(serve, tmp_path, monkeypatch):
+    deleting = adapters_pb2.DeleteAdapterRequest(name="p", request_id="it")
+    copies = []
+    with serve() as live:
+        create(live)
+        held = deleting.session_id = live.session
+        remove = live.keeper.store.remove
+
+        def removed(*arguments):
+            dropped = remove(*arguments)
+            copies.append(killed(tmp_path))
+            return dropped
+
+        monkeypatch.setattr(live.keeper.store, "remove", removed)
+        live.adapters.DeleteAdapter(deleting)
+    with serve(folder=copies[0]) as live:
+        live.adapters.DeleteAdapter(deleting)  # is answered as it was
+        before = live.sessions.GetSession(sessions_pb2.GetSessionRequest(session_id=held))
+        assert list(before.leases) == []
+        create(live)  # by another session, whose it is now
+        step(live)
+        live.session = held
+        assert refused(step, live).reason == "NOT_LEASE_HOLDER"
+
+
 def test_sessions_come_back_with_a_whole_ttl_and_ended_ones_do_not(serve):
     with serve() as live:
         create(live)

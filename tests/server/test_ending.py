@@ -111,7 +111,6 @@ def test_no_step_is_answered_behind_the_last_checkpoint_of_its_adapter(tmp_path)
         assert live.training.OptimStep(request).adapter.version == 2
 
 
-@pytest.mark.fault(35)
 def test_an_engine_that_crashes_while_the_server_drains_ends_it_with_the_code_of_a_crash():
     worker = FakeWorker()
 
@@ -122,7 +121,6 @@ def test_an_engine_that_crashes_while_the_server_drains_ends_it_with_the_code_of
     assert end_of(worker, config(), ready) == ["ready", EXIT_CODE]
 
 
-@pytest.mark.fault(35)
 def test_who_is_told_to_stop_after_a_crash_is_not_replaced():
     worker = FakeWorker()
 
@@ -138,7 +136,6 @@ def test_a_crash_without_a_word_to_stop_is_replaced():
     assert end_of(worker, config(), lambda _: setattr(worker, "ticket", "boom")) == ["ready", "replaced"]
 
 
-@pytest.mark.fault(35)
 def test_who_is_told_to_stop_while_it_loads_ends_without_serving(tmp_path):
     worker = FakeWorker()
     worker.hold(CreateAdapterJob)
@@ -174,7 +171,6 @@ asyncio.run(serve(Parts(Hangs(), FakeText()), config, Report(ready=lambda port: 
 """
 
 
-@pytest.mark.fault(35)
 def test_a_second_signal_ends_the_process_at_once_whatever_hangs(tmp_path):
     script = textwrap.dedent(SCRIPT.format(tests=str(Path(__file__).parents[1])))
     process = subprocess.Popen(

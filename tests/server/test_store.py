@@ -132,6 +132,13 @@ class StoreMachine(RuleBasedStateMachine):
         self.sessions[session] = row
         self.store.put_session(self.sessions[session])
 
+    @rule()
+    def drop_lost_leases(self):
+        for row in self.sessions.values():
+            leases = tuple(name for name in row.leases if name in self.adapters)
+            self.sessions[row.session] = replace(row, leases=leases)
+        self.store.drop_lost_leases()
+
     @rule(session=SESSIONS)
     def end_session(self, session):
         self.sessions.pop(session, None)

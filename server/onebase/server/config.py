@@ -151,6 +151,8 @@ class Quota:
     """Float32 parameters of adapters; of those that are trained also gradients and moments."""
     sessions: int = 0
     """Open sessions."""
+    saved_bytes: int = 0
+    """Files in tenants' own directories under the roots. The operator saves without a limit."""
 
     def __post_init__(self) -> None:
         for key, value in vars(self).items():

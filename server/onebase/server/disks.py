@@ -15,6 +15,7 @@ from onebase.server.config import ServerConfig
 from onebase.server.errors import disk_full
 from onebase.server.identity import OPERATOR, caller
 from onebase.server.paths import Roots
+from onebase.server.saved import SavedQuotas
 from onebase.server.scratch import Scratch, of_this_user
 from onebase.server.spool import Spool, elsewhere, shown_as
 from onebase.server.transfers import Transfers
@@ -37,6 +38,7 @@ class Disks:
         self.scratch = Scratch(of_this_user())
         """Of uploads, downloads and copies: not in the state's directory, whose disk may be full."""
         self._in_roots = {root.resolve(): Scratch(root.resolve() / _IN_ROOT) for root in config.roots if walled}
+        self._saved = SavedQuotas(tuple(self._in_roots), config.tenant_quota, config.quota)
         self._limit = config.limits.max_upload_bytes
         whole, most = self._limit * config.limits.scratch_uploads, config.limits.max_transfers_per_tenant
         # Where there are no tokens, everybody is one tenant, and has the room of all.
@@ -110,6 +112,7 @@ class Disks:
             return
         place = self.roots.own(path, who.tenant)
         await elsewhere(lambda: place.check_free(overwrite=overwrite))
+        await self._saved.check(place)
         try:
             folder = await elsewhere(self._in_roots[place.root].fresh)
         except OSError as error:
@@ -118,6 +121,6 @@ class Disks:
             made = folder / "adapter"
             with shown_as(made, path):
                 yield made, place.path
-                await elsewhere(lambda: place.take(made, overwrite=overwrite))
+                await self._saved.take(place, made, lambda: place.take(made, overwrite=overwrite))
         finally:
             await elsewhere(lambda: shutil.rmtree(folder, ignore_errors=True))

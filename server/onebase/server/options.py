@@ -356,7 +356,9 @@ StreamIdle = Annotated[
         help="End a stream whose client neither reads nor sends for so many seconds.", rich_help_panel=_SECURITY
     ),
 ]
-_QUOTA = "requests, completions (at once), tokens_per_second, adapters, adapter_bytes, sessions; 8G is 8 GiB"
+_QUOTA = (
+    "requests, completions (at once), tokens_per_second, adapters, adapter_bytes, sessions, saved_bytes; 8G is 8 GiB"
+)
 TenantQuota = Annotated[
     str,
     typer.Option(

@@ -72,6 +72,7 @@ async def restore(durable: Durable, rooms: Rooms, told: Told, *, frozen: Collect
     anew = dict(frozen)
     rows = await durable.on_thread(store.adapters)
     restores = await _restores(durable, rows, anew)
+    await durable.on_thread(store.drop_lost_leases)
     sessions = await durable.on_thread(store.sessions)
     leased = {key for session in sessions for key in session.leases}
     for row in rows:

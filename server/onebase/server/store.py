@@ -15,7 +15,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 MAX_RESPONSES = 4096
@@ -311,6 +311,17 @@ class Store:
         with self._transaction():
             self._put_session(row)
 
+    def drop_lost_leases(self) -> None:
+        """Takes from sessions the leases of adapters that are not there.
+
+        A session's row is written after the commit that deletes the adapter, and a kill may come between the two.
+        """
+        kept = [(row, tuple(key for key in row.leases if self._has(key))) for row in self.sessions()]
+        with self._transaction():
+            for row, leases in kept:
+                if leases != row.leases:
+                    self._put_session(replace(row, leases=leases))
+
     def end_session(self, session: str) -> None:
         """Forgets a session."""
         with self._transaction():
@@ -343,6 +354,9 @@ class Store:
             "INSERT INTO adapters (name, uid, kind, create_time, source, reserved) VALUES (?, ?, ?, ?, ?, ?)",
             (row.name, row.uid, row.kind, row.create_time, row.source, row.reserved),
         )
+
+    def _has(self, name: str) -> bool:
+        return self._db.execute("SELECT 1 FROM adapters WHERE name = ?", (name,)).fetchone() is not None
 
     def _put_session(self, row: SessionRow) -> None:
         self._db.execute(

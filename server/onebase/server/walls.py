@@ -112,6 +112,18 @@ class Place:
                 out.write(piece)
         return done
 
+    def bytes_below(self) -> int:
+        """Bytes of the files here and below; 0 where there is no directory.
+
+        Raises:
+            PermissionDenied: PATH_OUTSIDE_ROOTS: there is a link on the way.
+        """
+        try:
+            with _told(), self._opened(self.parts, make=False) as here:
+                return _bytes_in(here)
+        except NotFound:
+            return 0
+
     def saved(self, stamp: str) -> tuple[int, int] | None:
         """What a call of this stamp has saved here: its version and its bytes; None if it is not here.
 
@@ -236,12 +248,23 @@ def saved_in(folder: int, stamp: str) -> tuple[int, int] | None:
     version = manifest.get("version") if isinstance(manifest, dict) and manifest.get(STAMP) == stamp else None
     if not isinstance(version, int):
         return None
-    sizes = (
-        os.stat(name, dir_fd=below, follow_symlinks=False).st_size
-        for _, _, names, below in os.fwalk(dir_fd=folder)
-        for name in names
-    )
-    return version, sum(sizes)
+    return version, _bytes_in(folder)
+
+
+def bytes_of(path: Path) -> int:
+    """Bytes of the files in a directory of the server's own, and below it."""
+    with _opened(str(path), None) as folder:
+        return _bytes_in(folder)
+
+
+def _bytes_in(folder: int) -> int:
+    """Bytes of the files in an open directory and below it; no link is followed, and what goes meanwhile has none."""
+    size = 0
+    for _, _, names, below in os.fwalk(dir_fd=folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                size += os.stat(name, dir_fd=below, follow_symlinks=False).st_size
+    return size
 
 
 @contextlib.contextmanager
