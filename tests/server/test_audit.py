@@ -11,7 +11,7 @@ from server.tenants import Guarded
 
 from onebase.server.audit import AuditLog, Record
 from onebase.server.identity import Scope
-from onebase.v1 import adapters_pb2, server_pb2
+from onebase.v1 import adapters_pb2, server_pb2, sessions_pb2
 
 Create = adapters_pb2.CreateAdapterRequest
 INFO = server_pb2.GetServerInfoRequest()
@@ -74,6 +74,15 @@ def test_who_is_refused_is_in_the_line_where_it_is_known(logged, tmp_path):
     known = {one.tenant: one.id for one in logged.file.read().values()}
     assert (expired["tenant"], expired["token"]) == ("red", known["red"])
     assert (closed["tenant"], closed["token"]) == ("blue", known["blue"])
+
+
+def test_the_request_id_that_opens_a_session_is_as_secret_as_its_id(logged, tmp_path):
+    red = logged.as_("red")
+    session = red.sessions.OpenSession(sessions_pb2.OpenSessionRequest(request_id="opening")).session_id
+    red.adapters.CreateAdapter(Create(session_id=session, name="p", request_id="making"))
+    found = [(line["method"].split("/")[-1], line["request_id"]) for line in lines(tmp_path / "logs" / "audit.jsonl")]
+    assert found == [("OpenSession", ""), ("CreateAdapter", "making")]
+    assert session not in (tmp_path / "logs" / "audit.jsonl").read_text()
 
 
 def test_a_guessed_secret_names_nobody(logged, tmp_path):

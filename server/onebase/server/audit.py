@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 _ADAPTER_FIELDS = ("name", "adapter", "ppo_adapter_name", "reference")
 _MAX_SHOWN = 128
+_OPEN_SESSION = "/onebase.v1.SessionService/OpenSession"  # whoever repeats its request_id is told the session's id
 
 
 @dataclass
@@ -109,7 +110,7 @@ class AuditLog:
             "token": who.token if who else "",
             "method": record.method[:_MAX_SHOWN],
             "adapter": _adapter(record.request),
-            "request_id": _text(record.request, "request_id"),
+            "request_id": "" if record.method == _OPEN_SESSION else _text(record.request, "request_id"),
             "outcome": record.outcome,
             "reason": record.reason,
             "milliseconds": round((time.monotonic() - record.began) * 1000, 1),
