@@ -2,6 +2,7 @@
 
 While they fill, memory grows as it should: half an hour of four tenants' answers is less than their bounds hold. So
 a run would judge that growth in the place of a leak. Here each new answer pushes an old one out from the beginning.
+The answers of passes are in memory alone: `Load.fill` has the server give them.
 """
 
 from __future__ import annotations

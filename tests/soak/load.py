@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -50,6 +51,25 @@ class Load:
             for number in range(trainers)
             for role in roles
         ]
+
+    def fill(self, passes: int) -> None:
+        """Has each tenant ask for so many passes, of whose answers a server keeps a number; raises what is refused."""
+        shares = [(token, share) for token in self._tokens for share in (passes // 2, passes - passes // 2)]
+        with ThreadPoolExecutor(len(shares)) as pool:
+            list(pool.map(lambda one: self._pass(*one), shares))
+        self.done.clear()
+
+    def _pass(self, token: str, passes: int) -> None:
+        stubs = Stubs(self._address, token)
+        opened = stubs.sessions.OpenSession(sessions_pb2.OpenSessionRequest(ttl_seconds=60), metadata=stubs.metadata)
+        session, name = opened.session_id, f"t{random.randbytes(6).hex()}"
+        self._ask(stubs, "create", session, name=name, rank=4, seed=0)
+        for number in range(passes):
+            rows = [(number + row) % 12 for row in range(4)]
+            self._ask(stubs, "pass", session, name=name, rows=rows, loss=("value", "cross_entropy")[number % 2])
+        self._ask(stubs, "delete", session, name=name)
+        self._ask(stubs, "close", session)
+        stubs.channel.close()
 
     def start(self) -> None:
         """Begins."""

@@ -1,8 +1,8 @@
 """Hours in half of one: `make soak`, or `python -m soak.run` from `tests`.
 
-One server with a state, which is as full at the beginning as weeks make it (`full`), tenants whose trainers come and
-go, and samples of what it holds. Fails where something grows (see `slope`), where a tenant has more rows than its
-bound, where something is left when everybody has gone, and where a client was told what no page declares.
+One server with a state, which is as full at the beginning as weeks make it (`full`, `Load.fill`), tenants whose
+trainers come and go, and samples of what it holds. Fails where something grows (see `slope`), where a tenant has more
+rows than its bound, where something is left when everybody has gone, and where a client was told what no page declares.
 Writes benchmarks/results/soak.json and soak.png.
 """
 
@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=3.0, help="seconds between samples")
     parser.add_argument("--trainers", type=int, default=4, help="trainers at once, and as many who only ask")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--passes", type=int, default=MAX_RESPONSES, help="of each tenant, before it begins")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where soak.json and soak.png are written")
     chosen = parser.parse_args()
     console = Console(highlight=False)
@@ -103,6 +104,8 @@ def soak(folder: Path, chosen: argparse.Namespace, console: Console) -> tuple[di
 
         watch = Watch(server.process.pid, state, status)
         load = Load(server.address, theirs, chosen.trainers, chosen.seed)
+        with console.status("Filling …"):
+            load.fill(chosen.passes)
         load.start()
         _watch(watch, load, chosen.minutes * 60, chosen.every, console)
         load.stop()
