@@ -5,23 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from engine.conftest import BASE, perturb
+from engine.conftest import BASE, perturb, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from onebase.server.config import EngineConfig
-from onebase.server.engine import Engine, formats, loading, open_engine, precision
+from onebase.server.engine import Engine, open_engine, precision
 from onebase.server.engine.batch import Row
 from onebase.server.engine.engine import Decoding, Draw, Scoring
 from onebase.server.jobs import CreateAdapterJob, LoraSpec, Sampling, ScoreRow
 
 
 @pytest.fixture(params=["bfloat16", "float16"])
-def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    """An engine that widens, whatever this machine can do."""
-    for module in (loading, formats):
-        monkeypatch.setattr(module, "widens", lambda dtype, device: dtype in precision.HALF)
+def engine(request: pytest.FixtureRequest) -> Engine:
+    """An engine that widens: it is exact."""
     engine = open_engine(EngineConfig(model=str(BASE), dtype=request.param, threads=1, kv_slots=4))
     spec = LoraSpec(rank=4, alpha=8.0)
     engine.add(engine.formats.create(CreateAdapterJob(uid=1, name="one", lora=spec, value_head=True, seed=1)))
@@ -71,6 +69,35 @@ def test_generated_logprobs_equal_the_scored_ones(engine: Engine) -> None:
     np.testing.assert_array_equal(np.float32(logprobs), scored.logprobs)
 
 
+def test_a_rows_numbers_do_not_depend_on_its_batch(engine: Engine) -> None:
+    spec = LoraSpec(rank=4, alpha=8.0)
+    for uid in (2, 3):
+        engine.add(
+            engine.formats.create(CreateAdapterJob(uid=uid, name=str(uid), lora=spec, value_head=True, seed=uid))
+        )
+        perturb(engine, uid)
+    wants = [
+        Scoring(ScoreRow(1 + i % 3, tokens, 3, logprobs=True), engine.adapter(1 + i % 3).weights)
+        for i, tokens in enumerate(texts(8))
+    ]
+    mixed, _ = engine.step(wants, [])
+    for want, found in zip(wants, mixed, strict=True):
+        [alone], _ = engine.step([want], [])
+        np.testing.assert_array_equal(found.logprobs, alone.logprobs)
+
+
 def test_float32_and_other_devices_need_none() -> None:
-    assert not precision.widens(torch.float32, torch.device("cpu"))
-    assert not precision.widens(torch.bfloat16, torch.device("cuda"))
+    assert not precision.widens(torch.float32, torch.device("cpu"), exact=True)
+    assert not precision.widens(torch.bfloat16, torch.device("cuda"), exact=True)
+
+
+@pytest.mark.parametrize("multiplies", [False, True])
+def test_exact_numbers_need_it_also_where_the_cpu_multiplies_half_precision(
+    monkeypatch: pytest.MonkeyPatch, multiplies: bool
+) -> None:
+    """There torch takes another way for small products, so that a row's numbers would depend on its batch."""
+    for name in precision.HALF.values():
+        monkeypatch.setattr(torch.ops.mkldnn, name, lambda: multiplies, raising=False)
+    for dtype in precision.HALF:
+        assert precision.widens(dtype, torch.device("cpu"), exact=True)
+        assert precision.widens(dtype, torch.device("cpu"), exact=False) == (not multiplies)

@@ -18,7 +18,7 @@ from engine.conftest import BASE, generation, perturb, texts
 from engine.test_mixed import train_rows
 
 from onebase.server.config import EngineConfig, Limits
-from onebase.server.engine import Engine, formats, loading, open_engine, training
+from onebase.server.engine import Engine, loading, open_engine, training
 from onebase.server.engine.adapters import Weights
 from onebase.server.engine.batch import Row
 from onebase.server.engine.engine import Decoding, Draw, Scoring
@@ -102,8 +102,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.fixture(params=["float32", "bfloat16"])
 def pair(request: pytest.FixtureRequest, launches: list[int], monkeypatch: pytest.MonkeyPatch) -> Pair:
     """Two engines with POLICIES. In bfloat16 products are not widened, so that adapters have their rounded copies."""
-    for module in (loading, formats):
-        monkeypatch.setattr(module, "widens", lambda dtype, device: False)
+    monkeypatch.setattr(loading, "widens", lambda dtype, device, exact: False)
     dtype, _, quantization = request.param.partition(" ")
 
     def opened(kernels: str) -> Engine:

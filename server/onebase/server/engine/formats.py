@@ -35,7 +35,6 @@ from transformers import PreTrainedModel
 from onebase.server.engine.adapters import Adapter, Head, Moments, Weights
 from onebase.server.engine.files import CLIENT_STATE, SavedFiles, write_directory
 from onebase.server.engine.lora import LoraPair
-from onebase.server.engine.precision import widens
 from onebase.server.engine.settings import (
     HEAD_NAMES,
     check_config,
@@ -92,11 +91,19 @@ class Formats:
         layers: the names of the layers that the engine can adapt.
         facts: the base.
         tokenizer: its tokenizer, which adapters must have been trained with.
+        products: the dtype of the products that adapters' tensors take part in.
         conv1d: whether its linear layers are transformers' Conv1D.
     """
 
     def __init__(
-        self, skeleton: PreTrainedModel, layers: set[str], facts: BaseFacts, tokenizer: TokenizerCheck, *, conv1d: bool
+        self,
+        skeleton: PreTrainedModel,
+        layers: set[str],
+        facts: BaseFacts,
+        tokenizer: TokenizerCheck,
+        products: torch.dtype,
+        *,
+        conv1d: bool,
     ) -> None:
         self._skeleton = skeleton
         self._layers = layers
@@ -105,8 +112,7 @@ class Formats:
         self._conv1d = conv1d
         self._placing = threading.Lock()  # meanwhile PEFT changes how torch makes parameters, for all threads
         self._device = torch.device(facts.device)
-        dtype: torch.dtype = getattr(torch, facts.dtype)
-        self._dtype = torch.float32 if widens(dtype, torch.device(facts.device)) else dtype  # of products
+        self._dtype = products
 
     # --------------------------------------------------------------------------------------------------- make
 

@@ -61,8 +61,9 @@ def open_engine(config: EngineConfig) -> Engine:
     skeleton = _skeleton(settings)
     facts = _facts(config, model, skeleton, tokenizer)
     _refuse_longrope(model.config, facts)
-    wide = widens(model.dtype, device)
-    route = Route(exact=_wants_exact(config, device), wide=wide)
+    exact = _wants_exact(config, device)
+    wide = widens(model.dtype, device, exact=exact)
+    route = Route(exact=exact, wide=wide)
     blocks = model.base_model
     if blocks is model:
         raise FailedPrecondition(
@@ -79,7 +80,7 @@ def open_engine(config: EngineConfig) -> Engine:
         model,
         route,
         LmHead(model.get_output_embeddings(), logits_finish(model.config), wide),
-        Formats(skeleton, set(wrapped), facts, TokenizerCheck(text.decoder), conv1d=conv1d),
+        Formats(skeleton, set(wrapped), facts, TokenizerCheck(text.decoder), dtype, conv1d=conv1d),
         Merger(model, skeleton, wrapped, tokenizer, facts),
         text,
         facts,

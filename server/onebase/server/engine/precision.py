@@ -1,8 +1,10 @@
-"""Products of a base in half precision on CPUs that have none.
+"""Products of a base in half precision, in float32: on CPUs that have no others, and where numbers shall be exact.
 
-Without AVX-512 or its like, a CPU multiplies bfloat16 matrices ten times slower than float32 ones. There, weights stay
-as they are, half the bytes; a block of a weight at a time is widened to float32 just before its product, and the sum is
-rounded once, after the adapters' part was added. The backward pass widens again, so training keeps no copy.
+Without AVX-512 or its like, a CPU multiplies bfloat16 matrices ten times slower than float32 ones. With it, torch takes
+another way for small products than for large ones, and they round differently: a row's numbers depend on its batch. So
+weights stay as they are, half the bytes; a block of a weight at a time is widened to float32 just before its product,
+and the sum is rounded once, after the adapters' part was added. The backward pass widens again, so training keeps no
+copy.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ HALF = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_
 """Half precisions, and what tells whether this CPU multiplies them."""
 
 
-def widens(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether products of this dtype are made in float32 on this device."""
+def widens(dtype: torch.dtype, device: torch.device, *, exact: bool) -> bool:
+    """Whether products of this dtype are made in float32 on this device, where numbers shall be exact or need not."""
     if device.type != "cpu" or dtype not in HALF:
         return False
+    if exact:
+        return True
     supported = getattr(torch.ops.mkldnn, HALF[dtype], None)
     return supported is None or not supported()
 
