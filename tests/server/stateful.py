@@ -97,6 +97,19 @@ def tokens():
     return types_pb2.Content(tokens=types_pb2.Tensor(dtype=types_pb2.DTYPE_INT64, shape=[1], data=bytes(8)))
 
 
+def killed_after(live, change, folder, monkeypatch):
+    """Where copies of the state will be, as kills just after each such change of the store would leave it."""
+    copies, commit = [], getattr(live.keeper.store, change)
+
+    def killed_then(*arguments):
+        dropped = commit(*arguments)
+        copies.append(killed(folder))
+        return dropped
+
+    monkeypatch.setattr(live.keeper.store, change, killed_then)
+    return copies
+
+
 def killed(folder):
     """Where a copy of the state is, as a kill would leave it now: for `serve(folder=…)`."""
     copy = folder / "after-the-kill"

@@ -10,7 +10,7 @@ import grpc
 import pytest
 from server.fakes import FACTS
 from server.harness import eventually, refused
-from server.stateful import committed, create, killed, slow_disk, step, version
+from server.stateful import committed, create, killed, killed_after, slow_disk, step, version
 
 from onebase.server.config import AdapterSource, ConfigError
 from onebase.server.durability import RESERVED_VERSIONS
@@ -259,18 +259,10 @@ def test_a_session_that_was_opened_before_a_kill_is_given_to_the_retry_after_it(
 
 def test_a_lease_does_not_outlive_its_adapter_over_a_kill_between_the_two(serve, tmp_path, monkeypatch):
     deleting = adapters_pb2.DeleteAdapterRequest(name="p", request_id="it")
-    copies = []
     with serve() as live:
         create(live)
         held = deleting.session_id = live.session
-        remove = live.keeper.store.remove
-
-        def removed(*arguments):
-            dropped = remove(*arguments)
-            copies.append(killed(tmp_path))
-            return dropped
-
-        monkeypatch.setattr(live.keeper.store, "remove", removed)
+        copies = killed_after(live, "remove", tmp_path, monkeypatch)
         live.adapters.DeleteAdapter(deleting)
     with serve(folder=copies[0]) as live:
         live.adapters.DeleteAdapter(deleting)  # is answered as it was

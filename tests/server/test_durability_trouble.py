@@ -10,7 +10,7 @@ import time
 
 import grpc
 from server.harness import eventually, refusal_of, refused
-from server.stateful import committed, create, killed, slow_disk, step, tokens, version
+from server.stateful import committed, create, killed, killed_after, slow_disk, step, tokens, version
 
 from onebase.server import checkpoints
 from onebase.server.durability import AGAIN_SECONDS
@@ -102,16 +102,8 @@ def test_what_a_full_disk_kept_from_a_session_is_written_before_anything_else_of
 
 def test_the_lease_that_comes_with_a_new_adapter_is_committed_with_its_answer(serve, tmp_path, monkeypatch):
     """Or a retry after a kill just then would be told that the adapter is leased, and anybody could have it."""
-    copies = []
     with serve() as live:
-        add = live.keeper.store.add
-
-        def killed_then(*arguments):
-            dropped = add(*arguments)
-            copies.append(killed(tmp_path))
-            return dropped
-
-        monkeypatch.setattr(live.keeper.store, "add", killed_then)
+        copies = killed_after(live, "add", tmp_path, monkeypatch)
         request = adapters_pb2.CreateAdapterRequest(session_id=live.session, request_id="once", name="p")
         answer = live.adapters.CreateAdapter(request)
         assert answer.leased

@@ -7,15 +7,14 @@ late for them is refused, and its memory freed.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from onebase.server.config import Quota
 from onebase.server.errors import ResourceExhausted
 from onebase.server.jobs import AdapterFacts
+from onebase.server.locks import TenantLocks
 from onebase.server.registry import Entry, Registry
 
 TRAINED_COPIES = 4
@@ -52,8 +51,7 @@ class AdapterQuotas:
     tenant: Quota = field(default_factory=Quota)
     whole: Quota = field(default_factory=Quota)
     _booked: list[Room] = field(default_factory=list)
-    _making: dict[str, asyncio.Lock] = field(default_factory=dict)
-    _waiting: Counter[str] = field(default_factory=Counter)
+    _making: TenantLocks = field(default_factory=TenantLocks)
 
     @contextlib.asynccontextmanager
     async def room(self, owner: str, replaced: Entry | None = None) -> AsyncIterator[Room]:
@@ -84,14 +82,8 @@ class AdapterQuotas:
         if not (self.tenant.adapter_bytes or self.whole.adapter_bytes):
             yield
             return
-        self._waiting[owner] += 1
-        try:
-            async with self._making.setdefault(owner, asyncio.Lock()):
-                yield
-        finally:
-            self._waiting[owner] -= 1
-            if not self._waiting[owner]:
-                del self._waiting[owner], self._making[owner]
+        async with self._making.held(owner):
+            yield
 
     def check_made(self, room: Room, size: int) -> None:
         """As `Room.made`."""

@@ -6,15 +6,13 @@ made elsewhere and moved in, so its bytes are known before they are a tenant's.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import os
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from onebase.server.config import Quota
 from onebase.server.errors import ResourceExhausted
+from onebase.server.locks import TenantLocks
 from onebase.server.spool import elsewhere
 from onebase.server.walls import Place, bytes_of
 
@@ -32,8 +30,7 @@ class SavedQuotas:
         self._roots = tuple(roots)
         self._tenant = tenant.saved_bytes
         self._whole = whole.saved_bytes
-        self._saving: dict[str, asyncio.Lock] = {}
-        self._waiting: Counter[str] = Counter()
+        self._saving = TenantLocks()
 
     async def check(self, place: Place) -> None:
         """Refuses a save before it is begun, where there is no room for a single byte.
@@ -59,19 +56,16 @@ class SavedQuotas:
             self._check(place, bytes_of(made))
             move()
 
-        async with self._one_after_the_other(place.tenant):
+        async with self._saving.held(place.tenant):  # what was counted is still what there is
             await elsewhere(moved)
 
     def _check(self, place: Place, wanted: int) -> None:
         freed = place.bytes_below()
-        for whose, limit, homes in (
-            (f"tenant {place.tenant!r}", self._tenant, [place.tenant]),
+        for whose, limit, tenant in (
+            (f"tenant {place.tenant!r}", self._tenant, place.tenant),
             ("all tenants together", self._whole, None),
         ):
-            if not limit:
-                continue
-            there = sum(one.bytes_below() for one in self._homes(homes)) - freed
-            if there + wanted > limit:
+            if limit and (there := sum(home.bytes_below() for home in self._homes(tenant)) - freed) + wanted > limit:
                 raise ResourceExhausted(
                     "QUOTA_SAVED_BYTES",
                     f"{there} bytes are saved besides what is at path {place.shown!r}, {wanted} are wanted there, and "
@@ -79,22 +73,13 @@ class SavedQuotas:
                     field="path",
                 )
 
-    def _homes(self, names: Sequence[str] | None) -> Iterator[Place]:
-        """The directories of these names in the roots; None is all but the server's own, whose name has a dot."""
+    def _homes(self, tenant: str | None) -> Iterator[Place]:
+        """A tenant's directories in the roots; None is everybody's."""
         for root in self._roots:
-            with os.scandir(root) as entries:
-                all_there = [one.name for one in entries if one.is_dir(follow_symlinks=False) and one.name[0] != "."]
-            there = all_there if names is None else names
-            yield from (Place(root, name, (), name) for name in there)
+            yield from (Place(root, name, (), name) for name in ([tenant] if tenant else _tenants_in(root)))
 
-    @contextlib.asynccontextmanager
-    async def _one_after_the_other(self, tenant: str) -> AsyncIterator[None]:
-        """Of one tenant: what is counted must still be what there is when the next one comes in."""
-        self._waiting[tenant] += 1
-        try:
-            async with self._saving.setdefault(tenant, asyncio.Lock()):
-                yield
-        finally:
-            self._waiting[tenant] -= 1
-            if not self._waiting[tenant]:
-                del self._waiting[tenant], self._saving[tenant]
+
+def _tenants_in(root: Path) -> list[str]:
+    """The directories in a root but the server's own, whose name has a dot."""
+    with os.scandir(root) as entries:
+        return [one.name for one in entries if one.is_dir(follow_symlinks=False) and one.name[0] != "."]

@@ -316,7 +316,8 @@ class Store:
 
         A session's row is written after the commit that deletes the adapter, and a kill may come between the two.
         """
-        kept = [(row, tuple(key for key in row.leases if self._has(key))) for row in self.sessions()]
+        there = {adapter.name for adapter in self.adapters()}
+        kept = [(row, tuple(key for key in row.leases if key in there)) for row in self.sessions()]
         with self._transaction():
             for row, leases in kept:
                 if leases != row.leases:
@@ -354,9 +355,6 @@ class Store:
             "INSERT INTO adapters (name, uid, kind, create_time, source, reserved) VALUES (?, ?, ?, ?, ?, ?)",
             (row.name, row.uid, row.kind, row.create_time, row.source, row.reserved),
         )
-
-    def _has(self, name: str) -> bool:
-        return self._db.execute("SELECT 1 FROM adapters WHERE name = ?", (name,)).fetchone() is not None
 
     def _put_session(self, row: SessionRow) -> None:
         self._db.execute(
